@@ -1,0 +1,19 @@
+//! The vocabulary of Formation: what every other crate means by a name, an id, a size, a key, a spec.
+//!
+//! Nothing here does I/O. A value of one of these types is valid by construction: parse at the edge, trust inside.
+
+pub mod digest;
+pub mod id;
+pub mod key;
+pub mod name;
+pub mod settings;
+pub mod signed;
+pub mod size;
+pub mod spec;
+
+pub use digest::Digest;
+pub use id::{HostId, IdempotencyKey, OperationId, VmId};
+pub use key::{PublicKey, SecretKey, Signature};
+pub use name::{ImageReference, Name};
+pub use signed::{Signed, SignedError, Verified};
+pub use spec::Spec;

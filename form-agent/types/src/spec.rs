@@ -1,0 +1,275 @@
+//! `Spec`: what a Formfile means. The parser lowers to it, the image builder reads its build part, the agent its run part.
+//!
+//! Every key is always present in the JSON, so that two files which mean the same are byte-identical and share a digest.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Digest, Name};
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spec {
+    pub name: Name,
+    pub description: Option<String>,
+    /// As written: `debian:12`, `./dir`, `./rootfs.tar`, `scratch`, `image:NAME[:VERSION]`, an OCI reference.
+    pub from: String,
+    /// `ARG`s with the value they have for this build; `None` where neither a default nor `--build-arg` gave one.
+    pub args: BTreeMap<String, Option<String>>,
+    pub steps: Vec<Step>,
+    pub resources: Resources,
+    pub users: Vec<User>,
+    /// Who runs the service (`USER NAME`); `None` is root.
+    pub run_as: Option<String>,
+    pub env: Vec<Env>,
+    pub workdir: Option<String>,
+    pub entrypoint: Vec<String>,
+    pub cmd: Vec<String>,
+    pub ports: Vec<Port>,
+    pub volumes: Vec<Volume>,
+    pub networks: Vec<Name>,
+    pub replicas: u32,
+    pub restart: Restart,
+    pub healthcheck: Option<Healthcheck>,
+    pub labels: BTreeMap<String, String>,
+    pub model: Option<Model>,
+}
+
+/// One build step, with the line of the Formfile that asked for it. The line is for messages and is no part of the digest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    #[serde(flatten)]
+    pub action: StepAction,
+    pub line: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", content = "args", rename_all = "lowercase")]
+pub enum StepAction {
+    Install { packages: Vec<String> },
+    Run { command: Command, env: Vec<(String, String)>, workdir: Option<String> },
+    Copy(Copy),
+}
+
+/// A shell text, or the words of a JSON array.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Command {
+    Shell(String),
+    Exec(Vec<String>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Copy {
+    pub sources: Vec<CopySource>,
+    /// Absolute. Ends in `/` when it is a directory to copy into.
+    pub to: String,
+    /// `USER[:GROUP]`, names or numbers.
+    pub chown: Option<String>,
+    /// Octal digits.
+    pub chmod: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CopySource {
+    /// A path or glob below the build context.
+    Path(String),
+    /// A heredoc: the file's name and its text.
+    Inline { name: String, text: String },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    /// 1 to 128.
+    pub vcpus: u32,
+    /// 128 to 262144.
+    pub memory_mib: u64,
+    /// 5 to 65536.
+    pub disk_gib: u64,
+    pub gpus: Vec<Gpu>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gpu {
+    /// A model, or a PCI address.
+    pub model: String,
+    pub count: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    pub name: String,
+    pub sudo: bool,
+    pub shell: String,
+    pub groups: Vec<String>,
+    pub ssh_authorized_keys: Vec<String>,
+    pub lock_passwd: bool,
+    pub ssh_pwauth: bool,
+    pub disable_root: bool,
+    pub chpasswd_expire: bool,
+    pub has_passwd: bool,
+    /// The password as written. Never serialised; it is part of the digest through [`Spec::digest`] and is hashed by the
+    /// client at deploy.
+    #[serde(skip)]
+    pub passwd: Option<Secret>,
+}
+
+/// A text that must not be shown: it has no `Display`, and its debug form hides it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Secret(…)")
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Env {
+    pub scope: EnvScope,
+    pub key: String,
+    pub value: String,
+}
+
+/// Written `system`, `user:NAME` or `service:NAME`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum EnvScope {
+    System,
+    User(String),
+    Service(String),
+}
+
+impl TryFrom<String> for EnvScope {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "system" => Ok(Self::System),
+            Some(("user", name)) if !name.is_empty() => Ok(Self::User(name.to_owned())),
+            Some(("service", name)) if !name.is_empty() => Ok(Self::Service(name.to_owned())),
+            _ => Err("a scope is `system`, `user:NAME` or `service:NAME`".to_owned()),
+        }
+    }
+}
+
+impl From<EnvScope> for String {
+    fn from(scope: EnvScope) -> Self {
+        match scope {
+            EnvScope::System => "system".to_owned(),
+            EnvScope::User(name) => format!("user:{name}"),
+            EnvScope::Service(name) => format!("service:{name}"),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    pub port: u16,
+    pub protocol: Protocol,
+    /// The host's port, when it is published there.
+    pub host_port: Option<u16>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    Tcp,
+    Udp,
+}
+
+impl Protocol {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    pub name: Name,
+    pub path: String,
+    pub size_bytes: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restart {
+    pub policy: RestartPolicy,
+    /// For `on-failure` only; `None` is without end.
+    pub max_retries: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    Always,
+    OnFailure,
+    Never,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Healthcheck {
+    pub kind: HealthcheckKind,
+    pub port: Option<u16>,
+    pub path: Option<String>,
+    pub command: Option<Command>,
+    pub interval_ms: u64,
+    pub timeout_ms: u64,
+    pub retries: u32,
+    pub start_period_ms: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HealthcheckKind {
+    Http,
+    Tcp,
+    Command,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Model {
+    pub id: String,
+    pub required: bool,
+}
+
+impl Spec {
+    /// The canonical JSON: every key present, in the order of the fields, no white space.
+    ///
+    /// # Errors
+    /// Never in practice: every field has a JSON form.
+    pub fn to_json(&self) -> Result<String, serde_json::Error> {
+        serde_json::to_string(self)
+    }
+
+    /// What the file means, as one digest: the canonical JSON without the lines of the steps, and the passwords.
+    ///
+    /// # Errors
+    /// As [`Spec::to_json`].
+    pub fn digest(&self) -> Result<Digest, serde_json::Error> {
+        let mut meaning = self.clone();
+        for step in &mut meaning.steps {
+            step.line = 0;
+        }
+        let mut text = meaning.to_json()?;
+        for user in &self.users {
+            let passwd = user.passwd.as_ref().map(Secret::expose);
+            text.push('\0');
+            text.push_str(&serde_json::to_string(&(&user.name, passwd))?);
+        }
+        Ok(Digest::of(text.as_bytes()))
+    }
+}

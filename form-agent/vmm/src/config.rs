@@ -1,0 +1,91 @@
+//! What a VM is made of. The daemon writes it, sends it over the control socket with every file already open, and the VM
+//! process holds no path at all: an [`Fd`] is the index of a descriptor in the `SCM_RIGHTS` list of the same message.
+
+use serde::{Deserialize, Serialize};
+
+/// The index of a passed descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Fd(pub u16);
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// 1 to 128.
+    pub vcpus: u8,
+    /// Guest memory in MiB, 128 to 262144 (smaller is allowed for test kernels).
+    pub memory_mib: u64,
+    /// `/dev/kvm`, opened read-write.
+    pub kvm: Fd,
+    /// An uncompressed ELF kernel with a PVH entry note.
+    pub kernel: Fd,
+    /// Segments of the initramfs, laid one behind the other (each padded to four bytes, as the kernel's cpio reader wants).
+    pub initramfs: Vec<Fd>,
+    pub cmdline: String,
+    /// PCI order; the guest finds each by its serial.
+    pub disks: Vec<DiskConfig>,
+    pub networks: Vec<NetworkConfig>,
+    /// virtio-vsock with this guest CID (3 or more). Host ends are made with `ControlRequest::VsockConnect`.
+    pub vsock_cid: Option<u64>,
+    pub rng: bool,
+    pub balloon: bool,
+    /// The log ring that serial output goes to (`log_ring`); `None`: standard output.
+    pub console_log: Option<Fd>,
+    /// Where the exit record is written, as JSON ([`crate::control::ExitRecord`]).
+    pub exit_record: Option<Fd>,
+    pub jail: JailConfig,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// For messages, metrics and hotplug.
+    pub id: String,
+    /// `VIRTIO_BLK_ID`: at most 20 bytes.
+    pub serial: String,
+    pub format: DiskFormat,
+    /// The image itself; for qcow2 the overlay.
+    pub file: Fd,
+    /// The read-only files behind a qcow2 overlay, the nearest first. Its own backing path is never followed.
+    pub backing: Vec<BackingFile>,
+    pub read_only: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackingFile {
+    pub file: Fd,
+    pub format: DiskFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    Raw,
+    Qcow2,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkConfig {
+    pub id: String,
+    /// A tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    pub tap: Fd,
+    pub mac: [u8; 6],
+    pub mtu: u16,
+}
+
+/// What the process gives up before the guest runs its first instruction.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailConfig {
+    /// Change to this uid and gid. Needs root.
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+    /// Empty network, mount, IPC and UTS namespaces. Needs root.
+    pub namespaces: bool,
+    /// A seccomp filter per thread kind.
+    pub seccomp: bool,
+    /// Landlock: no file system at all.
+    pub landlock: bool,
+}

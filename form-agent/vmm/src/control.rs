@@ -1,0 +1,127 @@
+//! The words between the daemon and a VM process: one JSON message a datagram on a `SOCK_SEQPACKET` Unix socket, each with
+//! at most 253 descriptors (`SCM_RIGHTS`). The daemon binds the socket and passes its listening end to the process, so a
+//! daemon that restarts connects to the same path again and finds the VM as it is.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::VmConfig;
+
+/// The longest message, in bytes.
+pub const MAX_MESSAGE: usize = 256 * 1024;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case")]
+pub enum ControlRequest {
+    /// The first message of a VM's life, with all descriptors. A second one is an error.
+    Boot {
+        config: Box<VmConfig>,
+    },
+    Status,
+    /// All vCPUs and devices stop at a consistent point.
+    Pause,
+    Resume,
+    /// The ACPI power button: asks the guest's operating system to power off.
+    PowerButton,
+    /// Ends the VM at once, as pulling the plug does.
+    Stop,
+    /// Connects to `port` of the guest over vsock. The reply carries one connected stream socket; refused while nothing listens there.
+    VsockConnect {
+        port: u32,
+    },
+    /// The serial console: the reply carries one stream socket; what is written to it is typed, what the guest prints is read.
+    Console,
+    /// Asks the balloon to take `mib` from the guest.
+    Balloon {
+        mib: u64,
+    },
+    Metrics,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum ControlReply {
+    Done,
+    Status { state: VmState, pid: u32 },
+    Metrics(Box<Metrics>),
+    Error { kind: ErrorKind, message: String },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// Not allowed in the VM's present state.
+    WrongState,
+    /// Malformed, or a value out of range.
+    Invalid,
+    /// Nothing listens on that vsock port (yet).
+    Refused,
+    /// KVM or the operating system said no.
+    System,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Waiting for `Boot`.
+    Empty,
+    Running,
+    Paused,
+    /// The exit record is written; the process is about to leave.
+    Exited,
+}
+
+/// How a VM process ended, as JSON in the exit record. An empty record means that the process was killed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitRecord {
+    pub reason: ExitReason,
+    pub message: Option<String>,
+    /// Seconds since the Unix epoch.
+    pub at: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest powered off (ACPI S5).
+    PowerOff,
+    /// The guest asked for a reset (ACPI reset register, i8042, triple fault). The daemon starts it again.
+    Reset,
+    /// `ControlRequest::Stop`.
+    Stopped,
+    /// The VMM met an error it could not go on after.
+    Failed,
+    /// The VMM panicked.
+    Panicked,
+}
+
+/// Counters since boot.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    pub uptime_ms: u64,
+    pub vcpu_exits: u64,
+    pub disks: Vec<DiskMetrics>,
+    pub networks: Vec<NetworkMetrics>,
+    /// What the balloon holds now, in MiB.
+    pub balloon_mib: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskMetrics {
+    pub id: String,
+    pub read_bytes: u64,
+    pub written_bytes: u64,
+    pub reads: u64,
+    pub writes: u64,
+    pub flushes: u64,
+    pub errors: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkMetrics {
+    pub id: String,
+    pub received_bytes: u64,
+    pub sent_bytes: u64,
+    pub received_packets: u64,
+    pub sent_packets: u64,
+    pub dropped: u64,
+}

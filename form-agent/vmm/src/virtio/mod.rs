@@ -1,0 +1,74 @@
+//! The contract between a virtio device and its transport (virtio 1.2, sections 2 and 3).
+
+use std::sync::{Arc, atomic::AtomicBool};
+
+use virtio_queue::Queue;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// Tells the guest that something happened. The transport implements it with MSI-X over irqfd; tests with a counter.
+pub trait Interrupt: Send + Sync {
+    /// The used ring of queue `index` has grown. The device has already consulted `Queue::needs_notification`.
+    fn queue(&self, index: u16) -> std::io::Result<()>;
+    /// The configuration space has changed.
+    fn config(&self) -> std::io::Result<()>;
+}
+
+/// Everything a device gets when the driver sets DRIVER_OK.
+pub struct Activation {
+    pub memory: GuestMemory,
+    pub interrupt: Arc<dyn Interrupt>,
+    /// One entry a queue that the driver enabled: its index, the queue itself and the eventfd that the driver's kick signals (ioeventfd).
+    pub queues: Vec<(u16, Queue, EventFd)>,
+    /// The features that the driver acknowledged.
+    pub features: u64,
+    /// Set by a device that met a request it cannot recover from: the transport then shows DEVICE_NEEDS_RESET.
+    pub needs_reset: Arc<AtomicBool>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error("the driver set up {found} queues, {device} needs {needed}")]
+    Queues { device: &'static str, needed: usize, found: usize },
+    #[error("{device}: {context}")]
+    Io {
+        device: &'static str,
+        context: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{device}: the saved state does not fit: {reason}")]
+    State { device: &'static str, reason: String },
+}
+
+/// A virtio device. Its worker runs on a thread of its own between `activate` and `stop`; everything else is called by the
+/// transport on a vCPU thread or the main thread, never two calls at once.
+pub trait VirtioDevice: Send {
+    /// The virtio device id (virtio 1.2, section 5): 1 network, 2 block, 4 entropy, 5 balloon, 19 socket.
+    fn device_type(&self) -> u32;
+    /// For thread names, messages and metrics.
+    fn id(&self) -> &str;
+    /// Features offered; `VIRTIO_F_VERSION_1` must be among them.
+    fn features(&self) -> u64;
+    /// The largest size of each queue; its length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+    /// Reads from the device-specific configuration space; beyond its end, zeros.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes to the device-specific configuration space; what may not be written is ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// The driver is ready: start working.
+    ///
+    /// # Errors
+    /// When the device cannot work with what the driver set up; the transport then shows DEVICE_NEEDS_RESET.
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
+    /// Finish what is in flight, stop the worker and give the queues back as they stand (driver reset, pause, save). Empty when
+    /// the device is not active. After it the device can be activated again.
+    fn stop(&mut self) -> Vec<(u16, Queue, EventFd)>;
+    /// The device's own state beside its queues, as versioned JSON. Called only between `stop` and `activate`.
+    fn save(&self) -> serde_json::Value;
+    /// # Errors
+    /// When the state is of another version or another device.
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), DeviceError>;
+}
