@@ -1,1 +1,53 @@
-//! (being written)
+//! The words on the wire between `form` and `form-agent`, and what carries them.
+//!
+//! One HTTP/1.1 exchange a QUIC stream (ALPN `form/1`), or plain HTTP/1.1 on the agent's Unix socket; JSON bodies; long answers
+//! are NDJSON; exec, console and port forwarding use HTTP Upgrade and then bytes of their own.
+//!
+//! | method and path | request | reply |
+//! |---|---|---|
+//! | `GET /v1/host` | | [`host::Host`] |
+//! | `POST /v1/claim` (signed) | [`host::ClaimRequest`] | [`host::Host`] |
+//! | `GET /v1/doctor` | | [`host::DoctorReport`] |
+//! | `POST /v1/doctor/fix` (signed) | | [`host::DoctorReport`] |
+//! | `POST /v1/plan` | [`deploy::DeployRequest`] | [`deploy::Plan`] |
+//! | `POST /v1/deploy` (signed) | [`deploy::DeployRequest`] | [`operation::Operation`] |
+//! | `GET /v1/vms` | | `Vec<`[`vm::Vm`]`>` |
+//! | `GET /v1/vms/{name}` | | [`vm::VmDetail`] |
+//! | `POST /v1/vms/{name}/start` `stop` `restart` (signed) | | [`operation::Operation`] |
+//! | `DELETE /v1/vms/{name}` (signed) | | [`operation::Operation`] |
+//! | `GET /v1/vms/{name}/logs` | query [`vm::LogsQuery`] | NDJSON of [`vm::LogLine`] |
+//! | `GET /v1/vms/{name}/exec` (signed, Upgrade `form-exec`) | header [`exec::EXEC_HEADER`] | [`exec::Frame`]s |
+//! | `GET /v1/vms/{name}/console` (signed, Upgrade `form-console`) | | bytes |
+//! | `GET /v1/vms/{name}/forward` (signed, Upgrade `form-forward`) | query [`vm::ForwardQuery`] | bytes |
+//! | `GET /v1/images` | | `Vec<`[`image::Image`]`>` |
+//! | `GET /v1/images/{reference}` | | [`image::Image`] |
+//! | `DELETE /v1/images/{reference}` (signed) | | [`operation::Operation`] |
+//! | `POST /v1/images/missing` | [`image::MissingRequest`] | [`image::MissingReply`] |
+//! | `PUT /v1/blocks` | stream of [`image::BlockFrame`] | [`image::BlocksReply`] |
+//! | `POST /v1/images` (signed) | [`image::ImportRequest`] | [`image::Image`] |
+//! | `GET /v1/kernels/{digest}` | | [`image::Kernel`] |
+//! | `PUT /v1/kernels/{digest}` (signed path) | the bundle's archive | [`image::Kernel`] |
+//! | `GET /v1/operations` | query [`operation::OperationsQuery`] | `Vec<`[`operation::Operation`]`>` |
+//! | `GET /v1/operations/{id}` | query [`operation::WaitQuery`] | [`operation::Operation`] |
+//! | `GET /v1/events` | query [`event::EventsQuery`] | NDJSON of [`event::Event`] |
+
+pub mod deploy;
+pub mod error;
+pub mod event;
+pub mod exec;
+pub mod host;
+pub mod image;
+pub mod operation;
+pub mod sign;
+pub mod vm;
+
+pub use error::{ApiError, ErrorCode};
+
+/// The protocol between the CLI and an agent.
+pub const ALPN: &[u8] = b"form/1";
+
+/// UDP port of an agent, unless its configuration says another.
+pub const DEFAULT_PORT: u16 = 7846;
+
+/// The largest JSON body that an agent reads, in bytes. Block and kernel uploads are streams and have limits of their own.
+pub const MAX_BODY: usize = 8 * 1024 * 1024;

@@ -84,6 +84,10 @@ id!(
     HostId
 );
 id!(
+    /// A cluster: drawn at random when its first host is set up.
+    ClusterId
+);
+id!(
     /// Chosen by the client for each mutating request: the same key with the same request gives back the same operation.
     IdempotencyKey
 );
@@ -121,6 +125,18 @@ impl HostId {
     /// Six hexadecimal digits that mark what this host makes outside its directories: interfaces, tables, cgroups.
     pub fn mark(&self) -> String {
         self.to_string()[..6].to_owned()
+    }
+}
+
+impl ClusterId {
+    /// A fresh random id.
+    ///
+    /// # Errors
+    /// When the operating system has no entropy to give.
+    pub fn random() -> Result<Self, getrandom::Error> {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes)?;
+        Ok(Self(bytes))
     }
 }
 

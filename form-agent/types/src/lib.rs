@@ -12,7 +12,7 @@ pub mod size;
 pub mod spec;
 
 pub use digest::Digest;
-pub use id::{HostId, IdempotencyKey, OperationId, VmId};
+pub use id::{ClusterId, HostId, IdempotencyKey, OperationId, VmId};
 pub use key::{PublicKey, SecretKey, Signature};
 pub use name::{ImageReference, Name};
 pub use signed::{Signed, SignedError, Verified};

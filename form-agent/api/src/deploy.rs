@@ -1,0 +1,60 @@
+//! Deploying: what should be, and the plan that leads there.
+
+use std::collections::BTreeMap;
+
+use form_types::{Digest, Name, Spec};
+use serde::{Deserialize, Serialize};
+
+/// The VM that should run. The image and the kernel bundle have been uploaded before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeployRequest {
+    pub spec: Spec,
+    /// User name to crypt(5) hash (sha512-crypt). The client keeps the hash it finds in [`crate::vm::VmDetail`] while the Formfile's password still
+    /// verifies against it, so that an unchanged Formfile gives an unchanged request.
+    pub passwd_hashes: BTreeMap<String, String>,
+    /// Digest of the image's manifest.
+    pub image: Digest,
+    /// Digest of the kernel bundle.
+    pub kernel: Digest,
+}
+
+/// What a deploy would do: plain data, made by the agent, rendered by the CLI.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    pub vms: Vec<PlannedVm>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedVm {
+    pub name: Name,
+    pub action: PlanAction,
+    pub changes: Vec<FieldChange>,
+    /// The VM is stopped and started again.
+    pub restarts: bool,
+    /// What is gone afterwards, in words: "everything written to its root disk".
+    pub loses: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PlanAction {
+    Create,
+    Update,
+    Unchanged,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FieldChange {
+    /// `image`, `vcpus`, `memory`, `disk`, `ports`, `entrypoint`, `env`, `users` …
+    pub field: String,
+    /// `None` when it was not there before.
+    pub from: Option<String>,
+    pub to: Option<String>,
+}
+
+impl Plan {
+    pub fn is_unchanged(&self) -> bool {
+        self.vms.iter().all(|vm| vm.action == PlanAction::Unchanged)
+    }
+}

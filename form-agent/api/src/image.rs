@@ -1,0 +1,78 @@
+//! Images and kernel bundles, and how they reach a host: the client asks which blocks are missing and sends just those.
+
+use form_types::{Digest, Name};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    pub name: Name,
+    /// From 1, given by the host in the order of imports.
+    pub version: u32,
+    /// Of the manifest.
+    pub digest: Digest,
+    /// Size of the root file system, holes included.
+    pub size_bytes: u64,
+    /// What the blocks that are no holes take.
+    pub stored_bytes: u64,
+    pub created_at: Timestamp,
+    /// Names of the VMs that run from it.
+    pub used_by: Vec<Name>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MissingRequest {
+    pub blocks: Vec<Digest>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MissingReply {
+    pub missing: Vec<Digest>,
+}
+
+/// One block in the body of `PUT /v1/blocks`: its digest (32 bytes), the length of what follows (u32, little-endian, at most
+/// [`BlockFrame::MAX_COMPRESSED`]) and the block, compressed with zstd. Frames follow each other without padding.
+pub struct BlockFrame;
+
+impl BlockFrame {
+    pub const HEADER: usize = 36;
+    /// A block holds 64 KiB; incompressible ones grow by a few bytes.
+    pub const MAX_COMPRESSED: usize = 66 * 1024;
+
+    pub fn header(digest: &Digest, compressed: u32) -> [u8; Self::HEADER] {
+        let mut header = [0; Self::HEADER];
+        header[..32].copy_from_slice(digest.as_bytes());
+        header[32..].copy_from_slice(&compressed.to_le_bytes());
+        header
+    }
+
+    pub fn parse_header(header: &[u8; Self::HEADER]) -> (Digest, u32) {
+        let mut digest = [0; 32];
+        digest.copy_from_slice(&header[..32]);
+        let mut length = [0; 4];
+        length.copy_from_slice(&header[32..]);
+        (Digest::from_bytes(digest), u32::from_le_bytes(length))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlocksReply {
+    pub stored: u64,
+}
+
+/// Makes an image of blocks that are all there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImportRequest {
+    /// The manifest, as its exact text: the digest is over these bytes.
+    pub manifest: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kernel {
+    pub digest: Digest,
+    /// `6.1.0-56-cloud-amd64`
+    pub release: String,
+    pub size_bytes: u64,
+}

@@ -1,0 +1,89 @@
+//! Operations: every change that somebody asked for, from pending to completed or failed.
+
+use form_types::{IdempotencyKey, OperationId};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::ApiError;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Operation {
+    pub id: OperationId,
+    pub kind: OperationKind,
+    /// What it is about: `vm/web`, `image/web:2`.
+    pub subject: String,
+    /// Who asked: a public key, or `local:<uid>`.
+    pub actor: String,
+    pub idempotency_key: IdempotencyKey,
+    pub status: OperationStatus,
+    pub error: Option<ApiError>,
+    pub created_at: Timestamp,
+    pub started_at: Option<Timestamp>,
+    pub finished_at: Option<Timestamp>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OperationKind {
+    Deploy,
+    VmStart,
+    VmStop,
+    VmRestart,
+    VmDestroy,
+    ImageImport,
+    ImageRemove,
+    Claim,
+    DoctorFix,
+}
+
+impl OperationKind {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Deploy => "deploy",
+            Self::VmStart => "vm-start",
+            Self::VmStop => "vm-stop",
+            Self::VmRestart => "vm-restart",
+            Self::VmDestroy => "vm-destroy",
+            Self::ImageImport => "image-import",
+            Self::ImageRemove => "image-remove",
+            Self::Claim => "claim",
+            Self::DoctorFix => "doctor-fix",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OperationStatus {
+    Pending,
+    Executing,
+    Completed,
+    Failed,
+}
+
+impl OperationStatus {
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed)
+    }
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Executing => "executing",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperationsQuery {
+    /// The newest so many; 50 without it.
+    pub limit: Option<usize>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitQuery {
+    /// Answer when the operation is final, or after so many milliseconds (at most 60000), whichever is first.
+    pub wait_ms: Option<u64>,
+}
