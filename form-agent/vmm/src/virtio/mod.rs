@@ -1,5 +1,7 @@
 //! The contract between a virtio device and its transport (virtio 1.2, sections 2 and 3).
 
+pub mod worker;
+
 use std::sync::{Arc, atomic::AtomicBool};
 
 use virtio_queue::Queue;
@@ -58,7 +60,7 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes to the device-specific configuration space; what may not be written is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
-    /// The driver is ready: start working.
+    /// The driver is ready: start working. Called on the main thread; threads are started with [`worker::spawn`].
     ///
     /// # Errors
     /// When the device cannot work with what the driver set up; the transport then shows DEVICE_NEEDS_RESET.
