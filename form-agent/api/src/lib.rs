@@ -38,7 +38,9 @@ pub mod exec;
 pub mod host;
 pub mod image;
 pub mod operation;
+pub mod server;
 pub mod sign;
+mod tls;
 pub mod vm;
 
 pub use error::{ApiError, ErrorCode};

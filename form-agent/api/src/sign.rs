@@ -1,16 +1,32 @@
 //! Signed requests: who asks for what, of which host, until when. Any host can verify it later.
+//!
+//! A signature over the idempotency key and a time limit makes a repeated request harmless; remembering the keys is the agent's business.
 
-use form_types::{ClusterId, Digest, IdempotencyKey, PublicKey};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use form_types::{ClusterId, Digest, IdempotencyKey, PublicKey, SecretKey, Signed, SignedError, Verified};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+
+use crate::{ApiError, ErrorCode};
 
 /// Request header with the JSON of `Signed<RequestEnvelope>` as URL-safe base64 without padding.
 pub const SIGNATURE_HEADER: &str = "form-signature";
+
+/// Request header with the idempotency key of a mutating request on the Unix socket, where nothing is signed. Over QUIC the key is in
+/// the envelope.
+pub const IDEMPOTENCY_HEADER: &str = "form-idempotency-key";
 
 /// The context of the signature ([`form_types::Signed::new`]).
 pub const CONTEXT: &str = "formation request 1";
 
 /// How far `not_after` may lie ahead, in seconds: what bounds the memory of seen idempotency keys.
 pub const MAX_VALIDITY_SECONDS: u64 = 15 * 60;
+
+/// What a client asks for: half of the maximum, so that its clock may be wrong by as much in both directions.
+const VALIDITY_SECONDS: u64 = MAX_VALIDITY_SECONDS / 2;
+
+/// The longest header value that is looked at, in bytes. A path may hold 8 KiB.
+pub const MAX_HEADER: usize = 16 * 1024;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -27,4 +43,121 @@ pub struct RequestEnvelope {
     pub idempotency_key: IdempotencyKey,
     /// Seconds since the Unix epoch.
     pub not_after: u64,
+}
+
+/// What is to be signed, besides the time limit.
+#[derive(Clone, Copy, Debug)]
+pub struct ToSign<'a> {
+    pub cluster: Option<ClusterId>,
+    pub host: PublicKey,
+    pub method: &'a str,
+    pub path: &'a str,
+    /// Empty for a stream.
+    pub body: &'a [u8],
+    pub idempotency_key: IdempotencyKey,
+}
+
+/// The value of [`SIGNATURE_HEADER`] for a request made at `now`.
+///
+/// # Errors
+/// Never in practice: the envelope has a JSON form.
+pub fn sign_request(request: &ToSign<'_>, key: &SecretKey, now: Timestamp) -> Result<String, SignedError> {
+    let envelope = RequestEnvelope {
+        cluster: request.cluster,
+        host: request.host,
+        method: request.method.to_owned(),
+        path: request.path.to_owned(),
+        body: Digest::of(request.body),
+        idempotency_key: request.idempotency_key,
+        not_after: seconds(now) + VALIDITY_SECONDS,
+    };
+    encode(&Signed::new(CONTEXT, envelope, key)?)
+}
+
+/// The header's text of a signed envelope.
+///
+/// # Errors
+/// Never in practice: the envelope has a JSON form.
+pub fn encode(signed: &Signed<RequestEnvelope>) -> Result<String, SignedError> {
+    Ok(URL_SAFE_NO_PAD.encode(serde_json::to_vec(signed)?))
+}
+
+/// The signed envelope in a header's text; nothing about it is verified yet.
+///
+/// # Errors
+/// `invalid` when it is longer than [`MAX_HEADER`] or no signed envelope.
+pub fn decode(header: &[u8]) -> Result<Signed<RequestEnvelope>, ApiError> {
+    let invalid = |what: String| ApiError::new(ErrorCode::Invalid, format!("the header `{SIGNATURE_HEADER}` {what}"));
+    if header.len() > MAX_HEADER {
+        return Err(invalid(format!("is longer than {} KiB", MAX_HEADER >> 10)));
+    }
+    let json = URL_SAFE_NO_PAD.decode(header).map_err(|_| invalid("is not URL-safe base64 without padding".to_owned()))?;
+    serde_json::from_slice(&json).map_err(|error| invalid(format!("holds no signed request: {error}")))
+}
+
+/// What the agent sees of a request, to compare with what was signed.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected<'a> {
+    pub cluster: ClusterId,
+    /// The agent's own key.
+    pub host: PublicKey,
+    pub method: &'a str,
+    /// Path and query, as on the request line.
+    pub path: &'a str,
+    /// Of the body's bytes; of nothing for a stream.
+    pub body: Digest,
+    pub now: Timestamp,
+    /// Only a claim may leave out the cluster.
+    pub is_claim: bool,
+}
+
+/// Checks that the header's envelope is signed by the key it names and was made for this very request. Whether that key may do so, and
+/// whether the idempotency key was seen before, is for the agent to say.
+///
+/// # Errors
+/// `invalid` for a header that cannot be read, `not-allowed` for each kind of mismatch, with its own message.
+pub fn verify_request(header: &[u8], expected: &Expected<'_>) -> Result<Verified<RequestEnvelope>, ApiError> {
+    let denied = |message: String| ApiError::new(ErrorCode::NotAllowed, message);
+    let verified = decode(header)?.verify(CONTEXT).map_err(|error| denied(format!("the request's signature is wrong: {error}")))?;
+    let envelope = verified.value();
+    if envelope.host != expected.host {
+        return Err(denied(format!("the request was signed for the host {}, this one is {}", envelope.host, expected.host)));
+    }
+    match envelope.cluster {
+        Some(cluster) if cluster == expected.cluster => {}
+        None if expected.is_claim => {}
+        Some(cluster) => {
+            return Err(denied(format!("the request was signed for the cluster {cluster}, this host is in {}", expected.cluster)));
+        }
+        None => return Err(denied("the request was signed for no cluster: only a claim may be".to_owned())),
+    }
+    if envelope.method != expected.method {
+        return Err(denied(format!("the request was signed for the method {}, not {}", envelope.method, expected.method)));
+    }
+    if envelope.path != expected.path {
+        return Err(denied(format!("the request was signed for {}, not {}", envelope.path, expected.path)));
+    }
+    if envelope.body != expected.body {
+        return Err(denied("the request's body is not the one that was signed".to_owned()));
+    }
+    check_time(envelope.not_after, expected.now)?;
+    Ok(verified)
+}
+
+fn check_time(not_after: u64, now: Timestamp) -> Result<(), ApiError> {
+    let clock = seconds(now);
+    let what = if not_after < clock {
+        format!("expired {} seconds ago", clock - not_after)
+    } else if not_after > clock.saturating_add(MAX_VALIDITY_SECONDS) {
+        format!("is valid for too long ahead ({} seconds)", not_after - clock)
+    } else {
+        return Ok(());
+    };
+    Err(ApiError::new(ErrorCode::NotAllowed, format!("the signed request {what}: the host's clock says {now:.0}"))
+        .hint("compare it with `date -u` on your machine and set the clock that is wrong, for example with `timedatectl set-ntp true`"))
+}
+
+/// Seconds since the epoch; a time before it counts as the epoch.
+fn seconds(at: Timestamp) -> u64 {
+    u64::try_from(at.as_second()).unwrap_or(0)
 }
