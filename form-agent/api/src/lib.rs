@@ -31,6 +31,7 @@
 //! | `GET /v1/operations/{id}` | query [`operation::WaitQuery`] | [`operation::Operation`] |
 //! | `GET /v1/events` | query [`event::EventsQuery`] | NDJSON of [`event::Event`] |
 
+pub mod client;
 pub mod deploy;
 pub mod error;
 pub mod event;

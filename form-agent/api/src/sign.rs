@@ -7,7 +7,7 @@ use form_types::{ClusterId, Digest, IdempotencyKey, PublicKey, SecretKey, Signed
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{ApiError, ErrorCode};
+use crate::{ApiError, ErrorCode, exec::EXEC_HEADER};
 
 /// Request header with the JSON of `Signed<RequestEnvelope>` as URL-safe base64 without padding.
 pub const SIGNATURE_HEADER: &str = "form-signature";
@@ -38,7 +38,8 @@ pub struct RequestEnvelope {
     pub method: String,
     /// Path and query, as on the request line.
     pub path: String,
-    /// Of the body's bytes; of nothing for a stream (blocks, kernel bundles: their content is named by digests of its own).
+    /// Of the body's bytes; of nothing for a stream (blocks, kernel bundles: their content is named by digests of its own); of the
+    /// header [`EXEC_HEADER`] where that takes the body's place ([`signed_bytes`]).
     pub body: Digest,
     pub idempotency_key: IdempotencyKey,
     /// Seconds since the Unix epoch.
@@ -95,6 +96,12 @@ pub fn decode(header: &[u8]) -> Result<Signed<RequestEnvelope>, ApiError> {
     serde_json::from_slice(&json).map_err(|error| invalid(format!("holds no signed request: {error}")))
 }
 
+/// What [`RequestEnvelope::body`] is the digest of: the header that says what to execute where there is one (an Upgrade has no body),
+/// otherwise the body. Give an empty `body` for a stream.
+pub fn signed_bytes<'a>(headers: &'a http::HeaderMap, body: &'a [u8]) -> &'a [u8] {
+    headers.get(EXEC_HEADER).map_or(body, http::HeaderValue::as_bytes)
+}
+
 /// What the agent sees of a request, to compare with what was signed.
 #[derive(Clone, Copy, Debug)]
 pub struct Expected<'a> {
@@ -104,7 +111,7 @@ pub struct Expected<'a> {
     pub method: &'a str,
     /// Path and query, as on the request line.
     pub path: &'a str,
-    /// Of the body's bytes; of nothing for a stream.
+    /// Of [`signed_bytes`].
     pub body: Digest,
     pub now: Timestamp,
     /// Only a claim may leave out the cluster.

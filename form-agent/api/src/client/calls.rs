@@ -1,0 +1,246 @@
+//! Every path of the API as a method.
+
+use std::time::Duration;
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use form_types::{Digest, IdempotencyKey, ImageReference, Name, OperationId};
+use futures_util::Stream;
+use hyper::body::Bytes;
+use tokio::time::Instant;
+
+use super::{Client, ClientError, Lines, Tunnel, call::Call};
+use crate::{
+    deploy::{DeployRequest, Plan},
+    event::{Event, EventsQuery},
+    exec::{EXEC_HEADER, ExecRequest},
+    host::{ClaimRequest, DoctorReport, Host},
+    image::{BlocksReply, Image, ImportRequest, Kernel, MissingReply, MissingRequest},
+    operation::{Operation, OperationsQuery, WaitQuery},
+    vm::{ForwardQuery, LogLine, LogsQuery, Vm, VmDetail},
+};
+
+/// The longest that one question for an operation's end stays open.
+const LONG_POLL: Duration = Duration::from_secs(20);
+
+/// How long an agent may be away while somebody waits for an operation: it is restarted or upgraded.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// An upload may take as long as it moves; the answer comes after its end.
+const UPLOAD_LIMIT: Duration = Duration::from_secs(6 * 3600);
+
+/// Path and query, with everything but unreserved characters (RFC 3986, section 2.3) percent-encoded in the values.
+struct Query(String);
+
+impl Query {
+    fn new(path: &str) -> Self {
+        Self(path.to_owned())
+    }
+
+    fn with<V: ToString>(mut self, key: &str, value: Option<V>) -> Self {
+        if let Some(value) = value {
+            self.0.push(if self.0.contains('?') { '&' } else { '?' });
+            self.0.push_str(key);
+            self.0.push('=');
+            for byte in value.to_string().bytes() {
+                if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+                    self.0.push(char::from(byte));
+                } else {
+                    self.0.push_str(&format!("%{byte:02X}"));
+                }
+            }
+        }
+        self
+    }
+
+    fn flag(self, key: &str, value: bool) -> Self {
+        self.with(key, value.then_some("true"))
+    }
+}
+
+/// A fresh key for a request that nobody will repeat by hand.
+fn fresh_key() -> Result<IdempotencyKey, ClientError> {
+    IdempotencyKey::random().map_err(|error| ClientError::local("no randomness", error.to_string()))
+}
+
+/// # Errors
+/// Every method fails with a [`ClientError`]: `Api` when the agent says no, the others when it could not be asked.
+impl Client {
+    pub async fn host(&self) -> Result<Host, ClientError> {
+        self.read(&Call::get("/v1/host")).await
+    }
+
+    /// Makes the client's key the owner of an agent that has none.
+    pub async fn claim(&self, request: &ClaimRequest) -> Result<Host, ClientError> {
+        self.read(&Call::post("/v1/claim").json(request)?.signed(fresh_key()?).claim()).await
+    }
+
+    pub async fn doctor(&self) -> Result<DoctorReport, ClientError> {
+        self.read(&Call::get("/v1/doctor")).await
+    }
+
+    pub async fn doctor_fix(&self) -> Result<DoctorReport, ClientError> {
+        self.read(&Call::post("/v1/doctor/fix").signed(fresh_key()?)).await
+    }
+
+    pub async fn plan(&self, request: &DeployRequest) -> Result<Plan, ClientError> {
+        self.read(&Call::post("/v1/plan").json(request)?).await
+    }
+
+    /// The same `key` with the same request gives back the same operation.
+    pub async fn deploy(&self, request: &DeployRequest, key: IdempotencyKey) -> Result<Operation, ClientError> {
+        self.read(&Call::post("/v1/deploy").json(request)?.signed(key)).await
+    }
+
+    pub async fn vms(&self) -> Result<Vec<Vm>, ClientError> {
+        self.read(&Call::get("/v1/vms")).await
+    }
+
+    pub async fn vm(&self, name: &Name) -> Result<VmDetail, ClientError> {
+        self.read(&Call::get(format!("/v1/vms/{name}"))).await
+    }
+
+    pub async fn start(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.vm_verb(name, "start").await
+    }
+
+    pub async fn stop(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.vm_verb(name, "stop").await
+    }
+
+    pub async fn restart(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.vm_verb(name, "restart").await
+    }
+
+    async fn vm_verb(&self, name: &Name, verb: &str) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/vms/{name}/{verb}")).signed(fresh_key()?)).await
+    }
+
+    pub async fn destroy(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.read(&Call::delete(format!("/v1/vms/{name}")).signed(fresh_key()?)).await
+    }
+
+    pub async fn logs(&self, name: &Name, query: &LogsQuery) -> Result<Lines<LogLine>, ClientError> {
+        let path = Query::new(&format!("/v1/vms/{name}/logs"))
+            .flag("follow", query.follow)
+            .with("tail", query.tail)
+            .with("since", query.since)
+            .flag("console", query.console);
+        self.lines(&Call::get(path.0)).await
+    }
+
+    /// Opens a tunnel of [`crate::exec::Frame`]s.
+    pub async fn exec(&self, name: &Name, request: &ExecRequest) -> Result<Tunnel, ClientError> {
+        let json = serde_json::to_vec(request).map_err(|error| ClientError::local("the request has no JSON form", error))?;
+        let call = Call::get(format!("/v1/vms/{name}/exec")).header(EXEC_HEADER, URL_SAFE_NO_PAD.encode(json)).signed(fresh_key()?);
+        self.tunnel(call, "form-exec").await
+    }
+
+    /// Opens the serial console: what is written is typed, what is read was printed.
+    pub async fn console(&self, name: &Name) -> Result<Tunnel, ClientError> {
+        self.tunnel(Call::get(format!("/v1/vms/{name}/console")).signed(fresh_key()?), "form-console").await
+    }
+
+    /// Opens a connection to a port of the VM's loopback interface.
+    pub async fn forward(&self, name: &Name, query: &ForwardQuery) -> Result<Tunnel, ClientError> {
+        let path = Query::new(&format!("/v1/vms/{name}/forward")).with("port", Some(query.port));
+        self.tunnel(Call::get(path.0).signed(fresh_key()?), "form-forward").await
+    }
+
+    pub async fn images(&self) -> Result<Vec<Image>, ClientError> {
+        self.read(&Call::get("/v1/images")).await
+    }
+
+    pub async fn image(&self, reference: &ImageReference) -> Result<Image, ClientError> {
+        self.read(&Call::get(format!("/v1/images/{reference}"))).await
+    }
+
+    pub async fn remove_image(&self, reference: &ImageReference) -> Result<Operation, ClientError> {
+        self.read(&Call::delete(format!("/v1/images/{reference}")).signed(fresh_key()?)).await
+    }
+
+    pub async fn missing(&self, request: &MissingRequest) -> Result<MissingReply, ClientError> {
+        self.read(&Call::post("/v1/images/missing").json(request)?).await
+    }
+
+    /// Uploads blocks: `frames` is the byte stream of [`crate::image::BlockFrame`]s, cut anywhere.
+    pub async fn put_blocks<S>(&self, frames: S) -> Result<BlocksReply, ClientError>
+    where
+        S: Stream<Item = std::io::Result<Bytes>> + Send + 'static,
+    {
+        let response = self.send_stream(&Call::put("/v1/blocks").limit(UPLOAD_LIMIT), frames).await?;
+        self.json(response).await
+    }
+
+    pub async fn import(&self, request: &ImportRequest) -> Result<Image, ClientError> {
+        self.read(&Call::post("/v1/images").json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn kernel(&self, digest: &Digest) -> Result<Kernel, ClientError> {
+        self.read(&Call::get(format!("/v1/kernels/{digest}"))).await
+    }
+
+    /// Uploads a kernel bundle: its archive as a byte stream.
+    pub async fn put_kernel<S>(&self, digest: &Digest, archive: S) -> Result<Kernel, ClientError>
+    where
+        S: Stream<Item = std::io::Result<Bytes>> + Send + 'static,
+    {
+        let call = Call::put(format!("/v1/kernels/{digest}")).signed(fresh_key()?).limit(UPLOAD_LIMIT);
+        let response = self.send_stream(&call, archive).await?;
+        self.json(response).await
+    }
+
+    pub async fn operations(&self, query: &OperationsQuery) -> Result<Vec<Operation>, ClientError> {
+        self.read(&Call::get(Query::new("/v1/operations").with("limit", query.limit).0)).await
+    }
+
+    pub async fn operation(&self, id: &OperationId, query: &WaitQuery) -> Result<Operation, ClientError> {
+        let path = Query::new(&format!("/v1/operations/{id}")).with("wait_ms", query.wait_ms);
+        let limit = self.inner.timeouts.request + Duration::from_millis(query.wait_ms.unwrap_or(0));
+        self.read(&Call::get(path.0).limit(limit)).await
+    }
+
+    /// Waits until the operation is final, whether it completed or failed, at most until `deadline`; outlives a restart of the agent.
+    ///
+    /// # Errors
+    /// `TimedOut` at the deadline, and whatever the asking itself fails with.
+    pub async fn wait_operation(&self, id: &OperationId, deadline: Option<Instant>) -> Result<Operation, ClientError> {
+        let begun = Instant::now();
+        let mut last_seen = begun;
+        loop {
+            let left = deadline.map_or(LONG_POLL, |deadline| deadline.saturating_duration_since(Instant::now()).min(LONG_POLL));
+            let wait_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+            match self.operation(id, &WaitQuery { wait_ms: Some(wait_ms) }).await {
+                Ok(operation) if operation.status.is_final() => return Ok(operation),
+                Ok(_) => last_seen = Instant::now(),
+                Err(error) if error.is_unreachable() && last_seen.elapsed() < PATIENCE => {
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+                Err(error) => return Err(error),
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Err(ClientError::TimedOut { target: format!("operation {id}"), seconds: begun.elapsed().as_secs() });
+            }
+        }
+    }
+
+    pub async fn events(&self, query: &EventsQuery) -> Result<Lines<Event>, ClientError> {
+        let path = Query::new("/v1/events")
+            .with("after", query.after)
+            .with("tail", query.tail)
+            .flag("follow", query.follow)
+            .with("vm", query.vm.as_ref())
+            .with("operation", query.operation);
+        self.lines(&Call::get(path.0)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_is_encoded() {
+        let query = Query::new("/x").with("a", Some("2026-01-01T00:00:00+01:00 &")).with("b", None::<u64>).flag("c", true).flag("d", false);
+        assert_eq!(query.0, "/x?a=2026-01-01T00%3A00%3A00%2B01%3A00%20%26&c=true");
+    }
+}
