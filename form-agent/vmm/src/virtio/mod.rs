@@ -1,5 +1,11 @@
 //! The contract between a virtio device and its transport (virtio 1.2, sections 2 and 3).
 
+pub mod task;
+pub mod chain;
+pub mod features;
+pub mod iovec;
+pub mod ring;
+pub mod block;
 pub mod worker;
 
 use std::sync::{Arc, atomic::AtomicBool};

@@ -1,0 +1,376 @@
+//! The device and its worker.
+
+use std::{
+    io,
+    os::fd::AsRawFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use virtio_queue::Queue;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
+
+use super::{
+    DiskBackend, Payload,
+    request::{
+        self, DISCARD_SECTORS_MAX, HEADER, Limits, Operation, RANGES_MAX, Request, RequestError, SECTOR, SERIAL, Status, ZEROES_SECTORS_MAX,
+    },
+    state::{self, BlockState},
+};
+use crate::{
+    control::DiskMetrics,
+    virtio::{
+        Activation, DeviceError, GuestMemory, Interrupt, VirtioDevice,
+        chain::Chain,
+        features::{RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, read_config},
+        ring::{Fault, Ring, report_fault},
+        task::{Exit, Poller, Task},
+        worker::WorkerKind,
+    },
+};
+
+const QUEUE_SIZE: u16 = 256;
+/// Header and status take a descriptor each.
+const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_TOPOLOGY: u64 = 1 << 10;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// Completions the driver may have to wait for while we go on with the next request.
+const NOTIFY_EVERY: u32 = 8;
+
+/// What a disk has done since boot.
+#[derive(Debug, Default)]
+pub struct Counters {
+    read_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+    reads: AtomicU64,
+    writes: AtomicU64,
+    flushes: AtomicU64,
+    errors: AtomicU64,
+}
+
+impl Counters {
+    pub fn metrics(&self, id: &str) -> DiskMetrics {
+        DiskMetrics {
+            id: id.to_owned(),
+            read_bytes: self.read_bytes.load(Relaxed),
+            written_bytes: self.written_bytes.load(Relaxed),
+            reads: self.reads.load(Relaxed),
+            writes: self.writes.load(Relaxed),
+            flushes: self.flushes.load(Relaxed),
+            errors: self.errors.load(Relaxed),
+        }
+    }
+}
+
+/// A disk.
+pub struct Block {
+    id: String,
+    serial: [u8; SERIAL],
+    limits: Limits,
+    counters: Arc<Counters>,
+    /// `None` while the worker has it.
+    backend: Option<Box<dyn DiskBackend>>,
+    worker: Option<Task<BlockWorker>>,
+}
+
+impl Block {
+    /// A disk whose content is `backend`. Of `serial` the first 20 bytes count.
+    pub fn new(id: String, serial: &str, backend: Box<dyn DiskBackend>, read_only: bool) -> Self {
+        let mut padded = [0; SERIAL];
+        let length = serial.len().min(SERIAL);
+        padded[..length].copy_from_slice(&serial.as_bytes()[..length]);
+        Self {
+            id,
+            serial: padded,
+            limits: Limits { sectors: backend.size() / SECTOR, read_only, discard: !read_only && backend.can_discard() },
+            counters: Arc::default(),
+            backend: Some(backend),
+            worker: None,
+        }
+    }
+
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// Puts other storage with the same content under the disk. Only between `stop` and `activate`.
+    ///
+    /// # Errors
+    /// When the device runs, or the size differs; the old backend is kept.
+    pub fn replace_backend(&mut self, backend: Box<dyn DiskBackend>) -> Result<Box<dyn DiskBackend>, DeviceError> {
+        let refuse =
+            |reason: &'static str| DeviceError::Io { device: "block", context: reason, source: io::ErrorKind::InvalidInput.into() };
+        if backend.size() / SECTOR != self.limits.sectors {
+            return Err(refuse("the new storage has another size"));
+        }
+        let old = self.backend.replace(backend);
+        old.ok_or_else(|| {
+            self.backend = None;
+            refuse("the disk is in use: pause the VM first")
+        })
+    }
+
+    fn state(&self) -> BlockState {
+        let end = self.serial.iter().position(|byte| *byte == 0).unwrap_or(SERIAL);
+        BlockState {
+            version: state::VERSION,
+            serial: String::from_utf8_lossy(&self.serial[..end]).into_owned(),
+            sectors: self.limits.sectors,
+            read_only: self.limits.read_only,
+        }
+    }
+
+    /// `struct virtio_blk_config` (section 5.2.4).
+    fn config(&self) -> [u8; 60] {
+        let mut config = [0; 60];
+        config[0..8].copy_from_slice(&self.limits.sectors.to_le_bytes());
+        config[12..16].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
+        config[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
+        // Eight logical blocks a physical one: page cache and file systems of the host work in 4 KiB.
+        config[24] = 3;
+        config[26..28].copy_from_slice(&8_u16.to_le_bytes());
+        config[32] = 1; // writeback
+        config[34..36].copy_from_slice(&1_u16.to_le_bytes());
+        if self.limits.discard {
+            config[36..40].copy_from_slice(&DISCARD_SECTORS_MAX.to_le_bytes());
+            config[40..44].copy_from_slice(&(RANGES_MAX as u32).to_le_bytes());
+            config[44..48].copy_from_slice(&8_u32.to_le_bytes());
+        }
+        config[48..52].copy_from_slice(&ZEROES_SECTORS_MAX.to_le_bytes());
+        config[52..56].copy_from_slice(&(RANGES_MAX as u32).to_le_bytes());
+        config[56] = 1; // write_zeroes_may_unmap
+        config
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        2
+    }
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = VERSION_1 | RING_EVENT_IDX | RING_INDIRECT_DESC | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY;
+        if self.limits.read_only {
+            features |= F_RO;
+        } else {
+            features |= F_WRITE_ZEROES;
+        }
+        if self.limits.discard {
+            features |= F_DISCARD;
+        }
+        features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config(&self.config(), offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
+        let found = activation.queues.len();
+        let (Some((index, queue, kick)), 1) = (activation.queues.pop(), found) else {
+            return Err(DeviceError::Queues { device: "block", needed: 1, found });
+        };
+        let Some(backend) = self.backend.take() else {
+            return Err(DeviceError::Queues { device: "block", needed: 0, found });
+        };
+        let worker = BlockWorker {
+            id: self.id.clone(),
+            ring: Ring::new(index, queue, kick, Arc::clone(&activation.interrupt)),
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+            needs_reset: activation.needs_reset,
+            backend,
+            serial: self.serial,
+            limits: self.limits,
+            counters: Arc::clone(&self.counters),
+            // Section 5.2.5.2: a driver that cannot flush relies on every write being stable.
+            write_through: activation.features & F_FLUSH == 0,
+        };
+        // When the thread cannot start the backend is lost with it: the disk then stays out of order.
+        let task = Task::start(WorkerKind::Block, &self.id, move |exit| worker.run(exit)).map_err(|source| DeviceError::Io {
+            device: "block",
+            context: "could not start the disk's thread",
+            source,
+        })?;
+        self.worker = Some(task);
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Vec<(u16, Queue, EventFd)> {
+        let Some(worker) = self.worker.take().and_then(Task::stop) else {
+            return Vec::new();
+        };
+        self.backend = Some(worker.backend);
+        vec![worker.ring.into_parts()]
+    }
+
+    fn save(&self) -> serde_json::Value {
+        serde_json::to_value(self.state()).unwrap_or_default()
+    }
+
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), DeviceError> {
+        self.state().check(state)
+    }
+}
+
+/// Everything the disk's thread holds; it gives all of it back when it stops.
+struct BlockWorker {
+    id: String,
+    ring: Ring,
+    memory: GuestMemory,
+    interrupt: Arc<dyn Interrupt>,
+    needs_reset: Arc<AtomicBool>,
+    backend: Box<dyn DiskBackend>,
+    serial: [u8; SERIAL],
+    limits: Limits,
+    counters: Arc<Counters>,
+    write_through: bool,
+}
+
+impl BlockWorker {
+    fn run(mut self, exit: &Exit) -> Self {
+        if let Err(fault) = self.serve(exit) {
+            report_fault(&self.id, &fault, &self.needs_reset, &self.interrupt);
+        }
+        self
+    }
+
+    fn serve(&mut self, exit: &Exit) -> Result<(), Fault> {
+        let host = |source| Fault::Host { context: "could not wait for the driver", source };
+        let mut poller = Poller::new(2).map_err(host)?;
+        poller.add(exit.as_raw_fd(), 0, EventSet::IN).map_err(host)?;
+        poller.add(self.ring.kick_fd(), 1, EventSet::IN).map_err(host)?;
+        let mut chain = Chain::default();
+        // First without a kick: after a pause requests may be waiting.
+        self.drain(exit, &mut chain)?;
+        while !exit.requested() {
+            let kicked = poller.wait(None).map_err(host)?.iter().any(|event| event.data() == 1);
+            if kicked {
+                self.ring.take_kick();
+                self.drain(exit, &mut chain)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves what the driver made available until there is no more.
+    fn drain(&mut self, exit: &Exit, chain: &mut Chain) -> Result<(), Fault> {
+        let memory = self.memory.memory();
+        loop {
+            self.ring.disarm(&memory)?;
+            let mut waiting = 0;
+            while !exit.requested() && self.ring.pop(&memory, chain)? {
+                let written = self.perform(&memory, chain)?;
+                self.ring.complete(&memory, chain.head, written)?;
+                waiting += 1;
+                if waiting == NOTIFY_EVERY {
+                    self.ring.notify(&memory)?;
+                    waiting = 0;
+                }
+            }
+            if waiting > 0 {
+                self.ring.notify(&memory)?;
+            }
+            if !self.ring.arm(&memory)? || exit.requested() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Does what the chain asks for and writes the status; gives the number of bytes written to guest memory.
+    fn perform(&mut self, memory: &GuestMemoryMmap, chain: &Chain) -> Result<usize, Fault> {
+        let request = match request::parse(memory, chain, self.limits) {
+            Ok(request) => request,
+            Err(RequestError::TooShort { .. }) => return Err(Fault::Request("a block request without room for header and status")),
+            Err(RequestError::Chain(source)) => return Err(Fault::Chain { index: 0, source }),
+        };
+        let status_at = chain.writable.len() - 1;
+        let (status, data) = match request {
+            Request::Refuse(status) => (status, 0),
+            Request::Perform(operation) => match self.execute(memory, chain, &operation) {
+                Ok(data) => (Status::Ok, data),
+                Err(error) => {
+                    eprintln!("{}: {operation:?} failed: {error}", self.id);
+                    (Status::IoError, 0)
+                }
+            },
+        };
+        if status != Status::Ok {
+            self.counters.errors.fetch_add(1, Relaxed);
+        }
+        chain
+            .writable
+            .mark_written(memory, data)
+            .and_then(|()| chain.writable.write(memory, status_at, &[status as u8]))
+            .map_err(|source| Fault::Chain { index: 0, source })?;
+        // The length counts bytes written from the start on; the status is the very last one.
+        Ok(if data == status_at { data + 1 } else { data })
+    }
+
+    /// Gives the number of bytes of data written to guest memory.
+    fn execute(&mut self, memory: &GuestMemoryMmap, chain: &Chain, operation: &Operation) -> io::Result<usize> {
+        let counters = &self.counters;
+        match operation {
+            Operation::Read { offset } => {
+                let payload = Payload::new(memory, &chain.writable, 0..chain.writable.len() - 1).map_err(io::Error::other)?;
+                self.backend.read(*offset, &payload)?;
+                counters.reads.fetch_add(1, Relaxed);
+                counters.read_bytes.fetch_add(payload.len() as u64, Relaxed);
+                return Ok(payload.len());
+            }
+            Operation::Write { offset } => {
+                let payload = Payload::new(memory, &chain.readable, HEADER..chain.readable.len()).map_err(io::Error::other)?;
+                self.backend.write(*offset, &payload)?;
+                counters.writes.fetch_add(1, Relaxed);
+                counters.written_bytes.fetch_add(payload.len() as u64, Relaxed);
+                self.settle()?;
+            }
+            Operation::Flush => {
+                self.backend.flush()?;
+                counters.flushes.fetch_add(1, Relaxed);
+            }
+            Operation::GetId => {
+                let length = SERIAL.min(chain.writable.len() - 1);
+                chain.writable.write(memory, 0, &self.serial[..length]).map_err(io::Error::other)?;
+                return Ok(length);
+            }
+            Operation::Discard(extents) => {
+                for extent in extents {
+                    self.backend.discard(extent.offset, extent.length)?;
+                }
+                self.settle()?;
+            }
+            Operation::WriteZeroes { extents, unmap } => {
+                for extent in extents {
+                    self.backend.write_zeroes(extent.offset, extent.length, *unmap)?;
+                }
+                self.settle()?;
+            }
+        }
+        Ok(0)
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        if self.write_through { self.backend.flush() } else { Ok(()) }
+    }
+}
