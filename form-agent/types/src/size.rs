@@ -55,7 +55,7 @@ impl fmt::Display for Bytes {
             bytes => return formatter.pad(&format!("{bytes} B")),
         };
         let value = self.0 as f64 / unit as f64;
-        let text = if self.0 % unit == 0 || value >= 100.0 { format!("{value:.0} {name}") } else { format!("{value:.1} {name}") };
+        let text = if self.0.is_multiple_of(unit) || value >= 100.0 { format!("{value:.0} {name}") } else { format!("{value:.1} {name}") };
         formatter.pad(&text)
     }
 }
