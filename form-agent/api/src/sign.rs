@@ -168,3 +168,112 @@ fn check_time(not_after: u64, now: Timestamp) -> Result<(), ApiError> {
 fn seconds(at: Timestamp) -> u64 {
     u64::try_from(at.as_second()).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key() -> SecretKey {
+        SecretKey::from_bytes([1; 32])
+    }
+
+    fn host() -> PublicKey {
+        SecretKey::from_bytes([2; 32]).public()
+    }
+
+    fn now() -> Timestamp {
+        Timestamp::from_second(1_800_000_000).unwrap()
+    }
+
+    const CLUSTER: ClusterId = ClusterId::from_bytes([3; 16]);
+
+    fn header(cluster: Option<ClusterId>, body: &[u8]) -> String {
+        let idempotency_key = IdempotencyKey::from_bytes([4; 16]);
+        let request = ToSign { cluster, host: host(), method: "POST", path: "/v1/deploy?x=1", body, idempotency_key };
+        sign_request(&request, &key(), now()).unwrap()
+    }
+
+    fn expected(body: &[u8]) -> Expected<'static> {
+        Expected {
+            cluster: CLUSTER,
+            host: host(),
+            method: "POST",
+            path: "/v1/deploy?x=1",
+            body: Digest::of(body),
+            now: now(),
+            is_claim: false,
+        }
+    }
+
+    fn refusal(header: &str, expected: &Expected<'_>) -> String {
+        let error = verify_request(header.as_bytes(), expected).unwrap_err();
+        assert_eq!(error.code, ErrorCode::NotAllowed, "{error}");
+        error.message
+    }
+
+    #[test]
+    fn the_very_request_is_verified() {
+        let header = header(Some(CLUSTER), b"body");
+        let verified = verify_request(header.as_bytes(), &expected(b"body")).unwrap();
+        assert_eq!(*verified.signer(), key().public());
+        assert_eq!(verified.value().idempotency_key, IdempotencyKey::from_bytes([4; 16]));
+    }
+
+    #[test]
+    fn each_difference_has_its_own_message() {
+        let header = header(Some(CLUSTER), b"body");
+        let right = expected(b"body");
+        assert!(refusal(&header, &expected(b"bodx")).contains("body"));
+        assert!(refusal(&header, &Expected { method: "DELETE", ..right }).contains("method POST, not DELETE"));
+        assert!(refusal(&header, &Expected { path: "/v1/deploy?x=2", ..right }).contains("signed for /v1/deploy?x=1, not /v1/deploy?x=2"));
+        assert!(refusal(&header, &Expected { host: key().public(), ..right }).contains("host"));
+        assert!(refusal(&header, &Expected { cluster: ClusterId::from_bytes([9; 16]), ..right }).contains("cluster"));
+    }
+
+    #[test]
+    fn only_a_claim_needs_no_cluster() {
+        let header = header(None, b"");
+        assert!(refusal(&header, &expected(b"")).contains("only a claim"));
+        assert!(verify_request(header.as_bytes(), &Expected { is_claim: true, ..expected(b"") }).is_ok());
+    }
+
+    #[test]
+    fn a_wrong_clock_is_named_with_the_hosts_time() {
+        let header = header(Some(CLUSTER), b"");
+        for (second, word) in [(1_800_000_451, "expired 1 seconds ago"), (1_799_999_549, "valid for too long ahead")] {
+            let at = Expected { now: Timestamp::from_second(second).unwrap(), ..expected(b"") };
+            let error = verify_request(header.as_bytes(), &at).unwrap_err();
+            assert!(error.message.contains(word) && error.message.contains("2027-01-15T0"), "{error}");
+            assert!(error.hint.unwrap().contains("date -u"));
+        }
+        for second in [1_800_000_450, 1_799_999_550] {
+            assert!(verify_request(header.as_bytes(), &Expected { now: Timestamp::from_second(second).unwrap(), ..expected(b"") }).is_ok());
+        }
+    }
+
+    #[test]
+    fn an_altered_envelope_or_signer_is_found() {
+        let signed = decode(header(Some(CLUSTER), b"").as_bytes()).unwrap();
+        let mut altered = signed.clone();
+        altered.value.not_after += 1;
+        assert!(refusal(&encode(&altered).unwrap(), &expected(b"")).contains("signature"));
+        let stolen = Signed { signer: host(), ..signed };
+        assert!(refusal(&encode(&stolen).unwrap(), &expected(b"")).contains("signature"));
+    }
+
+    #[test]
+    fn no_header_text_makes_trouble() {
+        for text in ["", "!", "e30", "bnVsbA", &"A".repeat(MAX_HEADER + 1)] {
+            assert_eq!(verify_request(text.as_bytes(), &expected(b"")).unwrap_err().code, ErrorCode::Invalid, "{text}");
+        }
+        assert_eq!(decode(&[0xff; 9]).unwrap_err().code, ErrorCode::Invalid);
+    }
+
+    #[test]
+    fn an_exec_is_signed_over_its_header() {
+        let mut headers = http::HeaderMap::new();
+        assert_eq!(signed_bytes(&headers, b"body"), b"body");
+        headers.insert(EXEC_HEADER, http::HeaderValue::from_static("e30"));
+        assert_eq!(signed_bytes(&headers, b""), b"e30");
+    }
+}

@@ -4,15 +4,17 @@ use std::{
     fs, io,
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::{Path, PathBuf},
+    pin::Pin,
     sync::Arc,
+    task::{Context, Poll},
     time::Duration,
 };
 
 use axum::Router;
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{UnixListener, UnixStream},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -95,11 +97,10 @@ async fn accept(listener: UnixListener, path: PathBuf, router: Router, limits: L
             match stream.peer_cred() {
                 Ok(cred) => {
                     let peer = Peer::Local { uid: cred.uid(), gid: cred.gid(), pid: cred.pid() };
-                    http1::serve(stream, peer, router, limits, true, shutdown).await;
+                    http1::serve(Counted { stream, _permit: permit }, peer, router, limits, true, shutdown).await;
                 }
                 Err(error) => tracing::warn!(%error, "a connection without credentials"),
             }
-            drop(permit);
         });
     }
     // Removed first: who comes now finds no socket instead of one that never answers.
@@ -107,6 +108,40 @@ async fn accept(listener: UnixListener, path: PathBuf, router: Router, limits: L
     drop(listener);
     let everybody = u32::try_from(limits.connections).unwrap_or(u32::MAX);
     let _ = tokio::time::timeout(GRACE, room.acquire_many(everybody)).await;
+}
+
+/// A connection with its place among the [`Limits::connections`], which it keeps when an Upgrade takes it out of HTTP.
+struct Counted {
+    stream: UnixStream,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
 }
 
 /// Says no in HTTP, without waiting for the request.
