@@ -51,7 +51,7 @@ impl Client {
     /// The agent at `address` (`HOST`, `HOST:PORT`, `[IPV6]:PORT`; port 7846 without one), which must prove to have `host_key`. Connects
     /// with the first call, not before.
     pub fn quic(address: &str, host_key: PublicKey, identity: &SecretKey, timeouts: Timeouts) -> Self {
-        Self::over(Transport::Quic(Quic::new(address, host_key, identity)), timeouts)
+        Self::over(Transport::Quic(Box::new(Quic::new(address, host_key, identity))), timeouts)
     }
 
     /// The agent of this machine, on its socket. Nothing is signed: the kernel tells the agent who asks.

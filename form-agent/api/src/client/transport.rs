@@ -27,7 +27,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin + Send> Bytes for T {}
 
 #[derive(Debug)]
 pub(super) enum Transport {
-    Quic(Quic),
+    Quic(Box<Quic>),
     Unix(PathBuf),
 }
 
