@@ -61,7 +61,7 @@ pub struct BlocksReply {
     pub stored: u64,
 }
 
-/// Makes an image of blocks that are all there.
+/// Makes an image, or a kernel bundle, of blocks that are all there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImportRequest {

@@ -26,7 +26,7 @@
 //! | `PUT /v1/blocks` | stream of [`image::BlockFrame`] | [`image::BlocksReply`] |
 //! | `POST /v1/images` (signed) | [`image::ImportRequest`] | [`image::Image`] |
 //! | `GET /v1/kernels/{digest}` | | [`image::Kernel`] |
-//! | `PUT /v1/kernels/{digest}` (signed path) | the bundle's archive | [`image::Kernel`] |
+//! | `POST /v1/kernels` (signed) | [`image::ImportRequest`] | [`image::Kernel`] |
 //! | `GET /v1/operations` | query [`operation::OperationsQuery`] | `Vec<`[`operation::Operation`]`>` |
 //! | `GET /v1/operations/{id}` | query [`operation::WaitQuery`] | [`operation::Operation`] |
 //! | `GET /v1/events` | query [`event::EventsQuery`] | NDJSON of [`event::Event`] |

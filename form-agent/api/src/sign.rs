@@ -38,7 +38,7 @@ pub struct RequestEnvelope {
     pub method: String,
     /// Path and query, as on the request line.
     pub path: String,
-    /// Of the body's bytes; of nothing for a stream (blocks, kernel bundles: their content is named by digests of its own); of the
+    /// Of the body's bytes; of nothing for a stream of blocks (each is named by its own digest); of the
     /// header [`EXEC_HEADER`] where that takes the body's place ([`signed_bytes`]).
     pub body: Digest,
     pub idempotency_key: IdempotencyKey,

@@ -179,14 +179,9 @@ impl Client {
         self.read(&Call::get(format!("/v1/kernels/{digest}"))).await
     }
 
-    /// Uploads a kernel bundle: its archive as a byte stream.
-    pub async fn put_kernel<S>(&self, digest: &Digest, archive: S) -> Result<Kernel, ClientError>
-    where
-        S: Stream<Item = std::io::Result<Bytes>> + Send + 'static,
-    {
-        let call = Call::put(format!("/v1/kernels/{digest}")).signed(fresh_key()?).limit(UPLOAD_LIMIT);
-        let response = self.send_stream(&call, archive).await?;
-        self.json(response).await
+    /// Makes a kernel bundle of blocks that are all there.
+    pub async fn import_kernel(&self, request: &ImportRequest) -> Result<Kernel, ClientError> {
+        self.read(&Call::post("/v1/kernels").json(request)?.signed(fresh_key()?)).await
     }
 
     pub async fn operations(&self, query: &OperationsQuery) -> Result<Vec<Operation>, ClientError> {
