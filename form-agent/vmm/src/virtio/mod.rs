@@ -5,7 +5,10 @@ pub mod chain;
 pub mod features;
 pub mod iovec;
 pub mod ring;
+pub mod balloon;
 pub mod block;
+pub mod rng;
+pub mod pci;
 pub mod worker;
 
 use std::sync::{Arc, atomic::AtomicBool};

@@ -10,11 +10,11 @@ use std::{
 };
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Interrupt,
+    Activation, DeviceError, GuestMemory, Interrupt,
     chain::{Chain, ChainError},
 };
 
@@ -59,6 +59,10 @@ impl Ring {
     /// The queue as it stands.
     pub fn into_parts(self) -> (u16, Queue, EventFd) {
         (self.index, self.queue, self.kick)
+    }
+
+    pub fn index(&self) -> u16 {
+        self.index
     }
 
     pub fn size(&self) -> u16 {
@@ -138,13 +142,48 @@ impl Ring {
     }
 }
 
-/// Tells driver and operator that a device stopped working until it is reset.
-pub fn report_fault(device: &str, fault: &Fault, needs_reset: &AtomicBool, interrupt: &Arc<dyn Interrupt>) {
-    if needs_reset.swap(true, Ordering::AcqRel) {
-        return;
+/// What a worker needs beside its rings: the guest's memory and the ways to tell the driver.
+pub struct Session {
+    pub id: String,
+    pub memory: GuestMemory,
+    pub interrupt: Arc<dyn Interrupt>,
+    pub needs_reset: Arc<AtomicBool>,
+}
+
+impl Session {
+    /// Tells driver and operator, once, that the device stopped working until it is reset.
+    pub fn report(&self, fault: &Fault) {
+        if self.needs_reset.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let source = std::error::Error::source(fault).map(|source| format!(": {source}")).unwrap_or_default();
+        eprintln!("{}: {fault}{source}; the device waits for the driver to reset it", self.id);
+        // Section 2.1.2: a change of the status is announced as a configuration change. If that fails the driver sees it when it next looks.
+        let _ = self.interrupt.config();
     }
-    let source = std::error::Error::source(fault).map(|source| format!(": {source}")).unwrap_or_default();
-    eprintln!("{device}: {fault}{source}; the device waits for the driver to reset it");
-    // Section 2.1.2: a change of the status is announced as a configuration change. If that fails the driver sees it when it next looks.
-    let _ = interrupt.config();
+}
+
+/// Takes the rings of a device out of its activation, ordered by index.
+///
+/// # Errors
+/// When the driver set up fewer than `needed`, or one that does not lie in guest memory.
+pub fn rings(device: &'static str, id: &str, activation: Activation, needed: usize) -> Result<(Session, Vec<Ring>), DeviceError> {
+    let found = activation.queues.len();
+    if found < needed {
+        return Err(DeviceError::Queues { device, needed, found });
+    }
+    let memory = activation.memory.memory();
+    if !activation.queues.iter().all(|(_, queue, _)| queue.is_valid(&*memory)) {
+        return Err(DeviceError::Io {
+            device,
+            context: "the driver set up a queue outside guest memory",
+            source: io::ErrorKind::InvalidInput.into(),
+        });
+    }
+    let interrupt = activation.interrupt;
+    let mut rings: Vec<Ring> =
+        activation.queues.into_iter().map(|(index, queue, kick)| Ring::new(index, queue, kick, Arc::clone(&interrupt))).collect();
+    rings.sort_by_key(Ring::index);
+    let session = Session { id: id.to_owned(), memory: activation.memory, interrupt, needs_reset: activation.needs_reset };
+    Ok((session, rings))
 }

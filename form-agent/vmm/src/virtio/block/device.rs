@@ -5,7 +5,7 @@ use std::{
     os::fd::AsRawFd,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -23,10 +23,10 @@ use super::{
 use crate::{
     control::DiskMetrics,
     virtio::{
-        Activation, DeviceError, GuestMemory, Interrupt, VirtioDevice,
+        Activation, DeviceError, VirtioDevice,
         chain::Chain,
         features::{RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, read_config},
-        ring::{Fault, Ring, report_fault},
+        ring::{Fault, Ring, Session, rings},
         task::{Exit, Poller, Task},
         worker::WorkerKind,
     },
@@ -185,26 +185,21 @@ impl VirtioDevice for Block {
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
-        let found = activation.queues.len();
-        let (Some((index, queue, kick)), 1) = (activation.queues.pop(), found) else {
-            return Err(DeviceError::Queues { device: "block", needed: 1, found });
-        };
-        let Some(backend) = self.backend.take() else {
-            return Err(DeviceError::Queues { device: "block", needed: 0, found });
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        // Section 5.2.5.2: a driver that cannot flush relies on every write being stable.
+        let write_through = activation.features & F_FLUSH == 0;
+        let (session, rings) = rings("block", &self.id, activation, 1)?;
+        let ([ring], Some(backend)) = (<[Ring; 1]>::try_from(rings).map_err(|rings| too_many(rings.len()))?, self.backend.take()) else {
+            return Err(DeviceError::State { device: "block", reason: "an earlier failure took the disk's storage".into() });
         };
         let worker = BlockWorker {
-            id: self.id.clone(),
-            ring: Ring::new(index, queue, kick, Arc::clone(&activation.interrupt)),
-            memory: activation.memory,
-            interrupt: activation.interrupt,
-            needs_reset: activation.needs_reset,
+            session,
+            ring,
             backend,
             serial: self.serial,
             limits: self.limits,
             counters: Arc::clone(&self.counters),
-            // Section 5.2.5.2: a driver that cannot flush relies on every write being stable.
-            write_through: activation.features & F_FLUSH == 0,
+            write_through,
         };
         // When the thread cannot start the backend is lost with it: the disk then stays out of order.
         let task = Task::start(WorkerKind::Block, &self.id, move |exit| worker.run(exit)).map_err(|source| DeviceError::Io {
@@ -233,13 +228,14 @@ impl VirtioDevice for Block {
     }
 }
 
+fn too_many(found: usize) -> DeviceError {
+    DeviceError::Queues { device: "block", needed: 1, found }
+}
+
 /// Everything the disk's thread holds; it gives all of it back when it stops.
 struct BlockWorker {
-    id: String,
+    session: Session,
     ring: Ring,
-    memory: GuestMemory,
-    interrupt: Arc<dyn Interrupt>,
-    needs_reset: Arc<AtomicBool>,
     backend: Box<dyn DiskBackend>,
     serial: [u8; SERIAL],
     limits: Limits,
@@ -250,7 +246,7 @@ struct BlockWorker {
 impl BlockWorker {
     fn run(mut self, exit: &Exit) -> Self {
         if let Err(fault) = self.serve(exit) {
-            report_fault(&self.id, &fault, &self.needs_reset, &self.interrupt);
+            self.session.report(&fault);
         }
         self
     }
@@ -275,7 +271,7 @@ impl BlockWorker {
 
     /// Serves what the driver made available until there is no more.
     fn drain(&mut self, exit: &Exit, chain: &mut Chain) -> Result<(), Fault> {
-        let memory = self.memory.memory();
+        let memory = self.session.memory.memory();
         loop {
             self.ring.disarm(&memory)?;
             let mut waiting = 0;
@@ -310,7 +306,7 @@ impl BlockWorker {
             Request::Perform(operation) => match self.execute(memory, chain, &operation) {
                 Ok(data) => (Status::Ok, data),
                 Err(error) => {
-                    eprintln!("{}: {operation:?} failed: {error}", self.id);
+                    eprintln!("{}: {operation:?} failed: {error}", self.session.id);
                     (Status::IoError, 0)
                 }
             },

@@ -1,0 +1,7 @@
+//! virtio-rng (virtio 1.2, section 5.4): entropy from the host's kernel.
+
+mod device;
+mod request;
+mod state;
+
+pub use device::Rng;
