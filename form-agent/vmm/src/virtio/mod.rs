@@ -4,11 +4,13 @@ pub mod task;
 pub mod chain;
 pub mod features;
 pub mod iovec;
+pub mod net;
 pub mod ring;
 pub mod balloon;
 pub mod block;
 pub mod rng;
 pub mod pci;
+pub mod vsock;
 pub mod worker;
 
 use std::sync::{Arc, atomic::AtomicBool};

@@ -1,0 +1,9 @@
+//! virtio-net (virtio 1.2, section 5.1) on a tap: one queue pair, one thread, packets straight between tap and guest memory.
+
+mod device;
+mod request;
+mod state;
+mod tap;
+mod worker;
+
+pub use device::{Counters, Net};

@@ -1,0 +1,254 @@
+//! The thread that moves packets.
+
+use std::{
+    io,
+    os::fd::AsRawFd,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
+
+use virtio_queue::Queue;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
+
+use super::{
+    device::Counters,
+    request::{self, Buffers, PACKET_MAX, ReceiveMode},
+    tap::{HEADER, Tap},
+};
+use crate::virtio::{
+    chain::Chain,
+    iovec::IoVecs,
+    ring::{Fault, Ring, Session},
+    task::{Exit, Poller},
+};
+
+const EXIT: u64 = 0;
+const RECEIVE: u64 = 1;
+const TRANSMIT: u64 = 2;
+const TAP: u64 = 3;
+
+/// Packets moved one way before the other way gets its turn.
+const BUDGET: usize = 128;
+
+/// Rings below this may never hold the longest packet: they are filled with what fits.
+const SMALL_RING: u16 = 64;
+
+/// Whether one way has more to do at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// Nothing until the next event.
+    Idle,
+    /// The budget is used up.
+    More,
+}
+
+pub struct NetWorker {
+    session: Session,
+    receive: Ring,
+    transmit: Ring,
+    tap: Arc<Tap>,
+    mode: ReceiveMode,
+    counters: Arc<Counters>,
+    buffers: Buffers,
+    /// The tap may have packets: it is watched for edges, so this is only forgotten when a read said that it is empty.
+    tap_ready: bool,
+    /// Takes what does not fit into the guest's buffers, to know that it did not.
+    overflow: Vec<u8>,
+}
+
+impl NetWorker {
+    pub fn new(session: Session, receive: Ring, transmit: Ring, tap: Arc<Tap>, mode: ReceiveMode, counters: Arc<Counters>) -> Self {
+        Self { session, receive, transmit, tap, mode, counters, buffers: Buffers::default(), tap_ready: true, overflow: vec![0; 1] }
+    }
+
+    pub fn into_queues(self) -> Vec<(u16, Queue, EventFd)> {
+        vec![self.receive.into_parts(), self.transmit.into_parts()]
+    }
+
+    pub fn run(mut self, exit: &Exit) -> Self {
+        if let Err(fault) = self.serve(exit) {
+            self.session.report(&fault);
+        }
+        // The chains taken and not filled are the driver's again.
+        let unused = self.buffers.clear();
+        self.receive.undo_pop(unused);
+        self
+    }
+
+    fn serve(&mut self, exit: &Exit) -> Result<(), Fault> {
+        let host = |source| Fault::Host { context: "could not wait for the driver", source };
+        let mut poller = Poller::new(4).map_err(host)?;
+        poller.add(exit.as_raw_fd(), EXIT, EventSet::IN).map_err(host)?;
+        poller.add(self.receive.kick_fd(), RECEIVE, EventSet::IN).map_err(host)?;
+        poller.add(self.transmit.kick_fd(), TRANSMIT, EventSet::IN).map_err(host)?;
+        // By edge: a guest without buffers must not make us spin on a tap full of packets.
+        poller.add(self.tap.as_raw_fd(), TAP, EventSet::IN | EventSet::EDGE_TRIGGERED).map_err(host)?;
+        let mut chain = Chain::default();
+        let (mut receive, mut transmit) = (true, true);
+        while !exit.requested() {
+            if receive {
+                receive = self.receive()? == Progress::More;
+            }
+            if transmit {
+                transmit = self.transmit(&mut chain)? == Progress::More;
+            }
+            let wait = (receive || transmit).then_some(Duration::ZERO);
+            for event in poller.wait(wait).map_err(host)? {
+                match event.data() {
+                    RECEIVE => {
+                        self.receive.take_kick();
+                        receive = true;
+                    }
+                    TRANSMIT => {
+                        self.transmit.take_kick();
+                        transmit = true;
+                    }
+                    TAP => {
+                        self.tap_ready = true;
+                        receive = true;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves packets from the tap to the guest.
+    fn receive(&mut self) -> Result<Progress, Fault> {
+        let memory = self.session.memory.memory();
+        let mut moved = 0;
+        let progress = loop {
+            if !self.tap_ready {
+                break Progress::Idle;
+            }
+            if moved == BUDGET {
+                break Progress::More;
+            }
+            if !self.refill(&memory)? {
+                break Progress::Idle;
+            }
+            match self.receive_one(&memory) {
+                Ok(()) => moved += 1,
+                Err(Fault::Host { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => self.tap_ready = false,
+                Err(fault) => return Err(fault),
+            }
+        };
+        if moved > 0 {
+            self.receive.notify(&memory)?;
+        }
+        Ok(progress)
+    }
+
+    /// Takes chains from the ring until the longest packet fits. `false`: the guest has to give some first, and will kick.
+    fn refill(&mut self, memory: &GuestMemoryMmap) -> Result<bool, Fault> {
+        if self.buffers.enough(self.mode) {
+            return Ok(true);
+        }
+        loop {
+            self.receive.disarm(memory)?;
+            loop {
+                let mut chain = self.buffers.blank();
+                if !self.receive.pop(memory, &mut chain)? {
+                    self.buffers.keep(chain);
+                    break;
+                }
+                if chain.writable.len() < HEADER {
+                    return Err(Fault::Request("a receive buffer shorter than a packet's header"));
+                }
+                self.buffers.push(chain);
+                if self.buffers.enough(self.mode) {
+                    return Ok(true);
+                }
+            }
+            if self.receive.size() < SMALL_RING && self.buffers.chains() > 0 {
+                return Ok(true);
+            }
+            if !self.receive.arm(memory)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn receive_one(&mut self, memory: &GuestMemoryMmap) -> Result<(), Fault> {
+        let malformed = |source| Fault::Chain { index: 0, source };
+        let mut room: Option<IoVecs<'_>> = None;
+        for segments in self.buffers.front(self.mode) {
+            let more = segments.iovecs(memory, 0..segments.len()).map_err(malformed)?;
+            match &mut room {
+                Some(room) => room.append(more),
+                None => room = Some(more),
+            }
+        }
+        let Some(mut room) = room else { return Ok(()) };
+        let fits = room.len();
+        room.append_own(&mut self.overflow);
+        let length = room.read_from(self.tap.as_raw_fd()).map_err(|source| Fault::Host { context: "could not read the tap", source })?;
+        if length > fits || length < HEADER {
+            // The guest's buffers are too small for this packet: it is lost, the buffers are not.
+            self.counters.dropped.fetch_add(1, Relaxed);
+            return Ok(());
+        }
+        let receive = &mut self.receive;
+        let mut used = Ok(());
+        self.buffers
+            .take(memory, length, |head, written| {
+                if used.is_ok() {
+                    used = receive.complete(memory, head, written);
+                }
+            })
+            .map_err(malformed)?;
+        used?;
+        self.counters.received_packets.fetch_add(1, Relaxed);
+        self.counters.received_bytes.fetch_add((length - HEADER) as u64, Relaxed);
+        Ok(())
+    }
+
+    /// Moves packets from the guest to the tap.
+    fn transmit(&mut self, chain: &mut Chain) -> Result<Progress, Fault> {
+        let memory = self.session.memory.memory();
+        let mut moved = 0;
+        let progress = loop {
+            self.transmit.disarm(&memory)?;
+            while moved < BUDGET && self.transmit.pop(&memory, chain)? {
+                self.transmit_one(&memory, chain)?;
+                self.transmit.complete(&memory, chain.head, 0)?;
+                moved += 1;
+            }
+            if moved == BUDGET {
+                break Progress::More;
+            }
+            if !self.transmit.arm(&memory)? {
+                break Progress::Idle;
+            }
+        };
+        if moved > 0 {
+            self.transmit.notify(&memory)?;
+        }
+        Ok(progress)
+    }
+
+    fn transmit_one(&self, memory: &GuestMemoryMmap, chain: &Chain) -> Result<(), Fault> {
+        let packet = &chain.readable;
+        if !request::sendable(packet) {
+            self.counters.dropped.fetch_add(1, Relaxed);
+            return Ok(());
+        }
+        let vectors = packet.iovecs(memory, 0..packet.len()).map_err(|source| Fault::Chain { index: 1, source })?;
+        match vectors.write_to(self.tap.as_raw_fd()) {
+            Ok(_) => {
+                self.counters.sent_packets.fetch_add(1, Relaxed);
+                self.counters.sent_bytes.fetch_add((packet.len() - HEADER) as u64, Relaxed);
+            }
+            // The tap's queue is full, the interface is down, or the guest wrote a header that makes no sense: the packet is
+            // lost, as on any wire.
+            Err(_) => {
+                self.counters.dropped.fetch_add(1, Relaxed);
+            }
+        }
+        Ok(())
+    }
+}
+
+const _: () = assert!(PACKET_MAX < u32::MAX as usize);
