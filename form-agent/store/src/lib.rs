@@ -1,1 +1,167 @@
-//! (being written)
+//! What of a host is on disk: images, kernels, and the disks of VMs.
+//!
+//! Everything here blocks. Whatever has a name is whole: it is made in a directory without one, flushed, and named in one
+//! step, so that a crash at any point leaves only what the next [`Store::open`] removes.
+
+mod blocks;
+mod disks;
+mod durable;
+mod error;
+mod images;
+mod kernels;
+
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use form_types::Digest;
+
+use crate::blocks::{Assembler, Incoming, Stored};
+pub use crate::{
+    blocks::STALE_AFTER,
+    disks::{DiskFiles, DiskFormat},
+    error::{Result, StoreError},
+    images::ImageEntry,
+    kernels::KernelEntry,
+};
+
+/// The store of one agent. It can be shared between threads; changes take turns.
+pub struct Store {
+    root: PathBuf,
+    images: PathBuf,
+    kernels: PathBuf,
+    vms: PathBuf,
+    incoming: Incoming,
+    locks: Locks,
+    /// Held for the store's life.
+    _lock: File,
+}
+
+/// Changes of one kind take turns; a long import does not hold up the start of a VM. Taken in the order they are written here.
+#[derive(Default)]
+struct Locks {
+    /// Images, kernels, and where blocks are.
+    images: Mutex<()>,
+    /// Disks, and whether an image is under one.
+    disks: Mutex<()>,
+    initramfs: Mutex<()>,
+}
+
+/// A panic in a change leaves nothing half named, so a poisoned lock is sound.
+fn hold(lock: &Mutex<()>) -> MutexGuard<'_, ()> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Room in the file system of the store, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    pub total: u64,
+    /// What an ordinary user may still fill; what is reserved for root is not counted.
+    pub free: u64,
+}
+
+impl Store {
+    /// Opens the store below `root`, makes its directories, and removes what an agent that was killed left half made, and
+    /// blocks of uploads that were given up.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] when another agent has it; else those of the file system.
+    pub fn open(root: &Path) -> Result<Self> {
+        let [images, kernels, vms] = ["vm-images", "kernel", "vms"].map(|name| root.join(name));
+        for directory in [&images.join("versions"), &kernels, &vms] {
+            durable::make_dir(directory)?;
+        }
+        let lock = lock(&images)?;
+        for directory in [&images, &kernels, &vms] {
+            durable::clear_temporary(directory)?;
+        }
+        let incoming = Incoming::open(&images)?;
+        incoming.remove_stale(STALE_AFTER)?;
+        Ok(Self { root: root.to_owned(), images, kernels, vms, incoming, locks: Locks::default(), _lock: lock })
+    }
+
+    /// Which of these blocks have to be sent: neither uploaded nor part of a stored image or kernel. Each is named once, in the
+    /// order asked.
+    ///
+    /// # Errors
+    /// When what is stored cannot be read.
+    pub fn missing(&self, blocks: &[Digest]) -> Result<Vec<Digest>> {
+        let wanted: BTreeSet<Digest> = blocks.iter().copied().collect();
+        let _turn = hold(&self.locks.images);
+        let missing: BTreeSet<Digest> = self.sources(&wanted)?.missing(&wanted).into_iter().collect();
+        let mut named = BTreeSet::new();
+        Ok(blocks.iter().filter(|block| missing.contains(block) && named.insert(**block)).copied().collect())
+    }
+
+    /// Keeps an uploaded block, compressed as it came, until an import needs it. The same block twice is fine. Blocks survive
+    /// a restart of the agent, so that an interrupted upload goes on.
+    ///
+    /// # Errors
+    /// [`StoreError::Block`] when it is no zstd frame of at most 64 KiB with this digest; [`StoreError::NoRoom`].
+    pub fn put_block(&self, digest: &Digest, frame: &[u8]) -> Result<()> {
+        self.incoming.put(digest, frame)
+    }
+
+    /// Removes uploaded blocks that are older than `age` and were never used ([`STALE_AFTER`] is a good age). Gives back how
+    /// many. [`Store::open`] does this too.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn remove_stale_blocks(&self, age: Duration) -> Result<u64> {
+        let _turn = hold(&self.locks.images);
+        self.incoming.remove_stale(age)
+    }
+
+    /// How much room there is.
+    ///
+    /// # Errors
+    /// Those of statvfs(3).
+    pub fn space(&self) -> Result<Space> {
+        let figures = rustix::fs::statvfs(&self.root).map_err(|error| StoreError::io("look at", &self.root)(error.into()))?;
+        let bytes = |blocks: u64| blocks.saturating_mul(figures.f_frsize);
+        Ok(Space { total: bytes(figures.f_blocks), free: bytes(figures.f_bavail) })
+    }
+
+    /// Knows where each of these blocks is, as far as it is here.
+    fn sources(&self, wanted: &BTreeSet<Digest>) -> Result<Assembler<'_>> {
+        let mut stored = Stored::default();
+        let rest: BTreeSet<Digest> = wanted.iter().filter(|block| !self.incoming.contains(block)).copied().collect();
+        if !rest.is_empty() {
+            for image in self.images()? {
+                match self.manifest(&image.digest) {
+                    Ok(manifest) => stored.note(&image.rootfs, &manifest.rootfs.blocks, &rest)?,
+                    Err(error) => tracing::warn!(image = %image.digest.short(), %error, "its blocks are not reused"),
+                }
+            }
+            for kernel in self.kernels()? {
+                let Ok(manifest) = self.kernel_manifest(&kernel.digest) else { continue };
+                let Some(directory) = kernel.vmlinux.parent() else { continue };
+                for (path, map) in manifest.files() {
+                    stored.note(&directory.join(path), map, &rest)?;
+                }
+            }
+        }
+        Ok(Assembler { incoming: &self.incoming, stored })
+    }
+
+    /// As [`Store::sources`], when every block is here.
+    fn assembler(&self, wanted: &BTreeSet<Digest>) -> Result<Assembler<'_>> {
+        let assembler = self.sources(wanted)?;
+        let missing = assembler.missing(wanted);
+        if missing.is_empty() { Ok(assembler) } else { Err(StoreError::MissingBlocks(missing)) }
+    }
+}
+
+fn lock(directory: &Path) -> Result<File> {
+    let path = directory.join("lock");
+    let file = File::create(&path).map_err(StoreError::io("open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(StoreError::Locked(directory.to_owned())),
+        Err(std::fs::TryLockError::Error(source)) => Err(StoreError::io("lock", &path)(source)),
+    }
+}

@@ -1,0 +1,72 @@
+//! What can go wrong with what is on disk.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use form_bundle::{blocks::BlockError, initramfs::InitramfsError, kernel::KernelError, manifest::ManifestError};
+use form_types::{Digest, ImageReference, Name, VmId};
+
+pub type Result<T, E = StoreError> = std::result::Result<T, E>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file system is full, or a quota is reached. What was begun is gone again.
+    #[error("there is no room left to {action} {path}: remove images or VMs (`form image rm`, `form destroy`), or add space")]
+    NoRoom { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot {action} {path}: {source}")]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("{0} is in use by another agent")]
+    Locked(PathBuf),
+    #[error("the image manifest is refused: {0}")]
+    Manifest(#[from] ManifestError),
+    #[error("the kernel manifest is refused: {0}")]
+    Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    #[error("{} blocks are not here yet (the first is {}): ask which are missing, and send them", .0.len(), .0.first().map(Digest::short).unwrap_or_default())]
+    MissingBlocks(Vec<Digest>),
+    #[error("there is no image `{0}`")]
+    NoImage(ImageReference),
+    #[error("there is no image with digest {}", .0.short())]
+    NoImageDigest(Digest),
+    #[error("there is no kernel with digest {}", .0.short())]
+    NoKernel(Digest),
+    #[error("VM {} has no root disk", .0.short())]
+    NoDisk(VmId),
+    #[error("VM {} has a root disk already", .0.short())]
+    DiskExists(VmId),
+    #[error("image `{image}` is used by {}", list(.users))]
+    ImageInUse { image: ImageReference, users: Vec<String> },
+    #[error("{what} was changed on disk: {reason}. Run `form image verify`, or remove it and deploy again")]
+    Damaged { what: String, reason: String },
+    #[error("a disk of {wanted} bytes is smaller than the {least} bytes it has to hold")]
+    DiskTooSmall { wanted: u64, least: u64 },
+}
+
+fn list(names: &[String]) -> String {
+    names.join(", ")
+}
+
+impl StoreError {
+    /// Whether the file system is full: the caller reports it as such, and may clean up and try again.
+    pub const fn is_no_room(&self) -> bool {
+        matches!(self, Self::NoRoom { .. })
+    }
+
+    /// Turns an I/O error into one that says what was done to which path.
+    pub(crate) fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.as_ref().to_owned();
+        move |source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoRoom { action, path, source },
+            _ => Self::Io { action, path, source },
+        }
+    }
+
+    pub(crate) fn in_use(name: &Name, version: u32, users: Vec<String>) -> Self {
+        Self::ImageInUse { image: ImageReference { name: name.clone(), version: Some(version) }, users }
+    }
+}

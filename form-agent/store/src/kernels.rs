@@ -1,0 +1,199 @@
+//! Stored kernel bundles: `<root>/kernel/<digest>/{kernel.json,vmlinux,modules/*.ko,entry.json}`, all read-only, and the part
+//! of the initramfs that all VMs of a kernel share.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use form_bundle::{
+    KernelManifest, ModuleSet, blocks, initramfs,
+    kernel::{MANIFEST_FILE, VMLINUX_FILE, module_path},
+};
+use form_types::Digest;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Store,
+    blocks::read_dir,
+    durable::{Draft, Seal, make_dir, read_json, retire, to_json, write_file},
+    error::{Result, StoreError},
+    hold,
+    images::{digests_in, read_bounded},
+};
+
+const ENTRY: &str = "entry.json";
+/// As `KernelManifest::decode` bounds it.
+const MAX_MANIFEST: usize = 16 << 20;
+
+/// A kernel bundle of this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelEntry {
+    /// Of the manifest's text.
+    pub digest: Digest,
+    /// As `uname -r` prints it.
+    pub release: String,
+    /// The kernel and all modules.
+    pub size_bytes: u64,
+    /// The uncompressed ELF kernel.
+    pub vmlinux: PathBuf,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record {
+    release: String,
+    size_bytes: u64,
+    vmlinux: Seal,
+}
+
+impl Store {
+    fn kernel_dir(&self, digest: &Digest) -> PathBuf {
+        self.kernels.join(digest.to_string())
+    }
+
+    /// Makes a kernel bundle of blocks that are all here, as [`Store::import`] does an image.
+    ///
+    /// # Errors
+    /// As [`Store::import`].
+    pub fn import_kernel(&self, manifest_text: &[u8]) -> Result<KernelEntry> {
+        let manifest = KernelManifest::decode(manifest_text)?;
+        let digest = Digest::of(manifest_text);
+        let _turn = hold(&self.locks.images);
+        if let Ok(entry) = self.kernel(&digest) {
+            return Ok(entry);
+        }
+        let wanted: BTreeSet<Digest> = manifest.files().flat_map(|(_, map)| map.digests()).collect();
+        let assembler = self.assembler(&wanted)?;
+        let draft = Draft::new(&self.kernels)?;
+        let modules = draft.path().join(form_bundle::kernel::MODULES_DIR);
+        make_dir(&modules)?;
+        for (path, map) in manifest.files() {
+            assembler.write(&draft.path().join(path), map)?;
+        }
+        crate::durable::sync_dir(&modules)?;
+        write_file(&draft.path().join(MANIFEST_FILE), manifest_text, 0o444)?;
+        let record = Record {
+            release: manifest.release.clone(),
+            size_bytes: manifest.files().map(|(_, map)| map.size()).sum(),
+            vmlinux: Seal::of(&draft.path().join(VMLINUX_FILE))?,
+        };
+        let entry = draft.path().join(ENTRY);
+        write_file(&entry, &to_json(&entry, &record)?, 0o444)?;
+        draft.publish(&self.kernel_dir(&digest))?;
+        for block in &wanted {
+            self.incoming.remove(block);
+        }
+        self.kernel(&digest)
+    }
+
+    fn kernel_record(&self, digest: &Digest) -> Result<Record> {
+        let path = self.kernel_dir(digest).join(ENTRY);
+        if path.exists() { read_json(&path) } else { Err(StoreError::NoKernel(*digest)) }
+    }
+
+    /// # Errors
+    /// [`StoreError::NoKernel`].
+    pub fn kernel(&self, digest: &Digest) -> Result<KernelEntry> {
+        let Record { release, size_bytes, vmlinux: _ } = self.kernel_record(digest)?;
+        Ok(KernelEntry { digest: *digest, release, size_bytes, vmlinux: self.kernel_dir(digest).join(VMLINUX_FILE) })
+    }
+
+    /// Every kernel, by release.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn kernels(&self) -> Result<Vec<KernelEntry>> {
+        let mut found: Vec<KernelEntry> = digests_in(&self.kernels)?.iter().filter_map(|digest| self.kernel(digest).ok()).collect();
+        found.sort_by(|a, b| (&a.release, a.digest).cmp(&(&b.release, b.digest)));
+        Ok(found)
+    }
+
+    /// The kernel's manifest, checked against the digest.
+    ///
+    /// # Errors
+    /// When there is no such kernel, or the manifest was changed on disk.
+    pub fn kernel_manifest(&self, digest: &Digest) -> Result<KernelManifest> {
+        let path = self.kernel_dir(digest).join(MANIFEST_FILE);
+        if !path.exists() {
+            return Err(StoreError::NoKernel(*digest));
+        }
+        Ok(KernelManifest::decode_verified(&read_bounded(&path, MAX_MANIFEST)?, digest)?)
+    }
+
+    /// As [`Store::check_sealed`], for the kernel that a VM is about to boot. Modules are rehashed when an initramfs is made.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] with what is different.
+    pub fn check_kernel_sealed(&self, digest: &Digest) -> Result<()> {
+        self.kernel_record(digest)?.vmlinux.check(&self.kernel_dir(digest).join(VMLINUX_FILE))
+    }
+
+    /// Removes a kernel and its initramfs; that it is not there is fine. A VM that runs has long read it.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn remove_kernel(&self, digest: &Digest) -> Result<()> {
+        let _turn = hold(&self.locks.images);
+        let _not_being_read = hold(&self.locks.initramfs);
+        retire(&self.initramfs_dir(digest), &self.kernels)?;
+        retire(&self.kernel_dir(digest), &self.kernels)
+    }
+
+    fn initramfs_dir(&self, digest: &Digest) -> PathBuf {
+        self.kernels.join("initramfs").join(digest.to_string())
+    }
+
+    /// The first segment of a VM's initramfs: the kernel's modules and the guest binary at `guest`. It is made once, and anew
+    /// when the guest binary changes. The settings of the VM go behind it ([`initramfs::settings_segment`]).
+    ///
+    /// # Errors
+    /// When there is no such kernel, a module was changed on disk, the guest binary cannot be read, or there is no room.
+    pub fn initramfs(&self, kernel: &Digest, guest: &Path) -> Result<PathBuf> {
+        let init = fs::read(guest).map_err(StoreError::io("read the guest binary", guest))?;
+        let directory = self.initramfs_dir(kernel);
+        let target = directory.join(Digest::of(&init).to_string());
+        let path = target.join("system.cpio");
+        let _turn = hold(&self.locks.initramfs);
+        if path.exists() {
+            return Ok(path);
+        }
+        let manifest = self.kernel_manifest(kernel)?;
+        let mut modules = Vec::new();
+        for name in manifest.load_order(ModuleSet::Guest) {
+            if let Some(module) = manifest.modules.get(name) {
+                modules.push((name.as_str(), self.read_module(kernel, name, &module.file)?));
+            }
+        }
+        let segment = initramfs::system_segment(&init, modules.iter().map(|(name, bytes)| (*name, bytes.as_slice())))?;
+        let draft = Draft::new(&self.kernels)?;
+        write_file(&draft.path().join("system.cpio"), &segment, 0o444)?;
+        draft.publish(&target)?;
+        for other in read_dir(&directory)? {
+            if other != target {
+                retire(&other, &self.kernels)?;
+            }
+        }
+        Ok(path)
+    }
+
+    fn read_module(&self, kernel: &Digest, name: &str, map: &form_bundle::BlockMap) -> Result<Vec<u8>> {
+        let path = self.kernel_dir(kernel).join(module_path(name));
+        let bytes = fs::read(&path).map_err(StoreError::io("read", &path))?;
+        let damaged = |reason: &str| StoreError::Damaged { what: path.display().to_string(), reason: reason.to_owned() };
+        if bytes.len() as u64 != map.size() {
+            return Err(damaged("its size is another one"));
+        }
+        for (index, block) in bytes.chunks(blocks::BLOCK_SIZE).enumerate() {
+            let sound = match map.get(index as u64) {
+                Some(digest) => Digest::of(block) == *digest,
+                None => blocks::is_zero(block),
+            };
+            if !sound {
+                return Err(damaged("it is not what it was"));
+            }
+        }
+        Ok(bytes)
+    }
+}
