@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use form_types::{
     Name, Spec,
-    spec::{Env, EnvScope, Gpu, Healthcheck, Model, Port, Resources, Restart, RestartPolicy, Step, User, Volume},
+    spec::{Env, EnvScope, Gpu, Healthcheck, Model, Port, Protocol, Resources, Restart, RestartPolicy, Step, User, Volume},
 };
 
 use self::value::Wrong;
@@ -66,7 +66,8 @@ struct Draft {
     workdir: Option<String>,
     entrypoint: Vec<String>,
     cmd: Vec<String>,
-    ports: Vec<Port>,
+    /// The host ports that publish each exposed port: usually none or one.
+    ports: BTreeMap<(u16, Protocol), BTreeSet<u16>>,
     volumes: Vec<Volume>,
     networks: Vec<Name>,
     replicas: Option<u32>,
@@ -81,7 +82,7 @@ struct Draft {
 struct Spans {
     users: BTreeMap<String, Span>,
     run_as: Option<Span>,
-    host_ports: BTreeMap<(form_types::spec::Protocol, u16), (u16, Span)>,
+    host_ports: BTreeMap<(Protocol, u16), (u16, Span)>,
     volumes: BTreeMap<String, Span>,
     paths: BTreeMap<String, Span>,
     devices: BTreeMap<String, Span>,
@@ -147,8 +148,6 @@ impl Lowerer<'_, '_> {
         }
         self.replica_names();
         let mut draft = self.draft;
-        draft.ports.sort_by_key(|port| (port.port, port.protocol, port.host_port));
-        draft.ports.dedup();
         draft.volumes.sort_by(|left, right| left.name.cmp(&right.name));
         if draft.networks.is_empty() {
             draft.networks.extend(DEFAULT_NETWORK.parse().ok());
@@ -171,7 +170,7 @@ impl Lowerer<'_, '_> {
             workdir: draft.workdir,
             entrypoint: draft.entrypoint,
             cmd: draft.cmd,
-            ports: draft.ports,
+            ports: draft.ports.into_iter().flat_map(published).collect(),
             volumes: draft.volumes,
             networks: draft.networks,
             replicas: draft.replicas.unwrap_or(1),
@@ -285,6 +284,14 @@ impl Lowerer<'_, '_> {
         }
         self.draft.description.get_or_insert(plain);
     }
+}
+
+/// A published port is exposed as well, so `EXPOSE 80 8080:80` means `EXPOSE 8080:80`.
+fn published(((port, protocol), host_ports): ((u16, Protocol), BTreeSet<u16>)) -> Vec<Port> {
+    if host_ports.is_empty() {
+        return vec![Port { port, protocol, host_port: None }];
+    }
+    host_ports.into_iter().map(|host_port| Port { port, protocol, host_port: Some(host_port) }).collect()
 }
 
 fn list(names: &[&str]) -> String {

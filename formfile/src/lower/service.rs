@@ -45,14 +45,7 @@ impl Lowerer<'_, '_> {
             self.faults.push(fault.related(earlier, "first published here"));
             return;
         }
-        // A published port is exposed as well: `EXPOSE 80 8080:80` means `EXPOSE 8080:80`.
-        let same = |other: &Port| other.port == port.port && other.protocol == port.protocol;
-        if port.host_port.is_some() {
-            self.draft.ports.retain(|other| !same(other) || other.host_port.is_some());
-        } else if self.draft.ports.iter().any(same) {
-            return;
-        }
-        self.draft.ports.push(port);
+        self.draft.ports.entry((port.port, port.protocol)).or_default().extend(port.host_port);
     }
 
     pub(super) fn volume(&mut self, instruction: &Instruction) {
