@@ -153,6 +153,14 @@ impl SignedChange {
         if change.author.verify(&signed_message(body), &signature) { Ok(change) } else { Err(DecodeError::Signature(change.author)) }
     }
 
+    /// Author and number, read off the encoding's fixed part.
+    pub(crate) fn peek(bytes: &[u8]) -> Option<(PublicKey, u64)> {
+        // format 1, cluster 16, document 33, author 32, seq 8
+        let author: [u8; 32] = bytes.get(50..82)?.try_into().ok()?;
+        let seq: [u8; 8] = bytes.get(82..90)?.try_into().ok()?;
+        Some((PublicKey::from_bytes(author).ok()?, u64::from_le_bytes(seq)))
+    }
+
     fn decode_parts(bytes: &[u8]) -> Result<(Self, &[u8], Signature), DecodeError> {
         if bytes.len() > MAX_SIGNED_CHANGE {
             return Err(DecodeError::TooLarge(bytes.len()));

@@ -7,23 +7,31 @@
 //!
 //! - [`Replica`] is the door: [`Replica::submit`], [`Replica::commit`], [`Replica::receive`], [`Replica::view`].
 //! - [`Rules`] is what the agent supplies: who may write what.
+//! - [`sync::Session`] brings two replicas together.
 //! - [`vm`] reads and writes the records of virtual machines.
 
 mod admit;
 mod change;
 mod document;
 mod error;
+mod graph;
 mod load;
 mod log;
 mod refused;
 mod replica;
 mod rules;
+pub mod sync;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod view;
 pub mod vm;
 mod write;
 
 pub use change::{ChangeHash, DecodeError, MAX_CHANGE, MAX_SIGNED_CHANGE, SignedChange, SignedRequest};
 pub use error::StateError;
+pub use graph::Clock;
 pub use log::Proof;
 pub use refused::{Applied, Blame, Refused};
 pub use replica::{ChangeSummary, Listener, Replica};

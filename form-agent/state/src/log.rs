@@ -258,6 +258,16 @@ impl Log {
         })
     }
 
+    /// The last signed change of `document` before the position `before`.
+    pub fn previous(&self, document: Document, before: u64) -> Result<Option<(u64, Vec<u8>)>, StateError> {
+        self.guard(|| {
+            let log = self.database.begin_read()?.open_table(LOG)?;
+            let name = document.to_bytes();
+            let row = log.range((&name, 0)..(&name, before))?.next_back().transpose()?;
+            Ok(row.map(|(key, value)| (key.value().1, value.value().to_vec())))
+        })
+    }
+
     /// The position after the last change of all documents.
     pub fn end(&self, documents: impl Iterator<Item = Document>) -> Result<u64, StateError> {
         let names: Vec<_> = documents.map(Document::to_bytes).collect();

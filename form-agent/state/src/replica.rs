@@ -15,7 +15,7 @@ use crate::{
     document::DocumentState,
     error::StateError,
     load,
-    log::{Log, Proof},
+    log::{Append, Log, Proof},
     refused::{Applied, Refused},
     rules::Rules,
     view::View,
@@ -266,6 +266,17 @@ impl Replica {
         *lock(&self.generation) = outcome.end;
         self.changed.notify_all();
         Ok(outcome.summaries)
+    }
+
+    /// Keeps a verified proof against an author; `true` when there was none.
+    pub(crate) fn keep_proof(&self, document: Document, author: PublicKey, proof: Proof) -> Result<bool, StateError> {
+        let mut state = self.state();
+        if state.proofs.contains_key(&(document, author)) {
+            return Ok(false);
+        }
+        let append = Append { proofs: vec![(document, author, proof)], ..Append::default() };
+        let outcome = Outcome { append, documents: BTreeMap::new(), summaries: Vec::new(), end: state.end };
+        self.keep(&mut state, Some(outcome)).map(|_| true)
     }
 
     fn tell(&self, summaries: &[ChangeSummary]) {
