@@ -1,0 +1,216 @@
+//! Answering the host.
+
+mod channel;
+mod copy;
+mod exec;
+mod forward;
+mod status;
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use form_guest::protocol::{ErrorKind, FrameKind, LogsRequest, Phase, Reply, Request, VSOCK_PORT};
+use form_types::settings::VolumeMount;
+use rustix::time::{ClockId, Timespec, clock_settime};
+
+use crate::{
+    boot::volumes,
+    machine::{Machine, Power},
+    process::lock,
+    report::say,
+    service::log::Next,
+    sys::VsockListener,
+};
+pub use channel::{Channel, Event};
+pub use status::uptime_ms;
+
+const MAX_CONNECTIONS: usize = 64;
+/// How often a stream with nothing to say looks whether the host is still there.
+const GLANCE: Duration = Duration::from_millis(200);
+/// A `ready` that waits longer is asked again.
+const MAX_READY_WAIT: Duration = Duration::from_secs(600);
+
+/// Starts the threads that listen, on what this machine has.
+pub fn start(machine: &Arc<Machine>) {
+    let vsock = VsockListener::bind(VSOCK_PORT);
+    let port = Channel::port();
+    if let (Err(vsock), Err(port)) = (&vsock, &port) {
+        say(format_args!("the host cannot reach this machine: no vsock ({vsock}), no virtio-serial port ({port})"));
+    }
+    if let Ok(listener) = vsock {
+        let machine = Arc::clone(machine);
+        thread::spawn(move || listen(&machine, &listener));
+    }
+    if let Ok(channel) = port {
+        let machine = Arc::clone(machine);
+        thread::spawn(move || serve_port(&machine, &channel));
+    }
+}
+
+fn listen(machine: &Arc<Machine>, listener: &VsockListener) {
+    static CONNECTIONS: AtomicUsize = AtomicUsize::new(0);
+    loop {
+        let socket = match listener.accept() {
+            Ok((socket, true)) => socket,
+            // A process of the guest: what we do for the host would make it root.
+            Ok((_, false)) => continue,
+            Err(_) => {
+                thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+        };
+        let machine = Arc::clone(machine);
+        let channel = Channel::socket(socket);
+        let result = thread::Builder::new().name("connection".to_owned()).spawn(move || {
+            if CONNECTIONS.fetch_add(1, Ordering::Relaxed) < MAX_CONNECTIONS {
+                let _ = serve_connection(&machine, &channel);
+            } else {
+                let _ = channel.refuse(ErrorKind::Busy, format_args!("{MAX_CONNECTIONS} connections are open; end some"));
+            }
+            CONNECTIONS.fetch_sub(1, Ordering::Relaxed);
+        });
+        if let Err(error) = result {
+            say(format_args!("cannot serve a connection: {error}"));
+        }
+    }
+}
+
+/// One request, as each vsock connection has.
+fn serve_connection(machine: &Arc<Machine>, channel: &Channel) -> io::Result<()> {
+    match channel.read()? {
+        Some(frame) if frame.kind == FrameKind::Request => serve(machine, channel, frame.parse()),
+        Some(frame) => channel.refuse(ErrorKind::Invalid, format_args!("a connection begins with a request, not with {:?}", frame.kind)),
+        None => Ok(()),
+    }
+}
+
+/// One request after another, as the port has.
+fn serve_port(machine: &Arc<Machine>, channel: &Channel) {
+    loop {
+        match channel.read() {
+            Ok(Some(frame)) if frame.kind == FrameKind::Request => drop(serve(machine, channel, frame.parse())),
+            // What is left of a stream that has ended, as a late `Cancel`.
+            Ok(Some(_)) => {}
+            // Nobody is there, or someone who speaks otherwise.
+            Ok(None) | Err(_) => thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}
+
+fn serve(machine: &Arc<Machine>, channel: &Channel, request: Result<Request, serde_json::Error>) -> io::Result<()> {
+    let request = match request {
+        Ok(request) => request,
+        Err(error) => return channel.refuse(ErrorKind::Invalid, format_args!("this guest does not understand the request: {error}")),
+    };
+    match request {
+        Request::Ready { wait_ms } => {
+            wait_until_started(machine, channel, Duration::from_millis(wait_ms).min(MAX_READY_WAIT));
+            channel.reply(&Reply::Ready(status::ready(machine)))
+        }
+        Request::Status => channel.reply(&Reply::Status(status::status(machine))),
+        Request::Watch => watch(machine, channel),
+        Request::Logs(request) => logs(machine, channel, &request),
+        Request::Exec(request) => exec::exec(machine, channel, &request),
+        Request::Shutdown { reboot } => {
+            channel.reply(&Reply::Done)?;
+            machine.end(if reboot { Power::Restart } else { Power::Off });
+            Ok(())
+        }
+        Request::SyncTime { unix_ns } => done(channel, sync_time(unix_ns)),
+        Request::Metrics => channel.reply(&Reply::Metrics(status::metrics())),
+        Request::Forward { port } => forward::forward(channel, port),
+        Request::CopyIn { path, mode, owner } => copy::copy_in(channel, &path, mode, owner.as_deref()),
+        Request::CopyOut { path } => copy::copy_out(channel, &path),
+        Request::Mount { serial, path, read_only } => mount(machine, channel, VolumeMount { serial, path, read_only }),
+        Request::Unmount { path } => {
+            let result = volumes::unmount(&path);
+            if result.is_ok() {
+                lock(&machine.report).devices.retain(|device| device.mounted.as_ref() != Some(&path));
+            }
+            done(channel, result)
+        }
+        Request::Sync { token } => channel.reply(&Reply::Synced { token }),
+    }
+}
+
+fn done<E: std::fmt::Display>(channel: &Channel, result: Result<(), E>) -> io::Result<()> {
+    match result {
+        Ok(()) => channel.reply(&Reply::Done),
+        Err(error) => channel.refuse(ErrorKind::Failed, error),
+    }
+}
+
+fn wait_until_started(machine: &Machine, channel: &Channel, limit: Duration) {
+    let until = std::time::Instant::now() + limit;
+    loop {
+        let left = until.saturating_duration_since(std::time::Instant::now()).min(GLANCE);
+        let (state, _) = machine.wait(left, |state, _| state.phase != Phase::Starting);
+        if state.phase != Phase::Starting || left.is_zero() || channel.cancelled() {
+            return;
+        }
+    }
+}
+
+/// The status at each change, until the host has enough.
+fn watch(machine: &Machine, channel: &Channel) -> io::Result<()> {
+    let mut told = None;
+    loop {
+        let (_, number) = machine.wait(GLANCE, |_, number| told != Some(number));
+        if told != Some(number) {
+            channel.reply(&Reply::Status(status::status(machine)))?;
+            told = Some(number);
+        }
+        if channel.cancelled() {
+            return Ok(());
+        }
+    }
+}
+
+fn logs(machine: &Machine, channel: &Channel, request: &LogsRequest) -> io::Result<()> {
+    let mut reader = machine.log.reader(request.from_sequence, request.tail);
+    // Without following, it ends with what is there now, however fast the service writes.
+    let end = machine.log.next_sequence();
+    loop {
+        match reader.next(if request.follow { GLANCE } else { Duration::ZERO }) {
+            Next::Line(line) if request.follow || line.sequence < end => channel.send(&line.to_frame())?,
+            Next::Nothing if request.follow => {}
+            Next::Line(_) | Next::Nothing | Next::End => break,
+        }
+        if channel.cancelled() {
+            break;
+        }
+    }
+    channel.write(FrameKind::End, &[])
+}
+
+fn sync_time(unix_ns: u64) -> Result<(), String> {
+    let seconds = i64::try_from(unix_ns / 1_000_000_000).map_err(|_| "the time is out of range".to_owned())?;
+    let time = Timespec { tv_sec: seconds, tv_nsec: (unix_ns % 1_000_000_000).cast_signed() };
+    clock_settime(ClockId::Realtime, time).map_err(|error| format!("cannot set the clock: {error}"))
+}
+
+fn mount(machine: &Machine, channel: &Channel, volume: VolumeMount) -> io::Result<()> {
+    match volumes::mount(&volume) {
+        Ok((device, warning)) => {
+            let mut report = lock(&machine.report);
+            if let Some(warning) = warning {
+                report.warn("volumes", warning);
+            }
+            report.devices.push(device.clone());
+            drop(report);
+            channel.reply(&Reply::Mounted(device))
+        }
+        Err(error @ crate::error::Error::DeviceMissing { .. }) => channel.refuse(ErrorKind::NotFound, error),
+        Err(error) => channel.refuse(ErrorKind::Failed, error),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,50 @@
+//! What a new process does to itself between fork and exec.
+
+use std::{os::unix::process::CommandExt, process::Command};
+
+use rustix::{
+    fd::BorrowedFd,
+    process::{Gid, Uid},
+};
+
+/// How a process is started besides its command, environment, directory and streams.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    pub uid: u32,
+    pub gid: u32,
+    pub groups: Vec<u32>,
+    /// Standard input is a terminal that becomes the controlling one.
+    pub terminal: bool,
+}
+
+/// Makes the process a session leader with the given user and groups, and gives it its terminal.
+pub fn prepare(command: &mut Command, launch: &Launch) {
+    let uid = Uid::from_raw(launch.uid);
+    let gid = Gid::from_raw(launch.gid);
+    let groups: Vec<Gid> = launch.groups.iter().map(|group| Gid::from_raw(*group)).collect();
+    let terminal = launch.terminal;
+    // Without the privilege to change it (tests, an agent for one user) only the current user can be asked for.
+    let change_user = rustix::process::geteuid().is_root() || uid != rustix::process::geteuid();
+    let child_setup = move || {
+        rustix::process::setsid()?;
+        if terminal {
+            // SAFETY: standard input is open: the parent has just made it the terminal.
+            rustix::process::ioctl_tiocsctty(unsafe { BorrowedFd::borrow_raw(0) })?;
+        }
+        if change_user {
+            // These change one thread, which after a fork is the whole process.
+            rustix::thread::set_thread_groups(&groups)?;
+            rustix::thread::set_thread_gid(gid)?;
+            rustix::thread::set_thread_uid(uid)?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the forked child and makes system calls only; it neither allocates nor takes a lock.
+    unsafe { command.pre_exec(child_setup) };
+}
+
+impl Launch {
+    pub const fn root() -> Self {
+        Self { uid: 0, gid: 0, groups: Vec::new(), terminal: false }
+    }
+}

@@ -1,0 +1,29 @@
+//! The few system calls that have no safe wrapper. All `unsafe` of this crate is below this module.
+
+mod child;
+mod signals;
+mod vsock;
+
+use std::{fs::File, io};
+
+use rustix::fd::{AsRawFd, OwnedFd};
+
+pub use child::{Launch, prepare};
+pub use signals::{Signals, block_signals};
+pub use vsock::VsockListener;
+
+/// Grows a mounted ext4 to this many blocks (`EXT4_IOC_RESIZE_FS`, ext4(5) and the kernel's `fs/ext4/ext4.h`).
+pub fn ext4_resize(mount_point: &File, blocks: u64) -> rustix::io::Result<()> {
+    const RESIZE: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<u64>(b'f', 16);
+    // SAFETY: the opcode is `_IOW('f', 16, __u64)`, and `u64` is the type it reads.
+    unsafe { rustix::ioctl::ioctl(mount_point, rustix::ioctl::Setter::<RESIZE, u64>::new(blocks)) }
+}
+
+/// Joins a multicast group of a netlink socket (`NETLINK_ADD_MEMBERSHIP`, netlink(7)).
+pub fn netlink_add_membership(socket: &OwnedFd, group: u32) -> io::Result<()> {
+    let length = std::mem::size_of::<u32>() as libc::socklen_t;
+    // SAFETY: the option's value is one `u32`, which `group` is, and the descriptor is open.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, (&raw const group).cast(), length) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
