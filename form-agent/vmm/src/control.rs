@@ -2,6 +2,11 @@
 //! at most 253 descriptors (`SCM_RIGHTS`). The daemon binds the socket and passes its listening end to the process, so a
 //! daemon that restarts connects to the same path again and finds the VM as it is.
 
+pub mod channel;
+mod client;
+
+pub use client::{Client, ClientError};
+
 use serde::{Deserialize, Serialize};
 
 use crate::config::VmConfig;

@@ -1,0 +1,196 @@
+//! The ACPI tables (ACPI 6.5), hardware-reduced: RSDP, XSDT, FADT, MADT, MCFG, DSDT.
+
+mod dsdt;
+
+use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, sdt::Sdt};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+
+use crate::layout::{ACPI_END, ACPI_START, ECAM_BUSES, ECAM_START, IOAPIC, LOCAL_APIC, Layout};
+use crate::platform::{POWER_PORT, power};
+
+const OEM: [u8; 6] = *b"FORMTN";
+const OEM_TABLE: [u8; 8] = *b"FORMVMM ";
+const OEM_REVISION: u32 = 1;
+/// FADT `IAPC_BOOT_ARCH`: no VGA to probe, no CMOS clock. The keyboard controller's bit is off as well: it only resets.
+const NO_VGA: u16 = 1 << 2;
+const NO_CMOS_CLOCK: u16 = 1 << 5;
+
+#[derive(Debug, thiserror::Error)]
+pub enum AcpiError {
+    #[error("the ACPI tables need {0} bytes, more than their area has")]
+    Space(u64),
+    #[error("cannot write the ACPI tables into guest memory")]
+    Write(#[source] GuestMemoryError),
+}
+
+/// Writes the tables and returns the address of the RSDP.
+///
+/// # Errors
+/// When they do not fit.
+pub fn write(memory: &GuestMemoryMmap, layout: &Layout, vcpus: u8) -> Result<u64, AcpiError> {
+    let mut place = Place { memory, at: ACPI_START + 64 };
+    let dsdt = place.put(&dsdt::build(layout))?;
+    let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
+    xsdt.add_entry(place.put(&fadt(dsdt))?);
+    xsdt.add_entry(place.put(&madt(vcpus))?);
+    xsdt.add_entry(place.put(&mcfg())?);
+    let xsdt = place.put(&bytes_of(&xsdt))?;
+    let rsdp = bytes_of(&Rsdp::new(OEM, xsdt));
+    memory.write_slice(&rsdp, GuestAddress(ACPI_START)).map_err(AcpiError::Write)?;
+    Ok(ACPI_START)
+}
+
+struct Place<'a> {
+    memory: &'a GuestMemoryMmap,
+    at: u64,
+}
+
+impl Place<'_> {
+    fn put(&mut self, table: &[u8]) -> Result<u64, AcpiError> {
+        let address = self.at;
+        let end = address + table.len() as u64;
+        if end > ACPI_END {
+            return Err(AcpiError::Space(end - ACPI_START));
+        }
+        self.memory.write_slice(table, GuestAddress(address)).map_err(AcpiError::Write)?;
+        self.at = end.next_multiple_of(16);
+        Ok(address)
+    }
+}
+
+fn bytes_of(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+fn port(offset: u16, bits: u8, access: AccessSize) -> GAS {
+    GAS::new(AddressSpace::SystemIo, bits, 0, access, u64::from(POWER_PORT + offset))
+}
+
+fn fadt(dsdt: u64) -> Vec<u8> {
+    let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .preferred_pm_profile(PmProfile::EnterpriseServer)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::TmrValExt)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton)
+        .flag(Flags::Headless);
+    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_CLOCK).into();
+    fadt.reset_reg = port(power::RESET, 8, AccessSize::ByteAccess);
+    fadt.reset_value = power::RESET_VALUE;
+    fadt.sleep_control_reg = port(power::SLEEP_CONTROL, 8, AccessSize::ByteAccess);
+    fadt.sleep_status_reg = port(power::SLEEP_STATUS, 8, AccessSize::ByteAccess);
+    fadt.pm_tmr_blk = u32::from(POWER_PORT + power::TIMER).into();
+    fadt.pm_tmr_len = 4;
+    fadt.x_pm_tmr_blk = port(power::TIMER, 32, AccessSize::DwordAccess);
+    bytes_of(&fadt.finalize())
+}
+
+fn madt(vcpus: u8) -> Vec<u8> {
+    let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(LOCAL_APIC));
+    for id in 0..vcpus {
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(0, IOAPIC, 0));
+    bytes_of(&madt)
+}
+
+fn mcfg() -> Vec<u8> {
+    let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
+    mcfg.add_ecam(ECAM_START, 0, 0, (ECAM_BUSES - 1) as u8);
+    bytes_of(&mcfg)
+}
+
+/// A table header with `body` behind it.
+fn table(signature: [u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
+    let mut table = Sdt::new(signature, 36, revision, OEM, OEM_TABLE, OEM_REVISION);
+    table.append_slice(body);
+    table.as_slice().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::GuestMemoryBackend;
+
+    struct Table {
+        signature: [u8; 4],
+        bytes: Vec<u8>,
+    }
+
+    fn read(memory: &GuestMemoryMmap, at: u64) -> Table {
+        let length: u32 = memory.read_obj(GuestAddress(at + 4)).unwrap();
+        let mut bytes = vec![0; length as usize];
+        memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        assert_eq!(bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0, "checksum");
+        Table { signature: bytes[..4].try_into().unwrap(), bytes }
+    }
+
+    fn tables(vcpus: u8, mib: u64) -> Vec<Table> {
+        let layout = Layout::new(mib, 46).unwrap();
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        let rsdp = write(&memory, &layout, vcpus).unwrap();
+        assert_eq!(rsdp % 16, 0);
+        let mut head = [0u8; 36];
+        memory.read_slice(&mut head, GuestAddress(rsdp)).unwrap();
+        assert_eq!(&head[..8], b"RSD PTR ");
+        assert_eq!(head[..20].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        assert_eq!(head.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        let xsdt = read(&memory, u64::from_le_bytes(head[24..32].try_into().unwrap()));
+        assert_eq!(&xsdt.signature, b"XSDT");
+        let mut found: Vec<Table> = xsdt.bytes[36..]
+            .chunks(8)
+            .map(|entry| u64::from_le_bytes(entry.try_into().unwrap()))
+            .inspect(|at| assert!(memory.address_in_range(GuestAddress(*at))))
+            .map(|at| read(&memory, at))
+            .collect();
+        let dsdt = u64::from_le_bytes(found[0].bytes[140..148].try_into().unwrap());
+        found.push(read(&memory, dsdt));
+        found
+    }
+
+    #[test]
+    fn every_table_is_reachable_and_sound() {
+        for (vcpus, mib) in [(1, 128), (8, 5120), (128, 262_144)] {
+            let signatures: Vec<_> = tables(vcpus, mib).iter().map(|table| table.signature).collect();
+            assert_eq!(signatures, [*b"FACP", *b"APIC", *b"MCFG", *b"DSDT"]);
+        }
+    }
+
+    #[test]
+    fn the_madt_lists_each_vcpu_and_the_ioapic() {
+        let tables = tables(128, 1024);
+        let mut rest = &tables[1].bytes[44..];
+        let (mut cpus, mut ioapics) = (Vec::new(), 0);
+        while let [kind, length, ..] = *rest {
+            match kind {
+                0 => cpus.push(rest[3]),
+                1 => ioapics += 1,
+                other => panic!("unexpected entry {other}"),
+            }
+            rest = &rest[usize::from(length)..];
+        }
+        assert_eq!(cpus, (0..128).collect::<Vec<u8>>());
+        assert_eq!(ioapics, 1);
+    }
+
+    #[test]
+    fn the_fadt_names_the_power_registers() {
+        let fadt = &tables(1, 128)[0].bytes;
+        let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
+        assert_ne!(flags & (1 << 20), 0, "hardware-reduced");
+        assert_ne!(flags & (1 << 10), 0, "reset register");
+        assert_eq!(u64::from_le_bytes(fadt[120..128].try_into().unwrap()), u64::from(POWER_PORT + power::RESET));
+        assert_eq!(fadt[128], power::RESET_VALUE);
+        assert_eq!(u64::from_le_bytes(fadt[248..256].try_into().unwrap()), u64::from(POWER_PORT + power::SLEEP_CONTROL));
+    }
+}

@@ -1,0 +1,253 @@
+//! The daemon's end of the control socket.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::channel::Channel;
+use super::{ControlReply, ControlRequest, ErrorKind, Metrics, VmState};
+use crate::config::VmConfig;
+
+/// How long a VM process may take to answer. Booting reads a kernel and an initramfs, which may come from a slow disk.
+const TIMEOUT: Duration = Duration::from_secs(10);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error("cannot reach the VM process")]
+    Connect(#[source] io::Error),
+    /// It may be alive and busy, or stopped by a debugger or a signal.
+    #[error("the VM process did not answer within {0:?}")]
+    TimedOut(Duration),
+    #[error("the VM process is gone")]
+    Gone,
+    #[error("the VM process and this program do not understand each other: {0}")]
+    Protocol(String),
+    #[error("{message}")]
+    Refused { kind: ErrorKind, message: String },
+    #[error("cannot talk to the VM process")]
+    Io(#[source] io::Error),
+}
+
+/// A connection to a VM process. Requests are answered in order, one at a time; clone-free sharing between threads is fine.
+/// After `TimedOut` or `Protocol` the connection is used up (a late answer could be taken for another's): connect again.
+pub struct Client {
+    channel: Mutex<Option<Channel>>,
+    timeout: Duration,
+}
+
+impl Client {
+    /// # Errors
+    /// [`ClientError::Connect`] when no VM process listens at `path`.
+    pub fn connect(path: &Path) -> Result<Self, ClientError> {
+        Ok(Client::new(Channel::connect(path).map_err(ClientError::Connect)?))
+    }
+
+    /// Speaks over an existing connection.
+    #[must_use]
+    pub fn new(channel: Channel) -> Self {
+        Client { channel: Mutex::new(Some(channel)), timeout: TIMEOUT }
+    }
+
+    /// Waits this long for each answer but that to `boot`, instead of ten seconds.
+    #[must_use]
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Client { timeout, ..self }
+    }
+
+    /// Boots the VM. Each `Fd` in `config` is an index into `fds`.
+    ///
+    /// # Errors
+    /// When the VM cannot be made as configured; its process then ends.
+    pub fn boot(&self, config: &VmConfig, fds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        let request = ControlRequest::Boot { config: Box::new(config.clone()) };
+        self.done(&request, fds, self.timeout.max(BOOT_TIMEOUT))
+    }
+
+    /// The state of the VM and the process id as the VM process sees it.
+    ///
+    /// # Errors
+    /// When the VM process does not answer.
+    pub fn status(&self) -> Result<(VmState, u32), ClientError> {
+        match self.ask(&ControlRequest::Status, &[], self.timeout)? {
+            (ControlReply::Status { state, pid }, _) => Ok((state, pid)),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// # Errors
+    /// When the VM does not run.
+    pub fn pause(&self) -> Result<(), ClientError> {
+        self.done(&ControlRequest::Pause, &[], self.timeout)
+    }
+
+    /// # Errors
+    /// When the VM is not paused.
+    pub fn resume(&self) -> Result<(), ClientError> {
+        self.done(&ControlRequest::Resume, &[], self.timeout)
+    }
+
+    /// Presses the power button: the guest's operating system decides what to do.
+    ///
+    /// # Errors
+    /// When the VM does not run.
+    pub fn power_button(&self) -> Result<(), ClientError> {
+        self.done(&ControlRequest::PowerButton, &[], self.timeout)
+    }
+
+    /// Ends the VM and its process at once. Fine also when it is gone already.
+    ///
+    /// # Errors
+    /// When the VM process does not answer.
+    pub fn stop(&self) -> Result<(), ClientError> {
+        match self.done(&ControlRequest::Stop, &[], self.timeout) {
+            Err(ClientError::Gone) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// A stream to `port` of the guest.
+    ///
+    /// # Errors
+    /// `Refused` with [`ErrorKind::Refused`] while nothing listens there.
+    pub fn vsock_connect(&self, port: u32) -> Result<OwnedFd, ClientError> {
+        self.stream(&ControlRequest::VsockConnect { port })
+    }
+
+    /// A stream to the serial console, from now on. What was printed before is in the log ring.
+    ///
+    /// # Errors
+    /// When the VM is not booted.
+    pub fn console(&self) -> Result<OwnedFd, ClientError> {
+        self.stream(&ControlRequest::Console)
+    }
+
+    /// Asks the balloon to take `mib` MiB from the guest.
+    ///
+    /// # Errors
+    /// When the VM has no balloon.
+    pub fn balloon(&self, mib: u64) -> Result<(), ClientError> {
+        self.done(&ControlRequest::Balloon { mib }, &[], self.timeout)
+    }
+
+    /// # Errors
+    /// When the VM is not booted.
+    pub fn metrics(&self) -> Result<Metrics, ClientError> {
+        match self.ask(&ControlRequest::Metrics, &[], self.timeout)? {
+            (ControlReply::Metrics(metrics), _) => Ok(*metrics),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    fn done(&self, request: &ControlRequest, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<(), ClientError> {
+        match self.ask(request, fds, timeout)? {
+            (ControlReply::Done, _) => Ok(()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    fn stream(&self, request: &ControlRequest) -> Result<OwnedFd, ClientError> {
+        let (reply, mut fds) = self.ask(request, &[], self.timeout)?;
+        match (reply, fds.pop()) {
+            (ControlReply::Done, Some(stream)) if fds.is_empty() => Ok(stream),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    fn ask(
+        &self,
+        request: &ControlRequest,
+        fds: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> Result<(ControlReply, Vec<OwnedFd>), ClientError> {
+        let mut slot = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        // Taken out, and put back only when the exchange is complete.
+        let channel = slot.take().ok_or(ClientError::Gone)?;
+        let deadline = Instant::now() + timeout;
+        let failed = |error: io::Error| match error.kind() {
+            io::ErrorKind::TimedOut => ClientError::TimedOut(timeout),
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => ClientError::Gone,
+            io::ErrorKind::InvalidData => ClientError::Protocol(error.to_string()),
+            _ => ClientError::Io(error),
+        };
+        channel.send(request, fds, deadline).map_err(failed)?;
+        let (reply, fds) = channel.receive(deadline).map_err(failed)?.ok_or(ClientError::Gone)?;
+        *slot = Some(channel);
+        match reply {
+            ControlReply::Error { kind, message } => Err(ClientError::Refused { kind, message }),
+            other => Ok((other, fds)),
+        }
+    }
+}
+
+fn unexpected(reply: &ControlReply) -> ClientError {
+    ClientError::Protocol(format!("unexpected reply {reply:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::thread;
+
+    use super::*;
+
+    /// A client, and a VM process that answers each request as `answer` says.
+    fn served(answer: impl Fn(ControlRequest, &Channel) + Send + 'static) -> Client {
+        let (mine, yours) = Channel::pair().unwrap();
+        thread::spawn(move || {
+            let far = || Instant::now() + Duration::from_secs(5);
+            while let Ok(Some((request, _))) = yours.receive(far()) {
+                answer(request, &yours);
+            }
+        });
+        Client::new(mine).with_timeout(Duration::from_millis(200))
+    }
+
+    fn reply(channel: &Channel, reply: &ControlReply, fds: &[BorrowedFd<'_>]) {
+        channel.send(reply, fds, Instant::now() + Duration::from_secs(1)).unwrap();
+    }
+
+    #[test]
+    fn answers_and_refusals_come_through() {
+        let client = served(|request, channel| match request {
+            ControlRequest::Status => reply(channel, &ControlReply::Status { state: VmState::Paused, pid: 9 }, &[]),
+            ControlRequest::Console => reply(channel, &ControlReply::Done, &[channel.as_fd()]),
+            ControlRequest::VsockConnect { .. } => {
+                let error = ControlReply::Error { kind: ErrorKind::Refused, message: "nobody".into() };
+                reply(channel, &error, &[]);
+            }
+            _ => reply(channel, &ControlReply::Done, &[]),
+        });
+        assert_eq!(client.status().unwrap(), (VmState::Paused, 9));
+        client.pause().unwrap();
+        client.console().unwrap();
+        assert!(matches!(client.vsock_connect(1), Err(ClientError::Refused { kind: ErrorKind::Refused, .. })));
+        // A refusal does not end the connection; a reply of another kind is an error.
+        assert!(matches!(client.metrics(), Err(ClientError::Protocol(_))));
+        client.resume().unwrap();
+    }
+
+    #[test]
+    fn a_silent_process_times_out_and_its_late_answer_is_not_mistaken() {
+        let client = served(|_, channel| {
+            thread::sleep(Duration::from_millis(300));
+            let _ = channel.send(&ControlReply::Done, &[], Instant::now() + Duration::from_secs(1));
+        });
+        assert!(matches!(client.pause(), Err(ClientError::TimedOut(_))));
+        assert!(matches!(client.resume(), Err(ClientError::Gone)));
+    }
+
+    #[test]
+    fn a_dead_process_is_gone_and_counts_as_stopped() {
+        let (mine, yours) = Channel::pair().unwrap();
+        drop(yours);
+        let client = Client::new(mine);
+        client.stop().unwrap();
+        let (mine, yours) = Channel::pair().unwrap();
+        drop(yours);
+        assert!(matches!(Client::new(mine).status(), Err(ClientError::Gone)));
+        assert!(matches!(Client::connect(Path::new("/nonexistent/socket")), Err(ClientError::Connect(_))));
+    }
+}

@@ -1,0 +1,42 @@
+//! `form-vmm`: the process of one VM.
+
+mod arguments;
+mod open;
+
+use std::process::ExitCode;
+
+use arguments::Command;
+use form_vmm::machine::explain;
+use form_vmm::server::Server;
+
+fn main() -> ExitCode {
+    form_vmm::exit::catch_panics();
+    let command = match arguments::parse(lexopt::Parser::from_env()) {
+        Ok(command) => command,
+        Err(error) => {
+            eprintln!("form-vmm: {error}\n{}", arguments::USAGE);
+            return ExitCode::from(2);
+        }
+    };
+    let started = match command {
+        Command::Help => {
+            println!("{}", arguments::USAGE);
+            return ExitCode::SUCCESS;
+        }
+        Command::Serve { control_fd } => open::inherited_listener(control_fd).map(|listener| (Server::new(Some(listener), None), None)),
+        Command::Run(run) => open::standalone(&run),
+    };
+    let (mut server, boot) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            eprintln!("form-vmm: {}", explain(&error));
+            return ExitCode::FAILURE;
+        }
+    };
+    if let Some((config, fds)) = boot {
+        if let Err(error) = server.boot(&config, fds) {
+            return server.fail(&error);
+        }
+    }
+    server.run()
+}

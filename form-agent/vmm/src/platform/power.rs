@@ -1,0 +1,125 @@
+//! Power registers, in the form of hardware-reduced ACPI (ACPI 6.5, sections 4.8.3.6, 4.8.3.7, 5.6.9): sleep control and status,
+//! reset, the power management timer, and the register that tells the generic event device what happened.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Instant;
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// Offsets from `POWER_PORT`.
+pub const SLEEP_CONTROL: u16 = 0;
+pub const SLEEP_STATUS: u16 = 1;
+pub const RESET: u16 = 2;
+pub const EVENTS: u16 = 4;
+pub const TIMER: u16 = 8;
+
+/// The value that `RESET` wants.
+pub const RESET_VALUE: u8 = 1;
+/// `SLP_TYP` of the state S5 (soft off), as `\_S5` says.
+pub const SLEEP_TYPE_S5: u8 = 5;
+const SLEEP_ENABLE: u8 = 1 << 5;
+/// Bits of `EVENTS`; reading clears them. Others are free for hotplug.
+pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
+/// ACPI 6.5, section 4.8.2.1.
+const TIMER_HZ: u128 = 3_579_545;
+
+/// What a write to a power register asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PowerRequest {
+    Off,
+    Reset,
+}
+
+pub struct Power {
+    started: Instant,
+    events: AtomicU8,
+    interrupt: EventFd,
+}
+
+impl Power {
+    /// `interrupt` raises the event device's line.
+    #[must_use]
+    pub fn new(interrupt: EventFd) -> Self {
+        Power { started: Instant::now(), events: AtomicU8::new(0), interrupt }
+    }
+
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn press_button(&self) -> std::io::Result<()> {
+        self.events.fetch_or(EVENT_POWER_BUTTON, Ordering::AcqRel);
+        self.interrupt.write(1)
+    }
+
+    #[must_use]
+    pub fn write(&self, register: u16, data: &[u8]) -> Option<PowerRequest> {
+        match (register, data) {
+            (SLEEP_CONTROL, [value, ..]) if value & SLEEP_ENABLE != 0 && (value >> 2) & 7 == SLEEP_TYPE_S5 => Some(PowerRequest::Off),
+            (RESET, [RESET_VALUE, ..]) => Some(PowerRequest::Reset),
+            _ => None,
+        }
+    }
+
+    pub fn read(&self, register: u16, data: &mut [u8]) {
+        data.fill(0);
+        match register {
+            EVENTS => {
+                if let Some(first) = data.first_mut() {
+                    *first = self.events.swap(0, Ordering::AcqRel);
+                }
+            }
+            TIMER => {
+                let ticks = self.started.elapsed().as_nanos() * TIMER_HZ / 1_000_000_000;
+                for (byte, value) in data.iter_mut().zip((ticks as u32).to_le_bytes()) {
+                    *byte = value;
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn power() -> Power {
+        Power::new(EventFd::new(libc::EFD_NONBLOCK).unwrap())
+    }
+
+    #[test]
+    fn only_s5_with_enable_powers_off() {
+        let power = power();
+        assert_eq!(power.write(SLEEP_CONTROL, &[(5 << 2) | 0x20]), Some(PowerRequest::Off));
+        for value in [0, 5 << 2, 0x20, (3 << 2) | 0x20] {
+            assert_eq!(power.write(SLEEP_CONTROL, &[value]), None);
+        }
+        assert_eq!(power.write(RESET, &[RESET_VALUE]), Some(PowerRequest::Reset));
+        assert_eq!(power.write(RESET, &[]), None);
+        assert_eq!(power.write(15, &[1, 2, 3, 4]), None);
+    }
+
+    #[test]
+    fn a_button_press_is_seen_once_and_raises_the_line() {
+        let power = power();
+        power.press_button().unwrap();
+        power.press_button().unwrap();
+        assert_eq!(power.interrupt.read().unwrap(), 2);
+        let mut data = [0u8; 1];
+        power.read(EVENTS, &mut data);
+        assert_eq!(data, [EVENT_POWER_BUTTON]);
+        power.read(EVENTS, &mut data);
+        assert_eq!(data, [0]);
+    }
+
+    #[test]
+    fn the_timer_goes_on() {
+        let power = power();
+        let mut early = [0u8; 4];
+        power.read(TIMER, &mut early);
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        let mut late = [0u8; 4];
+        power.read(TIMER, &mut late);
+        let ticks = u32::from_le_bytes(late) - u32::from_le_bytes(early);
+        assert!(ticks >= 17_000, "{ticks} ticks in 5 ms");
+    }
+}

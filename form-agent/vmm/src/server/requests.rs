@@ -1,0 +1,139 @@
+//! What each request does in each state of the VM.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{DONE, REPLY_TIME, Served, Server};
+use crate::control::channel::Channel;
+use crate::control::{ControlReply, ControlRequest, ErrorKind, ExitReason, VmState};
+use crate::machine::{Machine, explain};
+use crate::virtio::vsock::Connector;
+
+/// How long a guest may take to accept a vsock connection. Less than a client waits for its answer.
+const VSOCK_TIME: Duration = Duration::from_secs(5);
+/// Each waits on a thread of its own.
+const VSOCK_WAITING: usize = 16;
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+
+impl Server {
+    pub(super) fn handle(&mut self, channel: &Arc<Channel>, request: ControlRequest, fds: Vec<OwnedFd>) -> Served {
+        let state = self.machine.as_ref().map_or(VmState::Empty, Machine::state);
+        match (request, &self.machine) {
+            (ControlRequest::Boot { config }, None) => match self.boot(&config, fds) {
+                Ok(()) => reply(channel, &DONE, &[]),
+                Err(problem) => {
+                    let message = explain(&problem);
+                    let kind = match problem {
+                        crate::machine::MachineError::Kvm { .. } | crate::machine::MachineError::Io { .. } => ErrorKind::System,
+                        _ => ErrorKind::Invalid,
+                    };
+                    reply(channel, &error(kind, message.clone()), &[]);
+                    Served::End((ExitReason::Failed, Some(message)))
+                }
+            },
+            (ControlRequest::Boot { .. }, Some(_)) => refuse(channel, state),
+            (ControlRequest::Status, _) => reply(channel, &ControlReply::Status { state, pid: std::process::id() }, &[]),
+            (ControlRequest::Stop, _) => {
+                // Whoever asked may rely on the record being written: the connection closes only after that.
+                reply(channel, &DONE, &[]);
+                Served::End((ExitReason::Stopped, None))
+            }
+            (_, None) => refuse(channel, state),
+            (request, Some(machine)) => match (request, state) {
+                (ControlRequest::Pause, VmState::Running) => {
+                    machine.pause();
+                    reply(channel, &DONE, &[])
+                }
+                (ControlRequest::Resume, VmState::Paused) => {
+                    machine.resume();
+                    reply(channel, &DONE, &[])
+                }
+                (ControlRequest::Pause | ControlRequest::Resume, _) => refuse(channel, state),
+                (ControlRequest::PowerButton, VmState::Running) => answer(channel, machine.press_power_button()),
+                (ControlRequest::PowerButton, _) => refuse(channel, state),
+                (ControlRequest::Metrics, _) => reply(channel, &ControlReply::Metrics(Box::new(machine.metrics())), &[]),
+                (ControlRequest::Balloon { mib }, _) => match machine.set_balloon(mib) {
+                    Some(result) => answer(channel, result),
+                    None => reply(channel, &error(ErrorKind::Invalid, "this VM has no balloon".to_owned()), &[]),
+                },
+                (ControlRequest::VsockConnect { port }, VmState::Running) => match machine.vsock_connector() {
+                    Some(connector) => connect(channel, connector, port),
+                    None => reply(channel, &error(ErrorKind::Invalid, "this VM has no vsock".to_owned()), &[]),
+                },
+                (ControlRequest::VsockConnect { .. }, _) => refuse(channel, state),
+                (ControlRequest::Console, _) => {
+                    machine.serial().attached().set_active(true);
+                    match self.consoles.attach() {
+                        Some(Ok(console)) => reply(channel, &DONE, &[console.as_fd()]),
+                        Some(Err(problem)) => reply(channel, &error(ErrorKind::System, problem.to_string()), &[]),
+                        None => reply(channel, &error(ErrorKind::Invalid, "too many consoles are attached".to_owned()), &[]),
+                    }
+                }
+                (ControlRequest::Boot { .. } | ControlRequest::Status | ControlRequest::Stop, _) => refuse(channel, state),
+            },
+        }
+    }
+}
+
+/// Waits for the guest on a thread of its own, which answers by itself. Meanwhile the client waits, so replies keep their order.
+fn connect(channel: &Arc<Channel>, connector: Connector, port: u32) -> Served {
+    if WAITING.fetch_add(1, Ordering::AcqRel) >= VSOCK_WAITING {
+        WAITING.fetch_sub(1, Ordering::AcqRel);
+        return reply(channel, &error(ErrorKind::Refused, "too many vsock connections are being made".to_owned()), &[]);
+    }
+    let connection = Arc::clone(channel);
+    let thread = std::thread::Builder::new().name("vsock-connect".to_owned()).stack_size(128 * 1024).spawn(move || {
+        match connector.connect(port, VSOCK_TIME) {
+            Ok(stream) => reply(&connection, &DONE, &[stream.as_fd()]),
+            Err(problem) => reply(&connection, &error(kind_of(&problem), problem.to_string()), &[]),
+        };
+        WAITING.fetch_sub(1, Ordering::AcqRel);
+    });
+    match thread {
+        Ok(_) => Served::Stay,
+        Err(problem) => {
+            WAITING.fetch_sub(1, Ordering::AcqRel);
+            reply(channel, &error(ErrorKind::System, problem.to_string()), &[])
+        }
+    }
+}
+
+fn kind_of(problem: &io::Error) -> ErrorKind {
+    match problem.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::TimedOut => ErrorKind::Refused,
+        io::ErrorKind::InvalidInput => ErrorKind::Invalid,
+        _ => ErrorKind::System,
+    }
+}
+
+pub(super) fn error(kind: ErrorKind, message: String) -> ControlReply {
+    ControlReply::Error { kind, message }
+}
+
+fn answer(channel: &Channel, result: io::Result<()>) -> Served {
+    match result {
+        Ok(()) => reply(channel, &DONE, &[]),
+        Err(problem) => reply(channel, &error(kind_of(&problem), problem.to_string()), &[]),
+    }
+}
+
+fn refuse(channel: &Channel, state: VmState) -> Served {
+    let now = match state {
+        VmState::Empty => "not booted",
+        VmState::Running => "running",
+        VmState::Paused => "paused",
+        VmState::Exited => "ending",
+    };
+    reply(channel, &error(ErrorKind::WrongState, format!("not possible: the VM is {now}")), &[])
+}
+
+/// A peer that does not take its reply loses the connection.
+pub(super) fn reply(channel: &Channel, reply: &ControlReply, fds: &[BorrowedFd<'_>]) -> Served {
+    match channel.send(reply, fds, Instant::now() + REPLY_TIME) {
+        Ok(()) => Served::Stay,
+        Err(_) => Served::Gone,
+    }
+}
