@@ -48,6 +48,11 @@ impl Joined {
         self.rows.partition_point(|(start, _)| *start <= offset).saturating_sub(1)
     }
 
+    /// Whether the text from `offset` on goes over the end of a row.
+    pub(crate) fn is_continued(&self, offset: usize) -> bool {
+        self.row(offset) + 1 < self.rows.len()
+    }
+
     fn place(&self, offset: usize) -> usize {
         self.rows.get(self.row(offset)).map_or(0, |(start, source)| source + (offset - start))
     }

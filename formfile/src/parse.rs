@@ -169,7 +169,7 @@ impl Arguments<'_, '_> {
         body
     }
 
-    fn healthcheck(self, trailing_comment: &mut Option<String>) -> Body {
+    fn healthcheck(mut self, trailing_comment: &mut Option<String>) -> Body {
         let (options, from) = self.options(0);
         let rest = &self.joined.text[from..];
         let first = rest.split(is_blank).next().unwrap_or_default();
@@ -179,6 +179,7 @@ impl Arguments<'_, '_> {
                 let comment = Quotes::new(Mode::Words, rest).comment(rest);
                 *trailing_comment = comment.map(|at| rest[at..].to_owned());
                 let end = comment.map_or(self.joined.text.len(), |at| from + at);
+                self.comment_ends(end);
                 Body::Words(word::split_until(self.joined, 0, end, self.faults))
             }
             "CMD" => {
@@ -190,8 +191,18 @@ impl Arguments<'_, '_> {
         }
     }
 
+    /// Reports a comment from `at` on that a `\` at its end seems to continue. Before the comment was found, its line was
+    /// taken for one of a shell text, which goes on.
+    fn comment_ends(&mut self, at: usize) {
+        if self.joined.is_continued(at) {
+            let span = self.joined.span(at, self.joined.text.len());
+            let fault = Fault::error(Code::DanglingContinuation, span, "a `\\` at the end of a comment does not continue the line");
+            self.faults.push(fault.hint("put the comment on a line of its own"));
+        }
+    }
+
     /// A JSON array or a text for the shell.
-    fn command(self, options: Vec<Word>, from: usize, strictness: Strictness, trailing_comment: &mut Option<String>) -> Body {
+    fn command(mut self, options: Vec<Word>, from: usize, strictness: Strictness, trailing_comment: &mut Option<String>) -> Body {
         let all = &self.joined.text;
         let problem = match self.json(from) {
             None => return Body::Shell { options, text: self.text(from) },
@@ -201,6 +212,7 @@ impl Arguments<'_, '_> {
                 let comment = trimmed.starts_with('#') && trimmed.len() < rest.len();
                 if trimmed.is_empty() || comment {
                     *trailing_comment = comment.then(|| trimmed.to_owned());
+                    self.comment_ends(all.len() - trimmed.len());
                     return Body::Json { options, words, span: self.joined.span(from, end) };
                 }
                 "something follows the array".to_owned()

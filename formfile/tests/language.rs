@@ -288,6 +288,9 @@ fn continuations() {
     assert_eq!(faults("NAME web\nINSTALL a0 \\\n\n  b0\n"), [(Code::EmptyContinuation, 3)]);
     assert_eq!(faults("NAME web\nINSTALL a0 \\\n# x\n\n"), [(Code::DanglingContinuation, 2)]);
     assert_eq!(faults("NAME web\nINSTALL a0 # see \\\nRUN true"), []);
+    assert_eq!(faults("NAME web\nCMD [\"a\"] # x \\\n b\n"), [(Code::DanglingContinuation, 2)]);
+    assert_eq!(faults("NAME web\nHEALTHCHECK tcp 80 # x \\\n b\n"), [(Code::DanglingContinuation, 2)]);
+    assert_eq!(faults("NAME web\nCMD [\"a\", \\\n  \"b\"] # x\n"), []);
     assert_eq!(faults("\\\nNAME web"), [(Code::UnknownKeyword, 1)]);
     let StepAction::Run { command, .. } = &spec("NAME web\nRUN printf 'a\\\\'\nENV A=1").steps[0].action else { panic!() };
     assert_eq!(*command, Command::Shell("printf 'a\\\\'".to_owned()));

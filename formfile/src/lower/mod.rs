@@ -2,6 +2,7 @@
 
 mod build;
 mod command;
+mod copy;
 mod resource;
 mod service;
 pub(crate) mod user;
