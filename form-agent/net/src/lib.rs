@@ -14,11 +14,11 @@ mod nft;
 pub mod port;
 pub mod rules;
 mod sysctl;
-mod tap;
+pub mod tap;
 
 pub use address::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, Ipv4Range, Ipv6Prefix, Mac};
 pub use attachment::{Attachment, Mark, PublishedPort};
-pub use dns::Names;
+pub use dns::{NameEntry, Names};
 pub use error::{NetError, Result};
 pub use link::MTU;
 pub use network::{Leftover, Network, NetworkConfig};
