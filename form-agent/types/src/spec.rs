@@ -46,12 +46,24 @@ pub struct Step {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", content = "args", rename_all = "lowercase")]
 pub enum StepAction {
-    Install { packages: Vec<String> },
-    Run { command: Command, env: Vec<(String, String)>, workdir: Option<String> },
+    Install {
+        /// `NAME[:ARCHITECTURE][=VERSION]`, never an option or a pattern.
+        packages: Vec<String>,
+    },
+    Run {
+        command: Command,
+        /// `ARG`s that have a value and the `ENV` of the system so far, ordered by name.
+        env: Vec<(String, String)>,
+        /// Absolute; it is made when it is missing.
+        workdir: Option<String>,
+    },
     Copy(Copy),
 }
 
 /// A shell text, or the words of a JSON array.
+///
+/// A shell text may have several lines (a heredoc). One that begins with `#!` is a script for the interpreter named there, any
+/// other is for `/bin/sh -c`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Command {
@@ -73,9 +85,10 @@ pub struct Copy {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CopySource {
-    /// A path or glob below the build context.
+    /// A path or glob below the build context, without `.` and `..`; `.` alone is the context itself. A glob that finds several
+    /// files needs a target that ends in `/`.
     Path(String),
-    /// A heredoc: the file's name and its text.
+    /// A heredoc: the file's name (used when the target is a directory) and its text.
     Inline { name: String, text: String },
 }
 
