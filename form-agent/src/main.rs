@@ -1,1 +1,89 @@
-fn main() {}
+//! `form-agent`: one thin daemon a host.
+
+mod admit;
+mod agent;
+mod authorise;
+mod cgroup;
+mod config;
+mod daemon;
+mod database;
+mod deploy;
+mod desired;
+mod doctor;
+mod driver;
+mod event;
+mod fleet;
+mod identity;
+mod lifecycle;
+mod logs;
+mod machine;
+mod operation;
+mod plan;
+mod serve;
+#[cfg(test)]
+mod testing;
+mod vm;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use config::{Config, Paths};
+use identity::Identity;
+
+/// The agent of a Formation host: it runs the host's VMs and keeps them as the replicated state says.
+#[derive(Parser)]
+#[command(name = "form-agent", version, about)]
+struct Arguments {
+    /// Keep everything below this directory instead of / (several agents on one machine, tests)
+    #[arg(long, global = true, default_value = "/", env = "FORM_AGENT_ROOT")]
+    root: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make this host's key and print a one-time token with which its first owner claims it
+    Init,
+    /// Run the agent in the foreground
+    Run,
+    /// Ask the running agent how it is
+    Status,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let paths = Paths::new(&arguments.root);
+    let result = match arguments.command {
+        Command::Init => init(&paths),
+        Command::Run => daemon::run(paths),
+        Command::Status => daemon::status(&paths),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("form-agent: {error}");
+            let mut source = error.source();
+            while let Some(cause) = source {
+                eprintln!("  because: {cause}");
+                source = cause.source();
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn init(paths: &Paths) -> Result<(), Box<dyn std::error::Error>> {
+    paths.create_all().map_err(|error| format!("cannot make the agent's directories: {error} (are you root?)"))?;
+    let config = Config::load(&paths.config())?;
+    let mut identity = Identity::open(paths, config.owner)?;
+    if let Some(owner) = identity.owner() {
+        println!("This host is {} and belongs to {owner}.", identity.host_id().short());
+        return Ok(());
+    }
+    let token = identity.new_token()?;
+    println!("This host is {}. Start the agent (`form-agent run`), then claim it once, from where you work:", identity.host_id().short());
+    println!();
+    println!("  form host add ADDRESS:{} --token {token}", config.listen.port());
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! Whether a host can take a VM, and why not. Pure.
+
+use form_api::{ApiError, ErrorCode, deploy::DeployRequest};
+use form_types::{Name, spec::Protocol};
+
+/// What the host has, and what is taken already by the other VMs.
+#[derive(Clone, Debug, Default)]
+pub struct Capacity {
+    pub machine_vcpus: u32,
+    pub vcpu_overcommit: u32,
+    pub vcpus_taken: u32,
+    /// Less what the host keeps for itself.
+    pub memory_mib: u64,
+    pub memory_taken_mib: u64,
+    pub disk_free_bytes: u64,
+    pub vms: u32,
+    pub max_vms: u32,
+    /// Published by other VMs.
+    pub ports_taken: Vec<(Protocol, u16, Name)>,
+}
+
+/// A Formfile may say what this version cannot run: that is refused here, never ignored.
+///
+/// # Errors
+/// `unsupported`, naming the instruction.
+pub fn check_supported(request: &DeployRequest) -> Result<(), ApiError> {
+    let spec = &request.spec;
+    let unsupported = |what: &str, hint: &str| Err(ApiError::new(ErrorCode::Unsupported, what).hint(hint));
+    if spec.replicas != 1 {
+        return unsupported("REPLICAS above 1 is not supported by this version", "deploy one instance a name");
+    }
+    if !spec.volumes.is_empty() {
+        return unsupported("VOLUME is not supported by this version", "keep the data on the root disk, it survives stop and start");
+    }
+    if spec.networks.iter().any(|network| network.as_str() != "default") {
+        return unsupported("NETWORK other than `default` is not supported by this version", "remove the NETWORK instruction");
+    }
+    if let Some(gpu) = spec.resources.gpus.first() {
+        return unsupported(&format!("this host has no GPU {}", gpu.model), "remove the GPU instruction");
+    }
+    if spec.model.as_ref().is_some_and(|model| model.required) {
+        return unsupported("MODEL required:… is not supported by this version", "use MODEL preferred:…, or remove it");
+    }
+    Ok(())
+}
+
+/// # Errors
+/// `no-room` with the numbers, or `conflict` with the VM that has the port.
+pub fn admit(request: &DeployRequest, is_new: bool, capacity: &Capacity) -> Result<(), ApiError> {
+    let resources = &request.spec.resources;
+    let no_room = |what: String, hint: &str| Err(ApiError::new(ErrorCode::NoRoom, what).hint(hint));
+    if is_new && capacity.vms >= capacity.max_vms {
+        return no_room(
+            format!("the host runs {} VMs, and {} is its limit", capacity.vms, capacity.max_vms),
+            "destroy one, or raise max_vms in agent.yaml",
+        );
+    }
+    let vcpus = capacity.machine_vcpus.saturating_mul(capacity.vcpu_overcommit);
+    if capacity.vcpus_taken.saturating_add(resources.vcpus) > vcpus {
+        return no_room(
+            format!("VCPU {} does not fit: {} of {vcpus} virtual CPUs are taken", resources.vcpus, capacity.vcpus_taken),
+            "ask for fewer, or destroy another VM",
+        );
+    }
+    let memory_free = capacity.memory_mib.saturating_sub(capacity.memory_taken_mib);
+    if resources.memory_mib > memory_free {
+        return no_room(
+            format!("MEM {} MiB does not fit: {memory_free} of {} MiB are free for VMs", resources.memory_mib, capacity.memory_mib),
+            "ask for less, or destroy another VM",
+        );
+    }
+    // Disks are sparse: what counts is that there is room to begin with.
+    const NEEDED: u64 = 64 * 1024 * 1024;
+    if capacity.disk_free_bytes < NEEDED {
+        return no_room(
+            format!("the host's disk is full: {} MiB are free", capacity.disk_free_bytes >> 20),
+            "free space under /var/lib/formation, for example with `form image rm`",
+        );
+    }
+    for port in &request.spec.ports {
+        let Some(host_port) = port.host_port else { continue };
+        let taken = capacity.ports_taken.iter().find(|(protocol, taken, _)| (*protocol, *taken) == (port.protocol, host_port));
+        if let Some((protocol, _, owner)) = taken {
+            let what = format!("port {host_port}/{} of the host is published by vm/{owner}", protocol.as_str());
+            return Err(ApiError::new(ErrorCode::Conflict, what).hint("publish another host port with EXPOSE HOSTPORT:PORT"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::request;
+
+    fn roomy() -> Capacity {
+        Capacity { machine_vcpus: 2, vcpu_overcommit: 4, memory_mib: 4096, disk_free_bytes: 1 << 30, max_vms: 10, ..Capacity::default() }
+    }
+
+    #[test]
+    fn every_limit_refuses_with_its_reason() {
+        let web = request("web");
+        assert_eq!(admit(&web, true, &roomy()), Ok(()));
+        let code = |capacity: Capacity| admit(&web, true, &capacity).map_err(|error| error.code);
+        assert_eq!(code(Capacity { vms: 10, ..roomy() }), Err(ErrorCode::NoRoom));
+        assert_eq!(code(Capacity { vcpus_taken: 8, ..roomy() }), Err(ErrorCode::NoRoom));
+        assert_eq!(code(Capacity { memory_taken_mib: 3585, ..roomy() }), Err(ErrorCode::NoRoom));
+        assert_eq!(code(Capacity { memory_taken_mib: 3584, ..roomy() }), Ok(()));
+        assert_eq!(code(Capacity { disk_free_bytes: 1, ..roomy() }), Err(ErrorCode::NoRoom));
+        let other: Name = "other".parse().unwrap();
+        assert_eq!(code(Capacity { ports_taken: vec![(Protocol::Tcp, 8080, other.clone())], ..roomy() }), Err(ErrorCode::Conflict));
+        assert_eq!(code(Capacity { ports_taken: vec![(Protocol::Udp, 8080, other)], ..roomy() }), Ok(()));
+        // A VM that is there already does not count against max_vms when it changes.
+        assert_eq!(admit(&web, false, &Capacity { vms: 10, ..roomy() }), Ok(()));
+    }
+
+    #[test]
+    fn what_cannot_run_is_refused_by_name() {
+        let mut web = request("web");
+        web.spec.replicas = 2;
+        assert!(check_supported(&web).unwrap_err().message.contains("REPLICAS"));
+        let mut web = request("web");
+        web.spec.networks = vec!["backend".parse().unwrap()];
+        assert!(check_supported(&web).unwrap_err().message.contains("NETWORK"));
+    }
+}

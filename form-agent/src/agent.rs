@@ -1,0 +1,341 @@
+//! Everything an agent is, in one place that handlers and drivers share.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use form_api::{ApiError, ErrorCode, host::Host, vm::Vm};
+use form_net::{Attachment, NameEntry, Network, PublishedPort};
+use form_state::{Replica, View};
+use form_store::Store;
+use form_types::{ClusterId, HostId, ImageReference, Name, SecretKey, VmId};
+use jiff::Timestamp;
+use tokio::sync::watch;
+
+use crate::{
+    admit::Capacity,
+    authorise::SignedRequest,
+    config::{Config, Paths},
+    desired::{self, DesiredVm},
+    event::Events,
+    fleet::{Fleet, Observed},
+    identity::Identity,
+    machine,
+    operation::Operations,
+    vm::{self, Link, dns_name},
+};
+
+/// What the daemon has opened by the time it can be an agent.
+pub struct Parts {
+    pub paths: Paths,
+    pub config: Config,
+    pub identity: Identity,
+    pub name: String,
+    pub replica: Replica,
+    pub store: Store,
+    pub network: Network,
+    pub events: Arc<Events>,
+    pub operations: Operations,
+    pub programs: Programs,
+}
+
+/// The programs that the agent starts or hands to guests.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    pub vmm: PathBuf,
+    pub guest: PathBuf,
+}
+
+pub struct Agent {
+    paths: Paths,
+    config: Config,
+    key: SecretKey,
+    cluster: ClusterId,
+    identity: Mutex<Identity>,
+    name: String,
+    started_at: Timestamp,
+    replica: Replica,
+    pub store: Store,
+    pub network: Network,
+    pub events: Arc<Events>,
+    pub operations: Operations,
+    pub fleet: Fleet,
+    pub programs: Programs,
+    /// Held from the look at what is free until it is taken, so that two deploys do not both get the last of it.
+    admission: Mutex<()>,
+    /// Held while the firewall is replaced.
+    rules: tokio::sync::Mutex<()>,
+    log_changes: Mutex<BTreeMap<VmId, watch::Sender<u64>>>,
+}
+
+pub fn internal(error: &dyn std::fmt::Display) -> ApiError {
+    ApiError::new(ErrorCode::Internal, error.to_string())
+}
+
+impl Agent {
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            key: parts.identity.key().clone(),
+            cluster: parts.identity.cluster(),
+            paths: parts.paths,
+            config: parts.config,
+            identity: Mutex::new(parts.identity),
+            name: parts.name,
+            started_at: Timestamp::now(),
+            replica: parts.replica,
+            store: parts.store,
+            network: parts.network,
+            events: parts.events,
+            operations: parts.operations,
+            fleet: Fleet::new(),
+            programs: parts.programs,
+            admission: Mutex::default(),
+            rules: tokio::sync::Mutex::default(),
+            log_changes: Mutex::default(),
+        }
+    }
+
+    pub const fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    pub const fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub const fn key(&self) -> &SecretKey {
+        &self.key
+    }
+
+    pub const fn cluster(&self) -> ClusterId {
+        self.cluster
+    }
+
+    pub fn host_id(&self) -> HostId {
+        HostId::of(&self.key.public())
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn identity(&self) -> MutexGuard<'_, Identity> {
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn admission(&self) -> MutexGuard<'_, ()> {
+        self.admission.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn view(&self) -> Arc<View> {
+        self.replica.view()
+    }
+
+    /// The VM as it should be; none when nobody wants it.
+    pub fn desired(&self, id: &VmId) -> Option<DesiredVm> {
+        desired::vms(&self.view()).remove(id)
+    }
+
+    /// Records what a signed request asks for. Blocks until it is on the disk.
+    ///
+    /// # Errors
+    /// What the rules refuse, or the database's.
+    pub fn submit(&self, request: &SignedRequest) -> Result<(), ApiError> {
+        let request = form_state::SignedRequest { envelope: request.header.clone(), body: request.body.clone().into_bytes() };
+        self.replica.submit(request).map(drop).map_err(|error| internal(&error))
+    }
+
+    /// What is kept of a VM, on disk: its root disk, and what it was made from.
+    pub fn vm_directory(&self, vm: &VmId) -> PathBuf {
+        self.paths.vms().join(vm.to_string())
+    }
+
+    pub fn log_directory(&self, vm: &VmId) -> PathBuf {
+        self.paths.logs().join(vm.to_string())
+    }
+
+    /// Counts the lines that a VM's log got.
+    pub fn log_changes(&self, vm: &VmId) -> watch::Sender<u64> {
+        let mut all = self.log_changes.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry(*vm).or_insert_with(|| watch::Sender::new(0)).clone()
+    }
+
+    pub fn forget_log(&self, vm: &VmId) {
+        self.log_changes.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
+    }
+
+    /// Every VM that has something on this host, wanted or not.
+    pub fn vms_on_disk(&self) -> Vec<VmId> {
+        let mut found = self.store.disks().unwrap_or_default();
+        for directory in [self.paths.vm_runtime(), self.paths.logs(), self.paths.vms()] {
+            let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            found.extend(entries.filter_map(|entry| entry.file_name().to_str()?.parse::<VmId>().ok()));
+        }
+        found.sort();
+        found.dedup();
+        found
+    }
+
+    pub fn link(&self, vm: &DesiredVm) -> Link {
+        Link {
+            mac: vm.mac().0,
+            mtu: form_net::MTU,
+            ipv4: vm.ipv4,
+            ipv6: vm.ipv6(&self.cluster),
+            gateway4: form_net::GATEWAY_V4,
+            gateway6: form_net::GATEWAY_V6,
+        }
+    }
+
+    pub fn attachment(&self, vm: &DesiredVm) -> Attachment {
+        let published = vm
+            .request
+            .spec
+            .ports
+            .iter()
+            .filter_map(|port| port.host_port.map(|host| PublishedPort { protocol: port.protocol, host, guest: port.port }));
+        Attachment {
+            vm: vm.id,
+            name: vm.name().clone(),
+            network: vm::default_network(),
+            mac: vm.mac(),
+            ipv4: vm.ipv4,
+            ipv6: vm.ipv6(&self.cluster),
+            ports: published.collect(),
+        }
+    }
+
+    /// Puts the firewall and the names in force that the VMs with a VM process, and `also`, need.
+    ///
+    /// # Errors
+    /// What `nft` says.
+    pub async fn apply_rules(&self, also: Option<&DesiredVm>) -> Result<(), form_net::NetError> {
+        let _one_at_a_time = self.rules.lock().await;
+        let mut attachments: BTreeMap<VmId, Attachment> = desired::vms(&self.view())
+            .into_values()
+            .filter(|vm| self.paths.vm_runtime().join(vm.id.to_string()).exists())
+            .map(|vm| (vm.id, self.attachment(&vm)))
+            .collect();
+        if let Some(vm) = also {
+            attachments.insert(vm.id, self.attachment(vm));
+        }
+        let attachments: Vec<Attachment> = attachments.into_values().collect();
+        self.network.names().set(attachments.iter().map(|attachment| NameEntry {
+            name: attachment.name.clone(),
+            network: attachment.network.clone(),
+            ipv4: attachment.ipv4,
+            ipv6: attachment.ipv6,
+        }));
+        self.network.set_rules(&attachments).await
+    }
+
+    /// The VM as a client sees it.
+    pub fn vm(&self, desired: &DesiredVm) -> Vm {
+        let observed = self.fleet.observed(&desired.id).unwrap_or_else(Observed::new);
+        let spec = &desired.request.spec;
+        let image = self.store.by_digest(&desired.request.image).ok();
+        let ports = spec.ports.iter().map(|port| form_api::vm::PublishedPort {
+            port: port.port,
+            protocol: port.protocol,
+            host_port: port.host_port,
+        });
+        Vm {
+            id: desired.id,
+            name: spec.name.clone(),
+            host: desired.host,
+            host_name: self.name.clone(),
+            image: ImageReference {
+                name: image.as_ref().map_or_else(|| spec.name.clone(), |image| image.name.clone()),
+                version: image.map(|image| image.version),
+            },
+            image_digest: desired.request.image,
+            state: observed.state,
+            ready: observed.ready,
+            health: observed.health,
+            ipv4: Some(desired.ipv4),
+            ipv6: Some(desired.ipv6(&self.cluster)),
+            dns_name: dns_name(&spec.name),
+            ports: ports.collect(),
+            vcpus: spec.resources.vcpus,
+            memory_mib: spec.resources.memory_mib,
+            disk_gib: spec.resources.disk_gib,
+            labels: spec.labels.clone(),
+            created_at: desired.created_at,
+            started_at: observed.started_at,
+            restarts: observed.restarts,
+            fault: observed.fault,
+        }
+    }
+
+    pub fn vm_named(&self, name: &Name) -> Result<DesiredVm, ApiError> {
+        desired::vm_named(&self.view(), name)
+            .ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("there is no vm/{name}")).hint("list them with `form ps`"))
+    }
+
+    /// What is free, as it would be without the VM called `except`.
+    ///
+    /// # Errors
+    /// When the machine cannot be asked.
+    pub fn capacity(&self, except: Option<&Name>) -> Result<Capacity, ApiError> {
+        let others: Vec<DesiredVm> =
+            desired::vms(&self.view()).into_values().filter(|vm| vm.host == self.host_id() && Some(vm.name()) != except).collect();
+        let (memory_total, vcpus) = (machine::memory_mib().map_err(|error| internal(&error))?, machine::vcpus());
+        let disk = self.store.space().map_err(|error| internal(&error))?;
+        let ports = others.iter().flat_map(|vm| {
+            let published = vm.request.spec.ports.iter();
+            published.filter_map(|port| Some((port.protocol, port.host_port?, vm.name().clone())))
+        });
+        Ok(Capacity {
+            machine_vcpus: vcpus,
+            vcpu_overcommit: self.config.vcpu_overcommit,
+            vcpus_taken: others.iter().map(|vm| vm.request.spec.resources.vcpus).sum(),
+            memory_mib: memory_total.saturating_sub(self.config.memory_reserve_mib),
+            memory_taken_mib: others.iter().map(|vm| vm.request.spec.resources.memory_mib).sum(),
+            disk_free_bytes: disk.free,
+            vms: others.len() as u32,
+            max_vms: self.config.max_vms,
+            ports_taken: ports.collect(),
+        })
+    }
+
+    /// # Errors
+    /// When the machine cannot be asked.
+    pub fn host(&self) -> Result<Host, ApiError> {
+        let capacity = self.capacity(None)?;
+        let disk = self.store.space().map_err(|error| internal(&error))?;
+        Ok(Host {
+            id: self.host_id(),
+            name: self.name.clone(),
+            public_key: self.key.public(),
+            cluster: self.cluster,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel: machine::kernel_release(),
+            owner: self.identity().owner(),
+            started_at: self.started_at,
+            now: Timestamp::now(),
+            vcpus_total: capacity.machine_vcpus,
+            vcpus_allocated: capacity.vcpus_taken,
+            memory_total_mib: capacity.memory_mib,
+            memory_allocated_mib: capacity.memory_taken_mib,
+            disk_total_bytes: disk.total,
+            disk_free_bytes: disk.free,
+            vms: capacity.vms,
+            max_vms: capacity.max_vms,
+        })
+    }
+
+    /// Removes a VM's log.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn remove_log(&self, vm: &VmId) -> io::Result<()> {
+        self.forget_log(vm);
+        match std::fs::remove_dir_all(self.log_directory(vm)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! One cgroup (v2) a VM: what it may use of the host, and one place that holds all its threads. `docs.kernel.org/admin-guide/cgroup-v2`.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use form_types::{VmId, spec::Resources};
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// Memory of a VM process outside its guest's, in bytes: what the VMM needs, and some cache of the disk file.
+const OVERHEAD: u64 = 128 << 20;
+
+/// Threads beside one a vCPU.
+const THREADS: u32 = 64;
+
+fn parent(mark: &str) -> PathBuf {
+    Path::new(ROOT).join(format!("form-{mark}"))
+}
+
+/// Whether cgroups are the unified hierarchy (v2) with the controllers we use.
+pub fn is_available() -> bool {
+    let controllers = fs::read_to_string(Path::new(ROOT).join("cgroup.controllers")).unwrap_or_default();
+    ["cpu", "memory", "pids"].iter().all(|wanted| controllers.split_whitespace().any(|controller| controller == *wanted))
+}
+
+/// The VM's cgroup with its limits; none on a host without cgroup v2 (`form doctor` says so).
+pub fn create(mark: &str, vm: &VmId, resources: &Resources) -> io::Result<Option<PathBuf>> {
+    if !is_available() {
+        return Ok(None);
+    }
+    let parent = parent(mark);
+    fs::create_dir_all(&parent)?;
+    for directory in [Path::new(ROOT), &parent] {
+        fs::write(directory.join("cgroup.subtree_control"), "+cpu +memory +pids")?;
+    }
+    let group = parent.join(vm.to_string());
+    fs::create_dir_all(&group)?;
+    fs::write(group.join("memory.max"), ((resources.memory_mib << 20) + OVERHEAD).to_string())?;
+    fs::write(group.join("pids.max"), (resources.vcpus + THREADS).to_string())?;
+    fs::write(group.join("cpu.max"), format!("{} 100000", u64::from(resources.vcpus) * 100_000 + 50_000))?;
+    Ok(Some(group))
+}
+
+/// Removes the VM's cgroup, and ours when it was the last. A process that has just ended may hold it for a moment.
+pub async fn remove(mark: &str, vm: &VmId) -> io::Result<()> {
+    let group = parent(mark).join(vm.to_string());
+    for attempt in 1.. {
+        match fs::remove_dir(&group) {
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            Err(error) if attempt == 20 => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+    // Fails while other VMs have theirs in it, and that is right.
+    let _ = fs::remove_dir(parent(mark));
+    Ok(())
+}
+
+/// Cgroups of this agent that belong to no VM in `known`.
+pub fn leftovers(mark: &str, known: &[VmId]) -> Vec<VmId> {
+    let entries = fs::read_dir(parent(mark)).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(|id| !known.contains(id)).collect()
+}

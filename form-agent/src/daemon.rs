@@ -1,0 +1,138 @@
+//! The daemon: opens everything, adopts what runs, serves until it is told to stop. VMs outlive it.
+
+use std::{error::Error, future::Future, sync::Arc, time::Duration};
+
+use form_api::{
+    ApiError, ErrorCode,
+    client::{Client, Timeouts},
+    event::EventKind,
+    operation::OperationKind,
+    server::{self, CancellationToken, Limits, QuicConfig},
+};
+use form_net::{Ipv4Range, Ipv6Prefix, Mark, Network, NetworkConfig};
+use form_state::Replica;
+use form_store::Store;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    agent::{Agent, Parts, Programs},
+    config::{Config, Paths},
+    database::Records,
+    deploy,
+    desired::AgentRules,
+    event::Events,
+    identity::Identity,
+    lifecycle, machine,
+    operation::Operations,
+    serve,
+};
+
+type Failure = Box<dyn Error>;
+
+/// Blocks of uploads that were never finished are kept so long.
+const STALE_UPLOAD: Duration = Duration::from_secs(24 * 60 * 60);
+
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_keep_alive(Duration::from_secs(2)).enable_all().build()?)
+}
+
+/// # Errors
+/// What keeps the agent from running.
+pub fn run(paths: Paths) -> Result<(), Failure> {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FORM_LOG").unwrap_or_else(|_| "info,form_net=info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    runtime()?.block_on(serve_until_told(paths))
+}
+
+async fn serve_until_told(paths: Paths) -> Result<(), Failure> {
+    let agent = Arc::new(open(paths).await?);
+    agent.network.ensure_host().await?;
+    agent.network.serve_dns().await?;
+    agent.apply_rules(None).await?;
+    agent.events.emit(EventKind::HostStarted, None, None, format!("form-agent {} started", env!("CARGO_PKG_VERSION")));
+    // Drivers first: they adopt what runs. Then what was asked for and not finished.
+    agent.fleet.reconcile(&agent);
+    resume_operations(&agent)?;
+
+    let stop = CancellationToken::new();
+    let router = serve::router(Arc::clone(&agent));
+    let quic = QuicConfig { bind: agent.config().listen, key: agent.key(), limits: Limits::default() };
+    let quic = server::quic(&quic, router.clone(), stop.clone())?;
+    let unix = server::unix(&agent.paths().socket(), router, Limits::default(), stop.clone())?;
+    tracing::info!(quic = ?quic.address(), socket = %agent.paths().socket().display(), host = %agent.host_id().short(), "serving");
+    told_to_stop().await?;
+    tracing::info!("stopping; VMs go on");
+    stop.cancel();
+    quic.finished().await;
+    unix.finished().await;
+    Ok(())
+}
+
+fn told_to_stop() -> impl Future<Output = Result<(), Failure>> {
+    async {
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        Ok(())
+    }
+}
+
+async fn open(paths: Paths) -> Result<Agent, Failure> {
+    paths.create_all().map_err(|error| format!("cannot make the agent's directories: {error} (are you root?)"))?;
+    let config = Config::load(&paths.config())?;
+    let programs = Programs { vmm: config.program("form-vmm")?, guest: config.program("form-guest")? };
+    let identity = Identity::open(&paths, config.owner)?;
+    let cluster = identity.cluster();
+    let records = Arc::new(Records::open(&paths.database())?);
+    let events = Arc::new(Events::open(Arc::clone(&records))?);
+    let rules = Arc::new(AgentRules { cluster });
+    let replica = Replica::open(&paths.database().join("state.redb"), identity.key(), cluster, rules)?;
+    let store = Store::open(&paths.data())?;
+    store.remove_stale_blocks(STALE_UPLOAD)?;
+    let network = Network::new(NetworkConfig {
+        mark: Mark::new(&identity.host_id().mark())?,
+        root: paths.data(),
+        ipv4_range: Ipv4Range::for_cluster(&cluster),
+        ipv6_prefix: Ipv6Prefix::for_cluster(&cluster),
+        dns_upstreams: config.dns_upstreams.clone(),
+    })?;
+    let name = config.name.clone().unwrap_or_else(machine::host_name);
+    let operations = Operations::new(records, Arc::clone(&events));
+    Ok(Agent::new(Parts { paths, config, identity, name, replica, store, network, events, operations, programs }))
+}
+
+fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
+    for record in agent.operations.unfinished()? {
+        let operation = &record.operation;
+        tracing::info!(operation = %operation.id, "going on with {} {}", operation.kind.as_str(), operation.subject);
+        match operation.kind {
+            OperationKind::Deploy => deploy::resume(agent, &record),
+            OperationKind::VmStart | OperationKind::VmStop | OperationKind::VmRestart | OperationKind::VmDestroy => {
+                lifecycle::resume(agent, operation.id, &operation.subject, operation.kind);
+            }
+            OperationKind::ImageImport | OperationKind::ImageRemove | OperationKind::Claim | OperationKind::DoctorFix => {
+                let error =
+                    ApiError::new(ErrorCode::Failed, "the agent was stopped in the middle of it").hint("run the same command again");
+                agent.operations.finish(operation.id, Err(error));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// # Errors
+/// When no agent answers.
+pub fn status(paths: &Paths) -> Result<(), Failure> {
+    let socket = paths.socket();
+    let host = runtime()?
+        .block_on(async { Client::unix(&socket, Timeouts::default()).host().await })
+        .map_err(|error| format!("no agent answers on {}: {error}", socket.display()))?;
+    println!("host     {} ({})", host.name, host.id.short());
+    println!("version  {}", host.version);
+    println!("owner    {}", host.owner.map_or_else(|| "none yet".to_owned(), |owner| owner.to_string()));
+    println!("vms      {} of {}", host.vms, host.max_vms);
+    println!("memory   {} of {} MiB taken", host.memory_allocated_mib, host.memory_total_mib);
+    Ok(())
+}

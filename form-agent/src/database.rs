@@ -1,0 +1,138 @@
+//! The agent's own records in redb: operations and events. (What the cluster should be is in `form-state`.)
+
+use std::path::Path;
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// Operation id -> JSON of [`crate::operation::Record`].
+const OPERATIONS: TableDefinition<&[u8; 16], &[u8]> = TableDefinition::new("operations");
+/// Order of creation -> operation id.
+const OPERATION_ORDER: TableDefinition<u64, &[u8; 16]> = TableDefinition::new("operation-order");
+/// Cursor -> JSON of [`form_api::event::Event`].
+const EVENTS: TableDefinition<u64, &[u8]> = TableDefinition::new("events");
+
+/// Operations and events kept; the oldest go first.
+const KEPT_OPERATIONS: u64 = 10_000;
+const KEPT_EVENTS: u64 = 20_000;
+
+#[derive(Debug, thiserror::Error)]
+pub enum DatabaseError {
+    #[error("the database {path}: {source}")]
+    Open { path: String, source: redb::DatabaseError },
+    #[error("the database: {0}")]
+    Redb(#[from] redb::Error),
+    #[error("a record in the database is damaged: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+macro_rules! from_redb {
+    ($($error:ident),*) => { $(impl From<redb::$error> for DatabaseError {
+        fn from(error: redb::$error) -> Self {
+            Self::Redb(error.into())
+        }
+    })* };
+}
+from_redb!(TransactionError, TableError, StorageError, CommitError);
+
+pub struct Records {
+    database: Database,
+}
+
+impl Records {
+    /// # Errors
+    /// When the file cannot be opened, is damaged, or another agent has it open.
+    pub fn open(directory: &Path) -> Result<Self, DatabaseError> {
+        let path = directory.join("agent.redb");
+        let database = Database::create(&path).map_err(|source| DatabaseError::Open { path: path.display().to_string(), source })?;
+        let transaction = database.begin_write()?;
+        transaction.open_table(OPERATIONS)?;
+        transaction.open_table(OPERATION_ORDER)?;
+        transaction.open_table(EVENTS)?;
+        transaction.commit()?;
+        Ok(Self { database })
+    }
+
+    /// # Errors
+    /// When the database cannot be read or the record is damaged.
+    pub fn operation<T: DeserializeOwned>(&self, id: &[u8; 16]) -> Result<Option<T>, DatabaseError> {
+        let table = self.database.begin_read()?.open_table(OPERATIONS)?;
+        Ok(table.get(id)?.map(|value| serde_json::from_slice(value.value())).transpose()?)
+    }
+
+    /// Writes a record durably; a new one is put at the end of the order.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn put_operation<T: Serialize>(&self, id: &[u8; 16], record: &T) -> Result<(), DatabaseError> {
+        let json = serde_json::to_vec(record)?;
+        let transaction = self.database.begin_write()?;
+        {
+            let mut operations = transaction.open_table(OPERATIONS)?;
+            let mut order = transaction.open_table(OPERATION_ORDER)?;
+            if operations.insert(id, json.as_slice())?.is_none() {
+                let next = order.last()?.map_or(0, |(last, _)| last.value() + 1);
+                order.insert(next, id)?;
+                let oldest = order.first()?.map(|(first, oldest)| (first.value(), *oldest.value()));
+                if let Some((first, oldest)) = oldest.filter(|(first, _)| next - first >= KEPT_OPERATIONS) {
+                    order.remove(first)?;
+                    operations.remove(&oldest)?;
+                }
+            }
+        }
+        Ok(transaction.commit()?)
+    }
+
+    /// The newest `limit` records, the newest first.
+    ///
+    /// # Errors
+    /// When the database cannot be read or a record is damaged.
+    pub fn newest_operations<T: DeserializeOwned>(&self, limit: usize) -> Result<Vec<T>, DatabaseError> {
+        let transaction = self.database.begin_read()?;
+        let (operations, order) = (transaction.open_table(OPERATIONS)?, transaction.open_table(OPERATION_ORDER)?);
+        let mut newest = Vec::new();
+        for entry in order.iter()?.rev().take(limit) {
+            if let Some(value) = operations.get(entry?.1.value())? {
+                newest.push(serde_json::from_slice(value.value())?);
+            }
+        }
+        Ok(newest)
+    }
+
+    /// # Errors
+    /// When it cannot be written.
+    pub fn put_event<T: Serialize>(&self, cursor: u64, event: &T) -> Result<(), DatabaseError> {
+        let json = serde_json::to_vec(event)?;
+        let mut transaction = self.database.begin_write()?;
+        // An event lost in a crash is no lie: the state itself is durable elsewhere.
+        transaction.set_durability(redb::Durability::None).map_err(redb::Error::from)?;
+        {
+            let mut events = transaction.open_table(EVENTS)?;
+            events.insert(cursor, json.as_slice())?;
+            if let Some(old) = cursor.checked_sub(KEPT_EVENTS) {
+                events.remove(old)?;
+            }
+        }
+        Ok(transaction.commit()?)
+    }
+
+    /// Events with a cursor above `after`, at most `limit`, in order.
+    ///
+    /// # Errors
+    /// When the database cannot be read or a record is damaged.
+    pub fn events_after<T: DeserializeOwned>(&self, after: u64, limit: usize) -> Result<Vec<T>, DatabaseError> {
+        let table = self.database.begin_read()?.open_table(EVENTS)?;
+        let mut events = Vec::new();
+        for entry in table.range(after.saturating_add(1)..)?.take(limit) {
+            events.push(serde_json::from_slice(entry?.1.value())?);
+        }
+        Ok(events)
+    }
+
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn last_event(&self) -> Result<u64, DatabaseError> {
+        let table = self.database.begin_read()?.open_table(EVENTS)?;
+        Ok(table.last()?.map_or(0, |(cursor, _)| cursor.value()))
+    }
+}

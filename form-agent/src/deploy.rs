@@ -1,0 +1,286 @@
+//! A deploy from the request to a healthy VM, or back to what was there before.
+
+use std::{sync::Arc, time::Duration};
+
+use form_api::{
+    ApiError, ErrorCode,
+    deploy::{DeployRequest, Plan},
+    operation::{Operation, OperationKind},
+    vm::{Health, VmState},
+};
+use form_types::{Digest, Name, OperationId, VmId};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use crate::{
+    admit,
+    agent::{Agent, internal},
+    authorise::{Caller, SignedRequest},
+    desired::{self, DesiredVm},
+    logs,
+    operation::{Begun, Opening, Record},
+    plan,
+};
+
+/// Lines of the log in the error of a deploy that failed.
+const LOG_TAIL: usize = 20;
+
+/// A service that ended so often during its own deploy will not become healthy.
+const MAX_RESTARTS: u32 = 3;
+
+/// What is remembered of a deploy under way.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Progress {
+    vm: VmId,
+    /// What is being deployed.
+    request: SignedRequest,
+    /// The state holds what was asked for; before that nothing was changed.
+    recorded: bool,
+    /// What ran before, to go back to.
+    previous: Option<Previous>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Previous {
+    request: SignedRequest,
+    boot: Digest,
+}
+
+/// # Errors
+/// What the host cannot do, or has no room for.
+pub fn make_plan(agent: &Agent, request: &DeployRequest) -> Result<Plan, ApiError> {
+    admit::check_supported(request)?;
+    let before = desired::vm_named(&agent.view(), &request.spec.name);
+    admit::admit(request, before.is_none(), &agent.capacity(Some(&request.spec.name))?)?;
+    Ok(plan::plan(before.as_ref().map(|vm| &vm.request), request))
+}
+
+/// Records the operation and what should be, and leaves the rest to the driver and a task that watches it.
+///
+/// # Errors
+/// Whatever stands in the way before anything is changed.
+pub fn begin(agent: &Arc<Agent>, caller: &Caller, request: &DeployRequest) -> Result<Operation, ApiError> {
+    admit::check_supported(request)?;
+    check_parts(agent, request)?;
+    let name = &request.spec.name;
+    let opening = Opening {
+        kind: OperationKind::Deploy,
+        vm: Some(name.clone()),
+        subject: format!("vm/{name}"),
+        actor: caller.actor.clone(),
+        actor_key: caller.key,
+        idempotency_key: caller.idempotency_key,
+        request: caller.request,
+    };
+    let id = match agent.operations.begin(opening)? {
+        Begun::Repeated(operation) => return Ok(*operation),
+        Begun::New(id) => id,
+    };
+    match record(agent, caller, request, id) {
+        Ok(target) => {
+            agent.fleet.reconcile(agent);
+            let agent = Arc::clone(agent);
+            tokio::spawn(async move { finish(&agent, id, target).await });
+        }
+        Err(error) => agent.operations.finish(id, Err(error)),
+    }
+    agent.operations.get(id)
+}
+
+fn check_parts(agent: &Agent, request: &DeployRequest) -> Result<(), ApiError> {
+    let missing = |what: &str| {
+        Err(ApiError::new(ErrorCode::NotFound, format!("the host does not have {what}")).hint("run `form deploy`, which uploads it"))
+    };
+    if agent.store.by_digest(&request.image).is_err() {
+        return missing(&format!("the image {}", request.image.short()));
+    }
+    if agent.store.kernel(&request.kernel).is_err() {
+        return missing(&format!("the kernel bundle {}", request.kernel.short()));
+    }
+    Ok(())
+}
+
+/// Where a deploy leads: the VM, the start that it waits for, and the way back.
+struct Target {
+    vm: VmId,
+    name: Name,
+    boot: Digest,
+    request: SignedRequest,
+    previous: Option<Previous>,
+}
+
+fn record(agent: &Agent, caller: &Caller, request: &DeployRequest, id: OperationId) -> Result<Target, ApiError> {
+    let name = &request.spec.name;
+    let _admission = agent.admission();
+    let before = desired::vm_named(&agent.view(), name);
+    admit::admit(request, before.is_none(), &agent.capacity(Some(name))?)?;
+    check_ports(request, before.as_ref())?;
+    let vm = before.as_ref().map_or_else(|| VmId::derive(&caller.key, &caller.idempotency_key, name.as_str()), |vm| vm.id);
+    let previous = before.as_ref().and_then(|vm| previous_of(agent, vm));
+    let remember = |recorded: bool| {
+        let progress = Progress { vm, request: caller.signed.clone(), recorded, previous: previous.clone() };
+        agent.operations.remember(id, serde_json::to_value(progress).map_err(|error| internal(&error))?)
+    };
+    remember(false)?;
+    agent.submit(&caller.signed)?;
+    remember(true)?;
+    let after = desired::vm_named(&agent.view(), name).ok_or_else(|| internal(&"the VM is not in the state after it was recorded"))?;
+    if before.is_some_and(|before| before.boot_digest() == after.boot_digest()) {
+        agent.fleet.retry(&vm);
+    }
+    Ok(Target { vm, name: name.clone(), boot: after.boot_digest(), request: caller.signed.clone(), previous })
+}
+
+/// The last deploy of this VM that became healthy, as its user signed it.
+fn previous_of(agent: &Agent, vm: &DesiredVm) -> Option<Previous> {
+    let kept = std::fs::read(agent.vm_directory(&vm.id).join("deployed.json")).ok()?;
+    serde_json::from_slice(&kept).ok()
+}
+
+fn keep_deployed(agent: &Agent, target: &Target) {
+    let previous = Previous { request: target.request.clone(), boot: target.boot };
+    let path = agent.vm_directory(&target.vm).join("deployed.json");
+    let kept =
+        serde_json::to_vec(&previous).map_err(std::io::Error::from).and_then(|json| crate::identity::write_atomically(&path, 0o600, &json));
+    if let Err(error) = kept {
+        tracing::warn!("a later deploy of {} could not be taken back: {error}", target.name);
+    }
+}
+
+/// A published port that something else on the machine listens on.
+fn check_ports(request: &DeployRequest, before: Option<&DesiredVm>) -> Result<(), ApiError> {
+    for port in &request.spec.ports {
+        let Some(host_port) = port.host_port else { continue };
+        let is_ours = before
+            .is_some_and(|vm| vm.request.spec.ports.iter().any(|old| (old.protocol, old.host_port) == (port.protocol, port.host_port)));
+        if is_ours {
+            continue;
+        }
+        if let Some(user) = form_net::port_in_use(port.protocol, host_port).map_err(|error| internal(&error))? {
+            let what = format!("port {host_port}/{} of the host is in use by {user}", port.protocol.as_str());
+            return Err(ApiError::new(ErrorCode::Conflict, what).hint("publish another host port with EXPOSE HOSTPORT:PORT"));
+        }
+    }
+    Ok(())
+}
+
+async fn finish(agent: &Arc<Agent>, id: OperationId, target: Target) {
+    let result = become_healthy(agent, Some(id), &target).await;
+    match (result, &target.previous) {
+        (Ok(()), _) => {
+            keep_deployed(agent, &target);
+            agent.operations.finish(id, Ok(()));
+        }
+        (Err(error), Some(previous)) if previous.boot != target.boot => {
+            let error = with_log(agent, &target.vm, error);
+            agent.operations.step(id, format!("{}; putting the old version back", error.message.lines().next().unwrap_or_default()));
+            let error = match put_back(agent, &target, previous).await {
+                Ok(()) => error.hint("the old version runs again"),
+                Err(again) => error.hint(format!("the old version could not be put back either: {again}")),
+            };
+            agent.operations.finish(id, Err(error));
+        }
+        (Err(error), _) => {
+            let error = with_log(agent, &target.vm, error);
+            let hint = format!(
+                "it stays as it is: see `form logs {0}`, mend it and deploy again, or remove it with `form destroy {0}`",
+                target.name
+            );
+            agent.operations.finish(id, Err(error.hint(hint)));
+        }
+    }
+}
+
+async fn put_back(agent: &Arc<Agent>, target: &Target, previous: &Previous) -> Result<(), ApiError> {
+    let request = previous.request.clone();
+    let task_agent = Arc::clone(agent);
+    tokio::task::spawn_blocking(move || task_agent.submit(&request)).await.map_err(|error| internal(&error))??;
+    let desired = agent.vm_named(&target.name)?;
+    agent.fleet.reconcile(agent);
+    let back =
+        Target { vm: target.vm, name: target.name.clone(), boot: desired.boot_digest(), request: previous.request.clone(), previous: None };
+    become_healthy(agent, None, &back).await
+}
+
+fn with_log(agent: &Agent, vm: &VmId, mut error: ApiError) -> ApiError {
+    let lines = logs::tail(&agent.log_directory(vm), LOG_TAIL).unwrap_or_default();
+    if !lines.is_empty() {
+        let text: String = lines.iter().map(|line| format!("\n  | {}", line.line)).collect();
+        error.message.push_str(&format!("\nthe last lines of its log:{text}"));
+    }
+    error
+}
+
+/// Waits until the VM runs from the wanted start and is ready and healthy, or clearly will not be.
+async fn become_healthy(agent: &Agent, id: Option<OperationId>, target: &Target) -> Result<(), ApiError> {
+    let failed = |message: String| Err(ApiError::new(ErrorCode::Failed, message));
+    let mut changed = agent.fleet.subscribe();
+    let (mut deadline, mut said) = (None, "");
+    let patience = Duration::from_secs(agent.config().boot_timeout_seconds);
+    loop {
+        let Some(desired) = agent.desired(&target.vm) else { return failed(format!("vm/{} was removed meanwhile", target.name)) };
+        if desired.boot_digest() != target.boot {
+            return failed(format!("vm/{} was changed by somebody else meanwhile", target.name));
+        }
+        if let Some(observed) = agent.fleet.observed(&target.vm).filter(|observed| observed.boot == Some(target.boot)) {
+            let step = match (observed.state, observed.ready, observed.health) {
+                (VmState::Running, true, Health::None | Health::Healthy) if observed.fault.is_none() => return Ok(()),
+                _ if observed.gave_up => {
+                    return failed(format!("vm/{} does not run: {}", target.name, observed.fault.as_deref().unwrap_or("it has ended")));
+                }
+                (VmState::Running, ..) if observed.restarts >= MAX_RESTARTS && observed.fault.is_some() => {
+                    return failed(format!("vm/{}: {}", target.name, observed.fault.unwrap_or_default()));
+                }
+                (_, _, Health::Unhealthy) => {
+                    return failed(format!("vm/{} is unhealthy: {}", target.name, observed.fault.unwrap_or_default()));
+                }
+                (VmState::Running, true, Health::Starting) => "waiting for the healthcheck",
+                (VmState::Starting, ..) if observed.started_at.is_some() => "waiting for the guest to start",
+                _ => "starting the VM",
+            };
+            if let Some(id) = id.filter(|_| step != said) {
+                agent.operations.step(id, step);
+                said = step;
+                // Each step has the whole patience.
+                deadline = Some(Instant::now() + patience * 2);
+            }
+        }
+        let deadline = *deadline.get_or_insert_with(|| Instant::now() + patience * 2);
+        if tokio::time::timeout_at(deadline, changed.changed()).await.is_err() {
+            return failed(format!("vm/{} was not ready in time ({said})", target.name));
+        }
+    }
+}
+
+/// The agent was stopped between recording what should be and remembering that it had.
+fn is_what_was_asked(progress: &Progress, desired: &DesiredVm) -> bool {
+    serde_json::from_str::<DeployRequest>(&progress.request.body).is_ok_and(|asked| asked == desired.request)
+}
+
+/// Goes on with a deploy that an earlier run of the agent left unfinished, or ends it when nothing was changed yet.
+pub fn resume(agent: &Arc<Agent>, record: &Record) {
+    let id = record.operation.id;
+    let progress: Option<Progress> = record.resume.clone().and_then(|resume| serde_json::from_value(resume).ok());
+    let target = progress.and_then(|progress| {
+        let desired = agent.desired(&progress.vm)?;
+        let asked_for = progress.recorded || is_what_was_asked(&progress, &desired);
+        asked_for.then(|| Target {
+            vm: desired.id,
+            name: desired.name().clone(),
+            boot: desired.boot_digest(),
+            request: progress.request,
+            previous: progress.previous,
+        })
+    });
+    match target {
+        Some(target) => {
+            let agent = Arc::clone(agent);
+            tokio::spawn(async move { finish(&agent, id, target).await });
+        }
+        None => {
+            let error =
+                ApiError::new(ErrorCode::Failed, "the agent was stopped before it changed anything").hint("run the same command again");
+            agent.operations.finish(id, Err(error));
+        }
+    }
+}

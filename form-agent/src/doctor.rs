@@ -1,0 +1,171 @@
+//! What a host lacks, what was left over on it, and how to mend both.
+
+use std::{fs, path::Path, sync::Arc};
+
+use form_api::{
+    ApiError, ErrorCode,
+    host::{Check, CheckStatus, DoctorReport},
+};
+use form_types::VmId;
+
+use crate::{agent::Agent, cgroup, desired};
+
+fn ok(name: &str, message: impl Into<String>) -> Check {
+    Check { name: name.to_owned(), status: CheckStatus::Ok, message: message.into(), hint: None, fixable: false }
+}
+
+fn bad(status: CheckStatus, name: &str, message: impl Into<String>, hint: impl Into<String>) -> Check {
+    Check { name: name.to_owned(), status, message: message.into(), hint: Some(hint.into()), fixable: false }
+}
+
+/// Every check, those of the machine first.
+pub async fn examine(agent: &Arc<Agent>) -> DoctorReport {
+    let task_agent = Arc::clone(agent);
+    let mut checks = tokio::task::spawn_blocking(move || machine_checks(&task_agent)).await.unwrap_or_default();
+    checks.extend(leftovers(agent).await.into_iter().map(|leftover| leftover.check()));
+    DoctorReport { checks }
+}
+
+fn machine_checks(agent: &Agent) -> Vec<Check> {
+    let mut checks = vec![kvm(), cgroup_check(), program("nft", "nftables")];
+    checks.push(match agent.store.space() {
+        Ok(space) if space.free < 1 << 30 => bad(
+            CheckStatus::Warning,
+            "disk",
+            format!("{} MiB are free under /var/lib/formation", space.free >> 20),
+            "remove images that nobody uses with `form image rm`",
+        ),
+        Ok(space) => ok("disk", format!("{} GiB of {} are free", space.free >> 30, space.total >> 30)),
+        Err(error) => bad(CheckStatus::Problem, "disk", error.to_string(), "look at /var/lib/formation"),
+    });
+    if agent.identity().owner().is_none() {
+        let hint = "form host add ADDRESS --token TOKEN, with the token that `form-agent init` prints";
+        checks.push(bad(CheckStatus::Warning, "owner", "the host has no owner: only its own root can use it", hint));
+    }
+    checks
+}
+
+fn kvm() -> Check {
+    let hint_load = "load kvm-amd or kvm-intel, and switch virtualisation on in the firmware";
+    if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+        return bad(CheckStatus::Problem, "kvm", format!("/dev/kvm cannot be opened: {error}"), hint_load);
+    }
+    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = flags.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    if flags.split_whitespace().any(|flag| flag == "svm" || flag == "vmx") {
+        ok("kvm", "/dev/kvm opens, and the processor virtualises")
+    } else {
+        bad(
+            CheckStatus::Problem,
+            "kvm",
+            "/dev/kvm opens, but the processor shows neither svm nor vmx: such a paravirtual KVM cannot run ordinary guests",
+            "use a machine with hardware virtualisation, or `form sandbox up`, which needs none",
+        )
+    }
+}
+
+fn cgroup_check() -> Check {
+    if cgroup::is_available() {
+        ok("cgroup", "cgroup v2 with the controllers cpu, memory and pids")
+    } else {
+        bad(
+            CheckStatus::Problem,
+            "cgroup",
+            "/sys/fs/cgroup is not cgroup v2 with cpu, memory and pids: VMs run without limits",
+            "boot with systemd.unified_cgroup_hierarchy=1",
+        )
+    }
+}
+
+fn program(name: &str, package: &str) -> Check {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|directory| directory.join(name).is_file());
+    if found {
+        ok(name, format!("{name} is installed"))
+    } else {
+        bad(CheckStatus::Problem, name, format!("{name} is not installed"), format!("apt-get install {package}"))
+    }
+}
+
+/// Something that bears this agent's name and that no VM needs.
+enum Leftover {
+    Network(form_net::Leftover),
+    Cgroup(VmId),
+    Runtime(VmId),
+    Disk(VmId),
+    Log(VmId),
+}
+
+impl Leftover {
+    fn check(&self) -> Check {
+        let (name, what) = match self {
+            Self::Network(leftover) => (leftover.to_string(), "it is on the network, and no VM needs it"),
+            Self::Cgroup(id) => (format!("cgroup/{id}"), "a cgroup without a VM"),
+            Self::Runtime(id) => (format!("runtime/{id}"), "a runtime directory without a VM"),
+            Self::Disk(id) => (format!("disk/{id}"), "a root disk without a VM"),
+            Self::Log(id) => (format!("log/{id}"), "a log without a VM"),
+        };
+        Check {
+            name: format!("leftover/{name}"),
+            status: CheckStatus::Problem,
+            message: what.to_owned(),
+            hint: Some("form doctor --fix removes it".to_owned()),
+            fixable: true,
+        }
+    }
+}
+
+/// VMs that are wanted, or whose driver is still at work on them.
+fn known(agent: &Agent) -> Vec<VmId> {
+    let mut known: Vec<VmId> = desired::vms(&agent.view()).into_keys().collect();
+    known.extend(agent.vms_on_disk().into_iter().filter(|id| agent.fleet.observed(id).is_some()));
+    known
+}
+
+fn ids_in(directory: &Path) -> Vec<VmId> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+async fn leftovers(agent: &Arc<Agent>) -> Vec<Leftover> {
+    let known = known(agent);
+    let mut found: Vec<Leftover> = match agent.network.leftovers(&known).await {
+        // The table is this agent's for as long as it runs.
+        Ok(leftovers) => {
+            leftovers.into_iter().filter(|leftover| matches!(leftover, form_net::Leftover::Tap { .. })).map(Leftover::Network).collect()
+        }
+        Err(error) => {
+            tracing::warn!("the network cannot be examined: {error}");
+            Vec::new()
+        }
+    };
+    found.extend(cgroup::leftovers(&agent.host_id().mark(), &known).into_iter().map(Leftover::Cgroup));
+    let orphans = |directory: &Path| -> Vec<VmId> { ids_in(directory).into_iter().filter(|id| !known.contains(id)).collect() };
+    found.extend(orphans(&agent.paths().vm_runtime()).into_iter().map(Leftover::Runtime));
+    found.extend(orphans(&agent.paths().vms()).into_iter().map(Leftover::Disk));
+    found.extend(orphans(&agent.paths().logs()).into_iter().map(Leftover::Log));
+    found
+}
+
+/// Removes what is left over.
+///
+/// # Errors
+/// What could not be removed, the rest is.
+pub async fn fix(agent: &Arc<Agent>) -> Result<(), ApiError> {
+    let mut failed = Vec::new();
+    for leftover in leftovers(agent).await {
+        let result = match &leftover {
+            Leftover::Network(network) => agent.network.remove(network).await.map_err(|error| error.to_string()),
+            Leftover::Cgroup(id) => cgroup::remove(&agent.host_id().mark(), id).await.map_err(|error| error.to_string()),
+            // A driver knows how: it adopts or kills what runs there, and then removes everything.
+            Leftover::Runtime(_) | Leftover::Disk(_) | Leftover::Log(_) => {
+                agent.fleet.reconcile(agent);
+                Ok(())
+            }
+        };
+        if let Err(error) = result {
+            failed.push(format!("{}: {error}", leftover.check().name));
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(ApiError::new(ErrorCode::Failed, failed.join("; "))) }
+}

@@ -1,0 +1,230 @@
+//! The steps from a VM that should run to a VM process that has booted, and back to nothing.
+
+use std::{
+    fs, io,
+    io::Write,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use form_bundle::initramfs;
+use form_net::NetError;
+use form_store::{DiskFormat as StoredFormat, StoreError};
+use form_types::VmId;
+use form_vmm::{
+    config::{DiskFormat, JailConfig},
+    log_ring,
+};
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::process::{Launch, Process, ProcessError, RuntimeDirectory};
+use crate::{
+    agent::Agent,
+    cgroup,
+    desired::DesiredVm,
+    plan,
+    vm::{self, Disk},
+};
+
+/// Serial output kept for `form vm console` and for a VM that failed, in bytes.
+const CONSOLE_RING: u64 = 256 * 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    #[error("its disk: {0}")]
+    Store(#[from] StoreError),
+    #[error("its network: {0}")]
+    Network(#[from] NetError),
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    #[error("{what}: {source}")]
+    Io { what: &'static str, source: io::Error },
+    #[error("its settings: {0}")]
+    Settings(String),
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> LaunchError {
+    move |source| LaunchError::Io { what, source }
+}
+
+/// Files that are open before the VM process starts.
+struct Files {
+    kvm: OwnedFd,
+    kernel: OwnedFd,
+    initramfs: OwnedFd,
+    settings: OwnedFd,
+    disk: fs::File,
+    disk_is_qcow2: bool,
+    backing: Vec<fs::File>,
+}
+
+/// Makes what is missing, and boots.
+pub async fn launch(agent: &Arc<Agent>, desired: &DesiredVm) -> Result<Process, LaunchError> {
+    let files = {
+        let (agent, desired) = (Arc::clone(agent), desired.clone());
+        tokio::task::spawn_blocking(move || prepare_files(&agent, &desired)).await.map_err(|_| LaunchError::Stopping)??
+    };
+    agent.apply_rules(Some(desired)).await?;
+    let tap = agent.network.attach(&agent.attachment(desired)).await?;
+    let (agent, desired) = (Arc::clone(agent), desired.clone());
+    tokio::task::spawn_blocking(move || start(&agent, &desired, &files, &tap)).await.map_err(|_| LaunchError::Stopping)?
+}
+
+fn prepare_files(agent: &Agent, desired: &DesiredVm) -> Result<Files, LaunchError> {
+    let request = &desired.request;
+    let size = request.spec.resources.disk_gib << 30;
+    prepare_disk(agent, desired, size)?;
+    let disk = agent.store.open_disk(&desired.id)?;
+    agent.store.check_kernel_sealed(&request.kernel)?;
+    let kernel = fs::File::open(agent.store.kernel(&request.kernel)?.vmlinux).map_err(io_error("the kernel"))?;
+    let static_segment = agent.store.initramfs(&request.kernel, &agent.programs.guest)?;
+    let settings = vm::settings(&desired.id, request, &agent.link(desired));
+    let segment = initramfs::settings_segment(&settings).map_err(|error| LaunchError::Settings(error.to_string()))?;
+    Ok(Files {
+        kvm: fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("/dev/kvm"))?.into(),
+        kernel: kernel.into(),
+        initramfs: fs::File::open(static_segment).map_err(io_error("the initramfs"))?.into(),
+        settings: in_memory("form-settings", &segment).map_err(io_error("the settings in memory"))?,
+        disk: fs::File::options().read(true).write(true).open(&disk.path).map_err(io_error("its root disk"))?,
+        disk_is_qcow2: disk.format == StoredFormat::Qcow2,
+        backing: disk.backing.iter().map(fs::File::open).collect::<io::Result<_>>().map_err(io_error("its image"))?,
+    })
+}
+
+/// The root disk: made from the image when it is not there, or when another image or a smaller disk is asked for.
+fn prepare_disk(agent: &Agent, desired: &DesiredVm, size: u64) -> Result<(), LaunchError> {
+    let made_from = agent.vm_directory(&desired.id).join("made-from.json");
+    let before = fs::read(&made_from).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let fits = before.as_ref().is_some_and(|before| !plan::replaces_disk(before, &desired.request));
+    if fits && agent.store.open_disk(&desired.id).is_ok() {
+        agent.store.grow_disk(&desired.id, size)?;
+    } else {
+        agent.store.remove_disk(&desired.id)?;
+        agent.store.create_disk(&desired.id, &desired.request.image, size)?;
+    }
+    let json = serde_json::to_vec(&desired.request).map_err(|error| LaunchError::Settings(error.to_string()))?;
+    crate::identity::write_atomically(&made_from, 0o600, &json).map_err(io_error("the VM's record of its disk"))
+}
+
+/// What holds secrets (password hashes) never touches a disk.
+fn in_memory(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = fs::File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
+    file.write_all(content)?;
+    Ok(file.into())
+}
+
+fn start(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd) -> Result<Process, LaunchError> {
+    let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), &desired.id);
+    let uid = free_uid(agent);
+    let group =
+        cgroup::create(&agent.host_id().mark(), &desired.id, &desired.request.spec.resources).map_err(io_error("the VM's cgroup"))?;
+    let launch = Launch {
+        program: &agent.programs.vmm,
+        vm: desired.id,
+        boot: desired.boot_digest(),
+        request: desired.request.clone(),
+        uid: Some(uid),
+        cgroup: group.as_deref(),
+    };
+    let mut process = Process::start(&launch, &directory)?;
+    let booted = boot(agent, desired, files, tap, uid, &mut process);
+    if let Err(error) = booted {
+        process.kill();
+        process.reap();
+        return Err(error);
+    }
+    Ok(process)
+}
+
+fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd, uid: u32, process: &mut Process) -> Result<(), LaunchError> {
+    let ring = fs::File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(process.directory.console())
+        .map_err(io_error("the console's log"))?;
+    log_ring::create(&ring, CONSOLE_RING).map_err(|error| LaunchError::Settings(error.to_string()))?;
+    let exit_record = process.create_exit_record().map_err(io_error("the exit record"))?;
+    let jail = JailConfig { uid: Some(uid), gid: Some(uid), namespaces: true, seccomp: true, landlock: true };
+    let format = if files.disk_is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
+    let disk = Disk { format, backing: files.backing.len() as u16 };
+    let config = vm::config(&desired.id, &desired.request, &agent.link(desired), disk, jail);
+    let mut descriptors: Vec<BorrowedFd<'_>> = vec![
+        files.kvm.as_fd(),
+        files.kernel.as_fd(),
+        files.initramfs.as_fd(),
+        files.settings.as_fd(),
+        ring.as_fd(),
+        exit_record.as_fd(),
+        tap.as_fd(),
+        files.disk.as_fd(),
+    ];
+    descriptors.extend(files.backing.iter().map(AsFd::as_fd));
+    Ok(process.boot(&config, &descriptors)?)
+}
+
+/// The lowest uid of the configured range that no VM process has.
+fn free_uid(agent: &Agent) -> u32 {
+    let runtime = agent.paths().vm_runtime();
+    let entries = fs::read_dir(&runtime).into_iter().flatten().flatten();
+    let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<VmId>().ok());
+    let used: Vec<u32> = ids.filter_map(|id| RuntimeDirectory::new(&runtime, &id).read_record()?.uid).collect();
+    (agent.config().vm_uid_base..).find(|uid| !used.contains(uid)).unwrap_or(agent.config().vm_uid_base)
+}
+
+/// Removes what a run leaves behind outside the VM's own directory. What cannot be removed is logged, and `form doctor` finds it.
+pub async fn clean_up(agent: &Arc<Agent>, id: &VmId, directory: &RuntimeDirectory) {
+    let complain = |what: &str, error: &dyn std::fmt::Display| tracing::warn!(vm = %id, "cannot remove its {what}: {error}");
+    if let Err(error) = agent.network.detach(id).await {
+        complain("tap", &error);
+    }
+    keep_console(agent, id, directory);
+    if let Err(error) = directory.remove() {
+        complain("runtime directory", &error);
+    }
+    if let Err(error) = cgroup::remove(&agent.host_id().mark(), id).await {
+        complain("cgroup", &error);
+    }
+    if let Err(error) = agent.apply_rules(None).await {
+        complain("firewall rules", &error);
+    }
+}
+
+/// The serial output of the last run stays readable: it tells why a guest did not start.
+fn keep_console(agent: &Agent, id: &VmId, directory: &RuntimeDirectory) {
+    let kept: PathBuf = agent.log_directory(id).join("console.log");
+    let copy = || -> io::Result<()> {
+        let ring = log_ring::Reader::open(fs::File::open(directory.console())?).map_err(io::Error::other)?;
+        let tail = ring.tail(CONSOLE_RING as usize).map_err(io::Error::other)?;
+        fs::create_dir_all(agent.log_directory(id))?;
+        fs::write(kept, tail.bytes)
+    };
+    if let Err(error) = copy()
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::debug!(vm = %id, "its console is lost: {error}");
+    }
+}
+
+/// Removes the disk, the directory and the log of a VM that nobody wants any more.
+pub async fn remove(agent: &Arc<Agent>, id: &VmId) -> Result<(), LaunchError> {
+    let (agent, id) = (Arc::clone(agent), *id);
+    tokio::task::spawn_blocking(move || {
+        agent.store.remove_disk(&id)?;
+        remove_directory(&agent.vm_directory(&id)).map_err(io_error("its directory"))?;
+        agent.remove_log(&id).map_err(io_error("its log"))
+    })
+    .await
+    .map_err(|_| LaunchError::Stopping)?
+}
+
+fn remove_directory(path: &std::path::Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,452 @@
+//! One driver a VM: it alone starts, stops and removes it, and it goes on until what is agrees with what should be.
+
+pub mod guest;
+mod launch;
+pub mod process;
+mod session;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use form_api::{
+    event::EventKind,
+    vm::{Health, VmState},
+};
+use form_guest::protocol::{HealthState, Phase, Reply, Request, ServicePhase, StatusReport};
+use form_types::{Digest, Name, VmId, spec::RestartPolicy};
+use form_vmm::control::{Client, ExitReason};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::{Instant, sleep_until},
+};
+
+use crate::{
+    agent::Agent,
+    desired::{DesiredVm, Run},
+    vm::SHUTDOWN_TIMEOUT_MS,
+};
+use process::{Process, RuntimeDirectory};
+use session::{Session, Update};
+
+/// Between two tries of a start that failed: doubles up to the last.
+const FIRST_BACKOFF: Duration = Duration::from_millis(500);
+const LAST_BACKOFF: Duration = Duration::from_secs(60);
+
+/// A guest that answers within this many tries to start is left alone; after that the driver gives up until it is asked again.
+const MAX_FAILED_STARTS: u32 = 5;
+
+/// A VM process and the conversation with its guest.
+struct Running {
+    process: Process,
+    session: Session,
+    updates: mpsc::Receiver<Update>,
+    /// The guest has to report by then.
+    deadline: Option<Instant>,
+    /// The service has ended for good: when the guest then powers off, that was the end.
+    service_ended: Option<Ending>,
+}
+
+/// How a service ended for good.
+struct Ending {
+    words: String,
+    success: bool,
+}
+
+impl Ending {
+    fn of(status: &StatusReport) -> Option<Self> {
+        let service = status.service.as_ref().filter(|service| service.phase == ServicePhase::Ended)?;
+        let exit = service.last_exit.map_or_else(|| "ended".to_owned(), |exit| exit.to_string());
+        let success = service.last_exit.is_some_and(form_guest::protocol::ExitStatus::success);
+        Some(Self { words: format!("its service has ended: {exit}"), success })
+    }
+}
+
+pub struct Driver {
+    agent: Arc<Agent>,
+    id: VmId,
+    wake: Arc<Notify>,
+    retry: Arc<AtomicBool>,
+    running: Option<Running>,
+    failed_starts: u32,
+    /// The next try to start.
+    not_before: Option<Instant>,
+    /// What ran to its end, or failed too often, from this start: nothing is started from it again.
+    finished: Option<Digest>,
+}
+
+/// What a look at the desired state says is to be done.
+enum Next {
+    Remove,
+    Stop,
+    Restart,
+    Start(Box<DesiredVm>),
+    Wait,
+}
+
+impl Driver {
+    pub fn new(agent: Arc<Agent>, id: VmId, wake: Arc<Notify>, retry: Arc<AtomicBool>) -> Self {
+        Self { agent, id, wake, retry, running: None, failed_starts: 0, not_before: None, finished: None }
+    }
+
+    pub async fn run(mut self) {
+        self.adopt().await;
+        loop {
+            match self.next() {
+                Next::Remove => {
+                    self.stop().await;
+                    match self.remove().await {
+                        Ok(()) => {
+                            self.agent.fleet.forget(&self.id);
+                            return;
+                        }
+                        Err(error) => {
+                            tracing::error!(vm = %self.id, "cannot remove it: {error}");
+                            self.not_before = Some(Instant::now() + LAST_BACKOFF);
+                            self.wait().await;
+                        }
+                    }
+                }
+                Next::Stop => {
+                    self.stop().await;
+                    self.failed_starts = 0;
+                    self.not_before = None;
+                    self.agent.fleet.update(&self.id, |observed| {
+                        observed.state = VmState::Stopped;
+                        observed.fault = None;
+                    });
+                    self.wait().await;
+                }
+                Next::Restart => self.stop().await,
+                Next::Start(desired) => self.start(&desired).await,
+                Next::Wait => self.wait().await,
+            }
+        }
+    }
+
+    fn next(&mut self) -> Next {
+        let desired = self.agent.desired(&self.id).filter(|vm| vm.host == self.agent.host_id());
+        let Some(desired) = desired else { return Next::Remove };
+        let boot = desired.boot_digest();
+        if self.retry.swap(false, Ordering::AcqRel) {
+            self.finished = None;
+            self.failed_starts = 0;
+            self.not_before = None;
+        }
+        match (&self.running, desired.run) {
+            (_, Run::Stopped) => {
+                let stopped = self.agent.fleet.observed(&self.id).is_some_and(|observed| observed.state == VmState::Stopped);
+                if self.running.is_none() && stopped { Next::Wait } else { Next::Stop }
+            }
+            (Some(running), Run::Running) => {
+                if running.process.record.boot == boot {
+                    Next::Wait
+                } else {
+                    Next::Restart
+                }
+            }
+            (None, Run::Running) if self.finished == Some(boot) => Next::Wait,
+            (None, Run::Running) => {
+                if self.finished.is_some() {
+                    self.finished = None;
+                    self.failed_starts = 0;
+                    self.not_before = None;
+                }
+                // A wait for the next try is for what was tried, not for what somebody asked for meanwhile.
+                let is_new = self.agent.fleet.observed(&self.id).is_none_or(|observed| observed.boot != Some(boot));
+                if !is_new && self.not_before.is_some_and(|time| time > Instant::now()) {
+                    Next::Wait
+                } else {
+                    Next::Start(Box::new(desired))
+                }
+            }
+        }
+    }
+
+    /// Waits for whatever may change the answer of [`Driver::next`], and takes in what happened.
+    async fn wait(&mut self) {
+        let timer = async |time: Option<Instant>| match time {
+            Some(time) => sleep_until(time).await,
+            None => std::future::pending().await,
+        };
+        let Some(running) = &mut self.running else {
+            tokio::select! {
+                () = self.wake.notified() => {}
+                () = timer(self.not_before) => self.not_before = None,
+            }
+            return;
+        };
+        tokio::select! {
+            () = self.wake.notified() => {}
+            () = running.process.exited() => self.process_exited().await,
+            update = running.updates.recv() => if let Some(update) = update { self.guest_said(update) },
+            () = timer(running.deadline) => {
+                let seconds = self.agent.config().boot_timeout_seconds;
+                self.stop_now().await;
+                self.start_failed(&format!("the guest did not report within {seconds} s of its start"));
+            }
+        }
+    }
+
+    fn name(&self) -> Option<Name> {
+        let desired = self.agent.desired(&self.id).map(|vm| vm.name().clone());
+        desired.or_else(|| self.running.as_ref().map(|running| running.process.record.request.spec.name.clone()))
+    }
+
+    fn emit(&self, kind: EventKind, message: impl Into<String>) {
+        self.agent.events.emit(kind, self.name().as_ref(), None, message);
+    }
+
+    /// Takes over a VM process that an earlier run of the agent started, or cleans up what is left of it.
+    async fn adopt(&mut self) {
+        let directory = RuntimeDirectory::new(&self.agent.paths().vm_runtime(), &self.id);
+        if !directory.path().exists() {
+            return;
+        }
+        match Process::adopt(&directory) {
+            Some(process) => {
+                let record = &process.record;
+                tracing::info!(vm = %self.id, pid = record.pid, "adopted a running VM");
+                let (boot, started_at) = (record.boot, record.started_at);
+                self.agent.fleet.update(&self.id, |observed| {
+                    observed.state = VmState::Starting;
+                    observed.boot = Some(boot);
+                    observed.started_at = Some(started_at);
+                });
+                self.attend(process);
+            }
+            None => self.clean_up().await,
+        }
+    }
+
+    /// Begins the conversation with the guest of a process that has booted.
+    fn attend(&mut self, process: Process) {
+        let (session, updates) = Session::open(&self.agent, self.id, &process);
+        let deadline = Instant::now() + Duration::from_secs(self.agent.config().boot_timeout_seconds);
+        self.running = Some(Running { process, session, updates, deadline: Some(deadline), service_ended: None });
+    }
+
+    async fn start(&mut self, desired: &DesiredVm) {
+        let boot = desired.boot_digest();
+        self.agent.fleet.update(&self.id, |observed| {
+            observed.state = VmState::Starting;
+            observed.boot = Some(boot);
+            observed.started_at = None;
+            observed.ready = false;
+            observed.health = Health::None;
+            observed.gave_up = false;
+            observed.guest = None;
+        });
+        match launch::launch(&self.agent, desired).await {
+            Ok(process) => {
+                let started_at = process.record.started_at;
+                self.agent.fleet.update(&self.id, |observed| observed.started_at = Some(started_at));
+                self.emit(EventKind::VmStarted, "started");
+                self.attend(process);
+            }
+            Err(error) => {
+                self.clean_up().await;
+                self.start_failed(&error.to_string());
+            }
+        }
+    }
+
+    /// Plans the next try, or gives up.
+    fn start_failed(&mut self, reason: &str) {
+        self.failed_starts += 1;
+        let gave_up = self.failed_starts >= MAX_FAILED_STARTS;
+        let backoff = (FIRST_BACKOFF * 2_u32.pow(self.failed_starts.min(10) - 1)).min(LAST_BACKOFF);
+        self.not_before = Some(Instant::now() + backoff);
+        if gave_up {
+            self.finished = self.agent.fleet.observed(&self.id).and_then(|observed| observed.boot);
+        }
+        self.emit(EventKind::VmExited, reason);
+        self.agent.fleet.update(&self.id, |observed| {
+            observed.state = VmState::Failed;
+            observed.ready = false;
+            observed.fault = Some(reason.to_owned());
+            observed.gave_up = gave_up;
+            observed.restarts += u32::from(!gave_up);
+        });
+    }
+
+    fn guest_said(&mut self, update: Update) {
+        let Some(running) = &mut self.running else { return };
+        match update {
+            Update::Ready(report) => {
+                running.deadline = None;
+                self.failed_starts = 0;
+                let fault = report.faults.iter().find(|fault| fault.fatal).map(|fault| format!("{}: {}", fault.step, fault.message));
+                let failed = report.phase == Phase::Failed;
+                let guest = session::guest_report(*report);
+                self.agent.fleet.update(&self.id, |observed| {
+                    observed.state = VmState::Running;
+                    observed.ready = !failed;
+                    observed.fault = fault.clone();
+                    observed.guest = Some(guest);
+                    observed.gave_up = failed;
+                });
+                match fault {
+                    Some(fault) if failed => self.emit(EventKind::VmUnhealthy, format!("the guest's start failed: {fault}")),
+                    _ => self.emit(EventKind::VmReady, "ready"),
+                }
+            }
+            Update::Status(status) => self.status(&status),
+        }
+    }
+
+    fn status(&mut self, status: &StatusReport) {
+        let Some(running) = &mut self.running else { return };
+        running.service_ended = Ending::of(status).or(running.service_ended.take());
+        let health = match status.health {
+            HealthState::None => Health::None,
+            HealthState::Starting => Health::Starting,
+            HealthState::Healthy => Health::Healthy,
+            HealthState::Unhealthy => Health::Unhealthy,
+        };
+        let before = self.agent.fleet.observed(&self.id).map(|observed| observed.health);
+        let service_fault = status.service.as_ref().and_then(|service| match service.phase {
+            ServicePhase::Restarting => {
+                let exit = service.last_exit.map_or_else(String::new, |exit| format!(" ({exit})"));
+                Some(format!("its service keeps ending{exit}, restarted {} times", service.restarts))
+            }
+            _ => None,
+        });
+        let restarts = status.service.as_ref().map_or(0, |service| service.restarts);
+        self.agent.fleet.update(&self.id, |observed| {
+            observed.health = health;
+            observed.restarts = observed.restarts.max(restarts);
+            if observed.state == VmState::Running && !observed.gave_up {
+                observed.fault = match (&service_fault, health) {
+                    (Some(fault), _) => Some(fault.clone()),
+                    (None, Health::Unhealthy) => {
+                        Some(format!("its healthcheck fails: {}", status.health_message.as_deref().unwrap_or("no answer")))
+                    }
+                    (None, _) => None,
+                };
+            }
+        });
+        if before != Some(health) {
+            match health {
+                Health::Healthy => self.emit(EventKind::VmHealthy, "healthy"),
+                Health::Unhealthy => {
+                    self.emit(EventKind::VmUnhealthy, format!("unhealthy: {}", status.health_message.as_deref().unwrap_or("no answer")));
+                }
+                Health::None | Health::Starting => {}
+            }
+        }
+    }
+
+    /// The VM process is gone and nobody asked for it.
+    async fn process_exited(&mut self) {
+        let Some(mut running) = self.running.take() else { return };
+        // The last words of the guest may still be on their way to the log.
+        running.session.drain().await;
+        while let Ok(update) = running.updates.try_recv() {
+            if let Update::Status(status) = update {
+                running.service_ended = Ending::of(&status).or(running.service_ended.take());
+            }
+        }
+        running.process.reap();
+        let exit = running.process.directory.read_exit();
+        let words = running.process.directory.last_words();
+        let boot = running.process.record.boot;
+        let policy = running.process.record.request.spec.restart.policy;
+        let was_ready = running.deadline.is_none();
+        self.clean_up().await;
+        let reason = match exit.as_ref().map(|exit| (exit.reason, exit.message.clone().unwrap_or_default())) {
+            None if words.is_empty() => "the VM process was killed".to_owned(),
+            None => format!("the VM process was killed ({words})"),
+            Some((ExitReason::PowerOff, _)) => {
+                running.service_ended.as_ref().map_or_else(|| "the guest powered itself off".to_owned(), |ending| ending.words.clone())
+            }
+            Some((ExitReason::Reset, _)) => "the guest restarted itself".to_owned(),
+            Some((ExitReason::Stopped, _)) => "the VM process was told to stop".to_owned(),
+            Some((ExitReason::Failed, message)) => format!("the VM process failed: {message}"),
+            Some((ExitReason::Panicked, message)) => format!("the VM process panicked: {message}"),
+        };
+        let clean = matches!(exit.as_ref().map(|exit| exit.reason), Some(ExitReason::PowerOff));
+        let again = match policy {
+            // The guest has already restarted the service as often as its policy says.
+            _ if running.service_ended.is_some() => false,
+            RestartPolicy::Always => true,
+            RestartPolicy::OnFailure => !clean,
+            RestartPolicy::Never => matches!(exit.as_ref().map(|exit| exit.reason), Some(ExitReason::Reset)),
+        };
+        if again && was_ready {
+            self.failed_starts = 0;
+            self.not_before = None;
+            self.emit(EventKind::VmExited, format!("{reason}; starting it again"));
+            self.agent.fleet.update(&self.id, |observed| {
+                observed.state = VmState::Starting;
+                observed.ready = false;
+                observed.restarts += 1;
+            });
+        } else if again {
+            self.start_failed(&reason);
+        } else {
+            self.finished = Some(boot);
+            self.emit(EventKind::VmExited, &reason);
+            let ok = clean && running.service_ended.as_ref().is_none_or(|ending| ending.success);
+            self.agent.fleet.update(&self.id, |observed| {
+                observed.state = if ok { VmState::Stopped } else { VmState::Failed };
+                observed.ready = false;
+                observed.health = Health::None;
+                observed.fault = (!ok || running.service_ended.is_some()).then(|| reason.clone());
+                observed.gave_up = true;
+            });
+        }
+    }
+
+    /// Asks the guest to power off, and ends the VM when it does not.
+    async fn stop(&mut self) {
+        let Some(running) = &self.running else { return };
+        self.agent.fleet.update(&self.id, |observed| {
+            observed.state = VmState::Stopping;
+            observed.ready = false;
+        });
+        let control = running.process.control();
+        let asked = guest::ask(&control, &Request::Shutdown { reboot: false }, Duration::from_secs(3)).await;
+        if !matches!(asked, Ok(Reply::Done)) {
+            // A guest that does not listen may still know a power button.
+            let _ = tokio::task::spawn_blocking(move || Client::connect(&control)?.power_button()).await;
+        }
+        let limit = Duration::from_millis(SHUTDOWN_TIMEOUT_MS) + Duration::from_secs(10);
+        if tokio::time::timeout(limit, running.process.exited()).await.is_err() {
+            self.emit(EventKind::VmExited, "the guest did not power off in time and was ended");
+        }
+        self.stop_now().await;
+    }
+
+    /// Ends the VM process, whatever the guest does.
+    async fn stop_now(&mut self) {
+        let Some(mut running) = self.running.take() else { return };
+        running.process.kill();
+        running.process.exited().await;
+        running.session.drain().await;
+        running.process.reap();
+        self.clean_up().await;
+        self.agent.fleet.update(&self.id, |observed| {
+            observed.ready = false;
+            observed.health = Health::None;
+            observed.started_at = None;
+            observed.guest = None;
+        });
+    }
+
+    /// Removes what a run leaves outside the VM's own directory. Failures are logged: `form doctor` finds what stays.
+    async fn clean_up(&self) {
+        let directory = RuntimeDirectory::new(&self.agent.paths().vm_runtime(), &self.id);
+        launch::clean_up(&self.agent, &self.id, &directory).await;
+    }
+
+    /// Removes everything of a VM that nobody wants any more.
+    async fn remove(&self) -> Result<(), launch::LaunchError> {
+        self.clean_up().await;
+        launch::remove(&self.agent, &self.id).await
+    }
+}

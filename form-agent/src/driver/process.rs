@@ -1,0 +1,308 @@
+//! One VM process: started with its control socket, found again after a restart of the agent, ended, and cleaned up after.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use form_api::deploy::DeployRequest;
+use form_types::{Digest, VmId};
+use form_vmm::{
+    config::VmConfig,
+    control::{Client, ExitRecord},
+};
+use jiff::Timestamp;
+use rustix::{
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
+
+use crate::identity::write_atomically;
+
+/// What a restarted agent needs to find a VM process and to know what it runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    pub vm: VmId,
+    pub pid: i32,
+    /// Clock ticks since boot (`/proc/PID/stat`, field 22): with the pid it names a process for good.
+    pub start_time: u64,
+    /// What it was started from ([`crate::desired::DesiredVm::boot_digest`]).
+    pub boot: Digest,
+    pub request: DeployRequest,
+    pub uid: Option<u32>,
+    pub started_at: Timestamp,
+    /// Not booted yet: nothing of the guest has run.
+    pub booted: bool,
+}
+
+/// The files of a running VM, in a directory of its own below `/run`.
+#[derive(Clone, Debug)]
+pub struct RuntimeDirectory(PathBuf);
+
+impl RuntimeDirectory {
+    pub fn new(parent: &Path, vm: &VmId) -> Self {
+        Self(parent.join(vm.to_string()))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn control(&self) -> PathBuf {
+        self.0.join("control.sock")
+    }
+
+    pub fn console(&self) -> PathBuf {
+        self.0.join("console.ring")
+    }
+
+    fn exit_record(&self) -> PathBuf {
+        self.0.join("exit.json")
+    }
+
+    fn record(&self) -> PathBuf {
+        self.0.join("process.json")
+    }
+
+    fn output(&self) -> PathBuf {
+        self.0.join("vmm.log")
+    }
+
+    /// The record of the process that was started here; none when there is none, or it cannot be read.
+    pub fn read_record(&self) -> Option<Record> {
+        serde_json::from_slice(&fs::read(self.record()).ok()?).ok()
+    }
+
+    /// How the process ended; none when it was killed before it could say.
+    pub fn read_exit(&self) -> Option<ExitRecord> {
+        serde_json::from_slice(&fs::read(self.exit_record()).ok()?).ok()
+    }
+
+    /// What the VM process said on its standard error, at most the last kilobyte.
+    pub fn last_words(&self) -> String {
+        let bytes = fs::read(self.output()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(1024)..]).trim().to_owned()
+    }
+
+    /// # Errors
+    /// When something in it cannot be removed.
+    pub fn remove(&self) -> io::Result<()> {
+        match fs::remove_dir_all(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    #[error("{what}: {source}")]
+    Io { what: String, source: io::Error },
+    #[error("the VM process did not start the VM: {0}")]
+    Boot(String),
+}
+
+fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ProcessError {
+    let what = what.into();
+    move |source| ProcessError::Io { what, source }
+}
+
+/// A VM process that runs, or ran a moment ago.
+pub struct Process {
+    pub record: Record,
+    pub directory: RuntimeDirectory,
+    pidfd: AsyncFd<OwnedFd>,
+    /// Present when this agent started it: somebody has to collect its exit status.
+    child: Option<std::process::Child>,
+}
+
+/// The start time of a process, in clock ticks since boot.
+fn start_time(pid: i32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is the program's name in parentheses and may hold anything.
+    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    after_name.split_ascii_whitespace().nth(19).and_then(|field| field.parse().ok()).ok_or(io::ErrorKind::InvalidData.into())
+}
+
+fn pidfd(pid: i32) -> io::Result<AsyncFd<OwnedFd>> {
+    let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+    AsyncFd::register(pidfd_open(pid, PidfdFlags::NONBLOCK)?)
+}
+
+/// What a process is started with.
+pub struct Launch<'a> {
+    pub program: &'a Path,
+    pub vm: VmId,
+    pub boot: Digest,
+    pub request: DeployRequest,
+    pub uid: Option<u32>,
+    pub cgroup: Option<&'a Path>,
+}
+
+impl Process {
+    /// Starts the process with an empty VM. The directory must be new.
+    ///
+    /// # Errors
+    /// When a file, the socket or the process cannot be made; what was made is removed by [`RuntimeDirectory::remove`].
+    pub fn start(launch: &Launch<'_>, directory: &RuntimeDirectory) -> Result<Self, ProcessError> {
+        fs::create_dir_all(directory.path()).map_err(io_error("the VM's runtime directory"))?;
+        let listener = listen(&directory.control()).map_err(io_error("the VM's control socket"))?;
+        let output = fs::File::create(directory.output()).map_err(io_error("the VM's output file"))?;
+        let errors = output.try_clone().map_err(io_error("the VM's output file"))?;
+        let mut child = Command::new(launch.program)
+            .args(["--control-fd", "0"])
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::from(listener))
+            .stdout(output)
+            .stderr(errors)
+            // Signals of the agent's terminal are not for the VM.
+            .process_group(0)
+            .spawn()
+            .map_err(io_error(format!("cannot start {}", launch.program.display())))?;
+        let pid = child.id() as i32;
+        let started = (|| {
+            if let Some(cgroup) = launch.cgroup {
+                fs::write(cgroup.join("cgroup.procs"), pid.to_string()).map_err(io_error("the VM's cgroup"))?;
+            }
+            let record = Record {
+                vm: launch.vm,
+                pid,
+                start_time: start_time(pid).map_err(io_error("the VM process's start time"))?,
+                boot: launch.boot,
+                request: launch.request.clone(),
+                uid: launch.uid,
+                started_at: Timestamp::now(),
+                booted: false,
+            };
+            let pidfd = pidfd(pid).map_err(io_error("the VM process's pidfd"))?;
+            write_record(directory, &record)?;
+            Ok((record, pidfd))
+        })();
+        match started {
+            Ok((record, pidfd)) => Ok(Self { record, directory: directory.clone(), pidfd, child: Some(child) }),
+            Err(error) => {
+                // It has no guest yet: killing it loses nothing.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    /// Boots the VM with descriptors in the order of [`crate::vm::config`].
+    ///
+    /// # Errors
+    /// What the VM process refused.
+    pub fn boot(&mut self, config: &VmConfig, descriptors: &[BorrowedFd<'_>]) -> Result<(), ProcessError> {
+        let refused = |error: &dyn std::fmt::Display| {
+            let words = self.directory.last_words();
+            ProcessError::Boot(if words.is_empty() { error.to_string() } else { format!("{error} ({words})") })
+        };
+        let client = Client::connect(&self.directory.control()).map_err(|error| refused(&error))?;
+        client.boot(config, descriptors).map_err(|error| refused(&error))?;
+        self.record.booted = true;
+        write_record(&self.directory, &self.record)
+    }
+
+    /// Finds the process that an earlier run of the agent started. None when it is gone, another process has its pid, or it never booted.
+    pub fn adopt(directory: &RuntimeDirectory) -> Option<Self> {
+        let record = directory.read_record()?;
+        let pidfd = pidfd(record.pid).ok()?;
+        let same = start_time(record.pid).is_ok_and(|time| time == record.start_time);
+        let process = Self { record, directory: directory.clone(), pidfd, child: None };
+        if !same {
+            return None;
+        }
+        if !process.record.booted || Client::connect(&directory.control()).is_err() {
+            process.kill();
+            return None;
+        }
+        Some(process)
+    }
+
+    /// Returns when the process has ended.
+    pub async fn exited(&self) {
+        // A pidfd becomes readable when its process ends; an error can only mean that it is no pidfd any more.
+        let _ = self.pidfd.readable().await;
+    }
+
+    pub fn kill(&self) {
+        let _ = pidfd_send_signal(self.pidfd.get_ref().as_fd(), Signal::KILL);
+    }
+
+    /// Collects the exit status of a process that has ended.
+    pub fn reap(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.wait();
+        }
+    }
+
+    pub fn control(&self) -> PathBuf {
+        self.directory.control()
+    }
+
+    /// A new, empty file for the exit record, as the VM process gets it.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn create_exit_record(&self) -> io::Result<fs::File> {
+        fs::File::create(self.directory.exit_record())
+    }
+}
+
+fn write_record(directory: &RuntimeDirectory, record: &Record) -> Result<(), ProcessError> {
+    let json = serde_json::to_vec_pretty(record).map_err(|error| ProcessError::Boot(error.to_string()))?;
+    write_atomically(&directory.record(), 0o600, &json).map_err(io_error("the VM's process record"))
+}
+
+fn listen(path: &Path) -> io::Result<OwnedFd> {
+    let _ = fs::remove_file(path);
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, 16)?;
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pid_alone_does_not_name_a_process() {
+        let own = std::process::id() as i32;
+        let time = start_time(own).unwrap();
+        assert!(time > 0);
+        assert!(start_time(i32::MAX).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_record_of_a_process_that_is_gone_is_not_adopted() {
+        let parent = tempfile::tempdir().unwrap();
+        let vm = VmId::from_bytes([1; 16]);
+        let directory = RuntimeDirectory::new(parent.path(), &vm);
+        fs::create_dir_all(directory.path()).unwrap();
+        assert!(Process::adopt(&directory).is_none());
+        let record = Record {
+            vm,
+            pid: std::process::id() as i32,
+            // This process, but as if its pid had been another's before.
+            start_time: 1,
+            boot: Digest::of(b"boot"),
+            request: crate::testing::request("web"),
+            uid: None,
+            started_at: Timestamp::now(),
+            booted: true,
+        };
+        write_record(&directory, &record).unwrap();
+        assert_eq!(directory.read_record(), Some(record));
+        assert!(Process::adopt(&directory).is_none());
+    }
+}

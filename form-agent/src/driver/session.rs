@@ -1,0 +1,178 @@
+//! The conversation with a running guest: when it is ready, how its service fares, and its log, line by line, onto the host's disk.
+
+use std::{sync::Arc, time::Duration};
+
+use form_api::vm::{GuestDevice, GuestReport, LogLine, LogStream};
+use form_guest::protocol::{
+    FrameKind, LogLine as GuestLine, LogStream as GuestStream, LogsRequest, ReadyReport, Reply, Request, StatusReport,
+};
+use form_types::VmId;
+use jiff::Timestamp;
+use tokio::{sync::mpsc, task::JoinHandle, time::sleep};
+
+use super::{
+    guest::{Connection, GuestError},
+    process::Process,
+};
+use crate::{
+    agent::Agent,
+    logs::{KeptLine, Writer},
+};
+
+/// Between two tries to reach a guest that is still booting, or whose connection broke.
+const FIRST_RETRY: Duration = Duration::from_millis(20);
+const LAST_RETRY: Duration = Duration::from_millis(500);
+
+/// How long the last lines of a VM that has ended may take to arrive.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// What the guest lets the driver know.
+pub enum Update {
+    Ready(Box<ReadyReport>),
+    Status(Box<StatusReport>),
+}
+
+pub struct Session {
+    watch: JoinHandle<()>,
+    logs: JoinHandle<()>,
+}
+
+impl Session {
+    pub fn open(agent: &Arc<Agent>, vm: VmId, process: &Process) -> (Self, mpsc::Receiver<Update>) {
+        let (sender, updates) = mpsc::channel(64);
+        let control = process.control();
+        let watch = tokio::spawn(async move {
+            let mut retry = FIRST_RETRY;
+            let mut told_ready = false;
+            loop {
+                let ended = watch(&control, &sender, &mut told_ready).await;
+                if sender.is_closed() {
+                    return;
+                }
+                retry = if told_ready { FIRST_RETRY } else { (retry * 2).min(LAST_RETRY) };
+                tracing::trace!("guest conversation: {ended:?}");
+                sleep(retry).await;
+            }
+        });
+        let (agent, control, run) = (Arc::clone(agent), process.control(), process.record.started_at);
+        let logs = tokio::spawn(async move {
+            let writer = Writer::open(&agent.log_directory(&vm), agent.config().log_file_bytes, agent.log_changes(&vm));
+            match writer {
+                Ok(writer) => keep_logs(&control, writer, run).await,
+                Err(error) => tracing::error!(vm = %vm, "its log cannot be kept: {error}"),
+            }
+        });
+        (Self { watch, logs }, updates)
+    }
+
+    /// Lets the log end when the VM has, and stops listening.
+    pub async fn drain(&mut self) {
+        let _ = tokio::time::timeout(DRAIN, &mut self.logs).await;
+        self.logs.abort();
+        self.watch.abort();
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.logs.abort();
+        self.watch.abort();
+    }
+}
+
+async fn watch(control: &std::path::Path, sender: &mpsc::Sender<Update>, told_ready: &mut bool) -> Result<(), GuestError> {
+    if !*told_ready {
+        loop {
+            let mut connection = Connection::open(control, &Request::Ready { wait_ms: 10_000 }).await?;
+            if let Reply::Ready(report) = connection.reply().await?
+                && report.phase != form_guest::protocol::Phase::Starting
+            {
+                *told_ready = true;
+                let _ = sender.send(Update::Ready(Box::new(report))).await;
+                break;
+            }
+        }
+    }
+    let mut connection = Connection::open(control, &Request::Watch).await?;
+    while let Reply::Status(status) = connection.reply().await? {
+        if sender.send(Update::Status(Box::new(status))).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Follows the log until the VM process is gone, from where the file ends.
+async fn keep_logs(control: &std::path::Path, mut writer: Writer, run: Timestamp) {
+    let mut next = writer.last_sequence(run).map_or(0, |last| last + 1);
+    let mut retry = FIRST_RETRY;
+    loop {
+        match follow(control, &mut writer, run, &mut next).await {
+            // The guest says that there will be no more: it is powering off.
+            Ok(()) => return,
+            Err(GuestError::Control(_)) if !control.exists() => return,
+            Err(error) => tracing::trace!("following a log: {error}"),
+        }
+        sleep(retry).await;
+        retry = (retry * 2).min(LAST_RETRY);
+    }
+}
+
+async fn follow(control: &std::path::Path, writer: &mut Writer, run: Timestamp, next: &mut u64) -> Result<(), GuestError> {
+    let request = Request::Logs(LogsRequest { from_sequence: Some(*next), tail: None, follow: true });
+    let mut connection = Connection::open(control, &request).await?;
+    let mut joined = Vec::new();
+    loop {
+        let frame = connection.next().await?.ok_or(GuestError::HungUp)?;
+        match frame.kind {
+            FrameKind::Log => {}
+            FrameKind::End => return Ok(()),
+            FrameKind::Error => return Err(GuestError::Refused(frame.parse()?)),
+            _ => return Err(GuestError::Unexpected),
+        }
+        let line = GuestLine::from_frame(&frame)?;
+        *next = line.sequence + 1;
+        joined.extend_from_slice(&line.bytes);
+        if line.continues && joined.len() < 64 * 1024 {
+            continue;
+        }
+        let kept = KeptLine {
+            line: LogLine {
+                at: i64::try_from(line.timestamp_ms)
+                    .ok()
+                    .and_then(|ms| Timestamp::from_millisecond(ms).ok())
+                    .unwrap_or_else(Timestamp::now),
+                stream: match line.stream {
+                    GuestStream::Stdout => LogStream::Stdout,
+                    GuestStream::Stderr | GuestStream::Guest => LogStream::Stderr,
+                },
+                line: String::from_utf8_lossy(&joined).into_owned(),
+            },
+            run,
+            sequence: line.sequence,
+        };
+        joined.clear();
+        if let Err(error) = writer.append(&kept) {
+            tracing::warn!("a line of a log is lost: {error}");
+        }
+    }
+}
+
+/// The guest's report in the words of the API.
+pub fn guest_report(report: ReadyReport) -> GuestReport {
+    GuestReport {
+        kernel: report.kernel,
+        hostname: report.hostname,
+        addresses: report
+            .addresses
+            .into_iter()
+            .flat_map(|(interface, addresses)| addresses.into_iter().map(move |address| format!("{interface} {address}")))
+            .collect(),
+        devices: report
+            .devices
+            .into_iter()
+            .map(|device| GuestDevice { serial: device.serial, path: device.path, size_bytes: device.size_bytes })
+            .collect(),
+        faults: report.faults.into_iter().map(|fault| format!("{}: {}", fault.step, fault.message)).collect(),
+    }
+}

@@ -1,0 +1,270 @@
+//! Operations: every change that somebody asked for is recorded before anything is done for it, and ends completed or failed.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use form_api::{
+    ApiError, ErrorCode,
+    event::EventKind,
+    operation::{Operation, OperationKind, OperationStatus},
+};
+use form_types::{Digest, IdempotencyKey, Name, OperationId, PublicKey};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::{
+    database::{DatabaseError, Records},
+    event::Events,
+};
+
+/// What the database keeps of an operation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    pub operation: Operation,
+    /// Of method, path and body: the same idempotency key with another request is a conflict.
+    pub request: Digest,
+    /// What a restarted agent needs to finish it or take it back.
+    pub resume: Option<serde_json::Value>,
+}
+
+/// Who asks for what under which key.
+pub struct Opening {
+    pub kind: OperationKind,
+    pub vm: Option<Name>,
+    pub subject: String,
+    pub actor: String,
+    pub actor_key: PublicKey,
+    pub idempotency_key: IdempotencyKey,
+    pub request: Digest,
+}
+
+/// How [`Operations::begin`] went.
+pub enum Begun {
+    /// It is new and now `executing`.
+    New(OperationId),
+    /// The same request was made before under this key: here is what became of it.
+    Repeated(Box<Operation>),
+}
+
+pub struct Operations {
+    records: Arc<Records>,
+    events: Arc<Events>,
+    active: Mutex<HashMap<OperationId, (String, Option<Name>)>>,
+    /// Counts changes, for those who wait.
+    changed: watch::Sender<u64>,
+}
+
+fn internal(error: &DatabaseError) -> ApiError {
+    ApiError::new(ErrorCode::Internal, error.to_string()).hint("look at the agent's log and the free space of /var/lib/formation")
+}
+
+impl Operations {
+    pub fn new(records: Arc<Records>, events: Arc<Events>) -> Self {
+        Self { records, events, active: Mutex::default(), changed: watch::Sender::new(0) }
+    }
+
+    /// Records an operation. Two unfinished ones about the same subject exclude each other.
+    ///
+    /// # Errors
+    /// A conflict with another request under the same key, or with an unfinished operation; or the database's.
+    pub fn begin(&self, opening: Opening) -> Result<Begun, ApiError> {
+        let id = OperationId::derive(&opening.actor_key, &opening.idempotency_key);
+        let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(record) = self.records.operation::<Record>(id.as_bytes()).map_err(|error| internal(&error))? {
+            return if record.request == opening.request {
+                Ok(Begun::Repeated(Box::new(record.operation)))
+            } else {
+                Err(ApiError::new(ErrorCode::Conflict, "this idempotency key was used for another request")
+                    .hint("use a new key for a new request"))
+            };
+        }
+        if let Some((other, _)) = active.iter().find(|(_, (subject, _))| *subject == opening.subject) {
+            return Err(ApiError::new(ErrorCode::Conflict, format!("another operation on {} is under way", opening.subject))
+                .hint(format!("wait for it with `form op wait {other}`"))
+                .operation(*other));
+        }
+        let now = Timestamp::now();
+        let operation = Operation {
+            id,
+            kind: opening.kind,
+            subject: opening.subject.clone(),
+            actor: opening.actor,
+            idempotency_key: opening.idempotency_key,
+            status: OperationStatus::Executing,
+            error: None,
+            created_at: now,
+            started_at: Some(now),
+            finished_at: None,
+        };
+        let record = Record { operation, request: opening.request, resume: None };
+        self.records.put_operation(id.as_bytes(), &record).map_err(|error| internal(&error))?;
+        active.insert(id, (opening.subject.clone(), opening.vm.clone()));
+        drop(active);
+        let message = format!("{} {}", opening.kind.as_str(), opening.subject);
+        self.events.emit(EventKind::OperationStarted, opening.vm.as_ref(), Some(id), message);
+        self.bump();
+        Ok(Begun::New(id))
+    }
+
+    /// Keeps what a restarted agent needs to go on.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn remember(&self, id: OperationId, resume: serde_json::Value) -> Result<(), ApiError> {
+        let mut record = self.record(id)?;
+        record.resume = Some(resume);
+        self.records.put_operation(id.as_bytes(), &record).map_err(|error| internal(&error))
+    }
+
+    /// Tells followers what is being done now.
+    pub fn step(&self, id: OperationId, message: impl Into<String>) {
+        self.events.emit(EventKind::OperationStep, self.vm_of(id).as_ref(), Some(id), message);
+    }
+
+    /// Ends an operation. An error here is logged: the operation is then found unfinished at the next start.
+    pub fn finish(&self, id: OperationId, result: Result<(), ApiError>) {
+        let vm = self.vm_of(id);
+        let outcome = self.record(id).and_then(|mut record| {
+            record.operation.finished_at = Some(Timestamp::now());
+            record.operation.status = if result.is_ok() { OperationStatus::Completed } else { OperationStatus::Failed };
+            record.operation.error = result.as_ref().err().cloned().map(|error| error.operation(id));
+            record.resume = None;
+            self.records.put_operation(id.as_bytes(), &record).map_err(|error| internal(&error))?;
+            Ok(record)
+        });
+        match outcome {
+            Ok(record) => {
+                let what = format!("{} {}", record.operation.kind.as_str(), record.operation.subject);
+                let (kind, message) = match &result {
+                    Ok(()) => (EventKind::OperationCompleted, format!("{what} completed")),
+                    Err(error) => (EventKind::OperationFailed, format!("{what} failed: {error}")),
+                };
+                self.events.emit(kind, vm.as_ref(), Some(id), message);
+            }
+            Err(error) => tracing::error!("operation {id} could not be finished in the database: {error}"),
+        }
+        self.active.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        self.bump();
+    }
+
+    fn vm_of(&self, id: OperationId) -> Option<Name> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner).get(&id).and_then(|(_, vm)| vm.clone())
+    }
+
+    fn bump(&self) {
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    fn record(&self, id: OperationId) -> Result<Record, ApiError> {
+        self.records
+            .operation(id.as_bytes())
+            .map_err(|error| internal(&error))?
+            .ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("there is no operation {id}")).hint("list them with `form op ls`"))
+    }
+
+    /// # Errors
+    /// Not found, or the database's.
+    pub fn get(&self, id: OperationId) -> Result<Operation, ApiError> {
+        Ok(self.record(id)?.operation)
+    }
+
+    /// The newest `limit` operations, the newest first.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn list(&self, limit: usize) -> Result<Vec<Operation>, ApiError> {
+        let records: Vec<Record> = self.records.newest_operations(limit).map_err(|error| internal(&error))?;
+        Ok(records.into_iter().map(|record| record.operation).collect())
+    }
+
+    /// Those that an earlier run of the agent left unfinished; they are active again.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn unfinished(&self) -> Result<Vec<Record>, ApiError> {
+        let records: Vec<Record> = self.records.newest_operations(1000).map_err(|error| internal(&error))?;
+        let unfinished: Vec<Record> = records.into_iter().filter(|record| !record.operation.status.is_final()).collect();
+        let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        for record in &unfinished {
+            let subject = record.operation.subject.clone();
+            let vm = subject.strip_prefix("vm/").and_then(|name| name.parse().ok());
+            active.insert(record.operation.id, (subject, vm));
+        }
+        drop(active);
+        Ok(unfinished)
+    }
+
+    /// The operation once it is final, or as it is after `limit`.
+    ///
+    /// # Errors
+    /// Not found, or the database's.
+    pub async fn wait(&self, id: OperationId, limit: Duration) -> Result<Operation, ApiError> {
+        let mut changed = self.changed.subscribe();
+        let deadline = tokio::time::Instant::now() + limit;
+        loop {
+            let operation = self.get(id)?;
+            if operation.status.is_final() || tokio::time::timeout_at(deadline, changed.changed()).await.is_err() {
+                return Ok(operation);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn operations(directory: &std::path::Path) -> Operations {
+        let records = Arc::new(Records::open(directory).unwrap());
+        let events = Arc::new(Events::open(Arc::clone(&records)).unwrap());
+        Operations::new(records, events)
+    }
+
+    fn opening(key: u8, subject: &str, request: &str) -> Opening {
+        Opening {
+            kind: OperationKind::Deploy,
+            vm: None,
+            subject: subject.to_owned(),
+            actor: "test".to_owned(),
+            actor_key: form_types::SecretKey::from_bytes([1; 32]).public(),
+            idempotency_key: IdempotencyKey::from_bytes([key; 16]),
+            request: Digest::of(request.as_bytes()),
+        }
+    }
+
+    #[tokio::test]
+    async fn one_key_is_one_operation() {
+        let directory = tempfile::tempdir().unwrap();
+        let operations = operations(directory.path());
+        let Ok(Begun::New(id)) = operations.begin(opening(1, "vm/web", "a")) else { panic!("not new") };
+        assert!(matches!(operations.begin(opening(1, "vm/web", "a")), Ok(Begun::Repeated(again)) if again.id == id));
+        assert_eq!(operations.begin(opening(1, "vm/web", "b")).err().map(|error| error.code), Some(ErrorCode::Conflict));
+        let busy = operations.begin(opening(2, "vm/web", "b")).err().unwrap();
+        assert_eq!((busy.code, busy.operation), (ErrorCode::Conflict, Some(id)));
+        operations.finish(id, Err(ApiError::new(ErrorCode::Failed, "no")));
+        let ended = operations.wait(id, Duration::from_secs(1)).await.unwrap();
+        assert_eq!((ended.status, ended.error.unwrap().operation), (OperationStatus::Failed, Some(id)));
+        assert!(matches!(operations.begin(opening(2, "vm/web", "b")), Ok(Begun::New(_))));
+    }
+
+    #[test]
+    fn a_restart_finds_what_was_left() {
+        let directory = tempfile::tempdir().unwrap();
+        {
+            let operations = operations(directory.path());
+            let Ok(Begun::New(id)) = operations.begin(opening(1, "vm/web", "a")) else { panic!("not new") };
+            operations.remember(id, serde_json::json!({"step": 3})).unwrap();
+            let Ok(Begun::New(done)) = operations.begin(opening(2, "vm/db", "a")) else { panic!("not new") };
+            operations.finish(done, Ok(()));
+        }
+        let operations = operations(directory.path());
+        let unfinished = operations.unfinished().unwrap();
+        assert_eq!(unfinished.len(), 1);
+        assert_eq!(unfinished[0].resume, Some(serde_json::json!({"step": 3})));
+        assert!(operations.begin(opening(3, "vm/web", "b")).is_err());
+    }
+}

@@ -1,0 +1,116 @@
+//! What a deploy would change. Pure: desired before, desired after, a plan.
+
+use form_api::deploy::{DeployRequest, FieldChange, Plan, PlanAction, PlannedVm};
+use form_types::{Spec, spec::Protocol};
+
+/// The plan that leads from `before` (nothing for a new VM) to `after`.
+pub fn plan(before: Option<&DeployRequest>, after: &DeployRequest) -> Plan {
+    let name = after.spec.name.clone();
+    let Some(before) = before else {
+        let planned = PlannedVm { name, action: PlanAction::Create, changes: created(after), restarts: false, loses: Vec::new() };
+        return Plan { vms: vec![planned] };
+    };
+    let changes = changes(before, after);
+    let replaces_disk = before.image != after.image || after.spec.resources.disk_gib < before.spec.resources.disk_gib;
+    let action = if changes.is_empty() { PlanAction::Unchanged } else { PlanAction::Update };
+    let loses = if replaces_disk { vec!["everything written to its root disk".to_owned()] } else { Vec::new() };
+    Plan { vms: vec![PlannedVm { name, action, restarts: !changes.is_empty(), changes, loses }] }
+}
+
+/// Whether the root disk is made anew from its image.
+pub fn replaces_disk(before: &DeployRequest, after: &DeployRequest) -> bool {
+    before.image != after.image || after.spec.resources.disk_gib < before.spec.resources.disk_gib
+}
+
+fn created(after: &DeployRequest) -> Vec<FieldChange> {
+    described(after)
+        .into_iter()
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(field, to)| FieldChange { field: field.to_owned(), from: None, to: Some(to) })
+        .collect()
+}
+
+fn changes(before: &DeployRequest, after: &DeployRequest) -> Vec<FieldChange> {
+    let (old, new) = (described(before), described(after));
+    let mut changes: Vec<FieldChange> = old
+        .into_iter()
+        .zip(new)
+        .filter(|((_, from), (_, to))| from != to)
+        .map(|((field, from), (_, to))| FieldChange {
+            field: field.to_owned(),
+            from: (!from.is_empty()).then_some(from),
+            to: (!to.is_empty()).then_some(to),
+        })
+        .collect();
+    // A password's hash is nobody's business, but that it changed is.
+    if before.passwd_hashes != after.passwd_hashes {
+        changes.push(FieldChange { field: "passwords".to_owned(), from: None, to: None });
+    }
+    changes
+}
+
+/// Every part of a request that changes what runs, in words. What only describes the build is in the image's digest.
+fn described(request: &DeployRequest) -> Vec<(&'static str, String)> {
+    let spec = &request.spec;
+    let json = |value: serde_json::Result<String>| value.unwrap_or_default();
+    let list = |words: &[String]| if words.is_empty() { String::new() } else { json(serde_json::to_string(words)) };
+    vec![
+        ("image", request.image.short()),
+        ("kernel", request.kernel.short()),
+        ("vcpus", spec.resources.vcpus.to_string()),
+        ("memory", format!("{} MiB", spec.resources.memory_mib)),
+        ("disk", format!("{} GiB", spec.resources.disk_gib)),
+        ("ports", ports(spec)),
+        ("entrypoint", list(&spec.entrypoint)),
+        ("cmd", list(&spec.cmd)),
+        ("workdir", spec.workdir.clone().unwrap_or_default()),
+        ("run-as", spec.run_as.clone().unwrap_or_default()),
+        ("env", if spec.env.is_empty() { String::new() } else { json(serde_json::to_string(&spec.env)) }),
+        ("users", if spec.users.is_empty() { String::new() } else { json(serde_json::to_string(&spec.users)) }),
+        ("restart", json(serde_json::to_string(&spec.restart))),
+        ("healthcheck", spec.healthcheck.as_ref().map(|check| json(serde_json::to_string(check))).unwrap_or_default()),
+        ("labels", if spec.labels.is_empty() { String::new() } else { json(serde_json::to_string(&spec.labels)) }),
+    ]
+}
+
+fn ports(spec: &Spec) -> String {
+    let one = |port: &form_types::spec::Port| {
+        let protocol = if port.protocol == Protocol::Udp { "/udp" } else { "" };
+        port.host_port.map_or_else(|| format!("{}{protocol}", port.port), |host| format!("{host}:{}{protocol}", port.port))
+    };
+    spec.ports.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::request;
+
+    #[test]
+    fn new_unchanged_changed() {
+        let web = request("web");
+        assert_eq!(plan(None, &web).vms[0].action, PlanAction::Create);
+        assert!(plan(Some(&web), &web).is_unchanged());
+
+        let mut larger = web.clone();
+        larger.spec.resources.memory_mib = 1024;
+        let planned = &plan(Some(&web), &larger).vms[0];
+        assert_eq!(planned.action, PlanAction::Update);
+        assert!(planned.restarts && planned.loses.is_empty());
+        let change = &planned.changes[0];
+        assert_eq!((change.field.as_str(), change.from.as_deref(), change.to.as_deref()), ("memory", Some("512 MiB"), Some("1024 MiB")));
+
+        let mut rebuilt = web.clone();
+        rebuilt.image = form_types::Digest::of(b"another");
+        assert_eq!(plan(Some(&web), &rebuilt).vms[0].loses, ["everything written to its root disk"]);
+    }
+
+    #[test]
+    fn a_password_is_never_shown() {
+        let mut web = request("web");
+        web.passwd_hashes.insert("ada".to_owned(), "$6$salt$secret".to_owned());
+        let planned = plan(Some(&request("web")), &web);
+        assert_eq!(planned.vms[0].changes[0].field, "passwords");
+        assert!(!serde_json::to_string(&planned).unwrap().contains("secret"));
+    }
+}

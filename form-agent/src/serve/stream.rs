@@ -1,0 +1,215 @@
+//! Exchanges that turn into streams: a command, the console, a port.
+
+use axum::{
+    extract::{Path, Request, State},
+    response::Response,
+};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use form_api::{
+    ApiError, ErrorCode,
+    exec::{self, EXEC_HEADER, ExecRequest},
+    server,
+    vm::{ForwardQuery, VmState},
+};
+use form_guest::protocol::{self, Reply, TtySize};
+use form_types::Name;
+use form_vmm::control::Client;
+use http::request::Parts;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::{Shared, parsed, query};
+use crate::{
+    agent::{Agent, internal},
+    authorise,
+    driver::{
+        guest::{Connection, GuestError},
+        process::RuntimeDirectory,
+    },
+};
+
+/// The control socket of a VM that runs.
+fn control_of(agent: &Agent, name: &Name) -> Result<std::path::PathBuf, ApiError> {
+    let vm = agent.vm_named(name)?;
+    let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
+    let control = RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm.id).control();
+    if control.exists() {
+        Ok(control)
+    } else {
+        Err(ApiError::new(ErrorCode::Conflict, format!("vm/{name} is {}", state.as_str()))
+            .hint(format!("start it with `form vm start {name}`")))
+    }
+}
+
+/// An Upgrade is a change: what it does to the guest, nobody can tell.
+fn authorised(agent: &Agent, request: Request, name: &str) -> Result<(Request, Parts, Name), ApiError> {
+    let (parts, body) = request.into_parts();
+    authorise::change(agent, &parts, &axum::body::Bytes::new())?;
+    let request = Request::from_parts(parts.clone(), body);
+    // The upgrade is in the extensions of the request that goes on; what is kept of it here is for reading only.
+    Ok((request, parts, parsed(name)?))
+}
+
+fn guest_error(error: &GuestError) -> ApiError {
+    match error {
+        GuestError::Refused(reply) => {
+            let code = match reply.kind {
+                protocol::ErrorKind::Invalid => ErrorCode::Invalid,
+                protocol::ErrorKind::NotFound => ErrorCode::NotFound,
+                protocol::ErrorKind::Unsupported => ErrorCode::Unsupported,
+                protocol::ErrorKind::Busy => ErrorCode::Unavailable,
+                protocol::ErrorKind::Failed => ErrorCode::Failed,
+            };
+            ApiError::new(code, reply.message.clone())
+        }
+        other => ApiError::new(ErrorCode::Unavailable, other.to_string()).hint("is it still starting? see `form ps`"),
+    }
+}
+
+pub async fn exec(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
+    let (mut request, parts, name) = authorised(&agent, request, &name)?;
+    let header = parts
+        .headers
+        .get(EXEC_HEADER)
+        .ok_or_else(|| ApiError::new(ErrorCode::Invalid, format!("the header `{EXEC_HEADER}` is missing")))?;
+    let asked: ExecRequest = URL_SAFE_NO_PAD
+        .decode(header.as_bytes())
+        .ok()
+        .and_then(|json| serde_json::from_slice(&json).ok())
+        .ok_or_else(|| ApiError::new(ErrorCode::Invalid, format!("the header `{EXEC_HEADER}` holds no exec request")))?;
+    let control = control_of(&agent, &name)?;
+    let to_guest = protocol::Request::Exec(protocol::ExecRequest {
+        command: asked.command,
+        env: asked.env,
+        user: asked.user,
+        workdir: asked.workdir,
+        tty: asked.terminal.map(|terminal| TtySize { rows: terminal.rows, cols: terminal.columns, term: Some(terminal.kind) }),
+        stdin: true,
+    });
+    let mut guest = Connection::open(&control, &to_guest).await.map_err(|error| guest_error(&error))?;
+    let started = guest.reply().await.map_err(|error| guest_error(&error))?;
+    if !matches!(started, Reply::Started { .. }) {
+        return Err(internal(&"the guest answered something else"));
+    }
+    let (response, upgraded) = server::upgrade(&mut request, "form-exec")?;
+    tokio::spawn(async move {
+        if let Ok(client) = upgraded.await {
+            relay_exec(client, guest).await;
+        }
+    });
+    Ok(response)
+}
+
+/// Carries frames both ways until the command has ended or one side is gone; the guest then ends the command.
+async fn relay_exec(client: impl AsyncRead + AsyncWrite + Send + 'static, mut guest: Connection) {
+    let (mut from_client, mut to_client) = tokio::io::split(client);
+    let (sender, mut frames) = tokio::sync::mpsc::channel(16);
+    let reader = tokio::spawn(async move {
+        while let Ok(frame) = read_frame(&mut from_client).await {
+            if sender.send(frame).await.is_err() {
+                break;
+            }
+        }
+    });
+    loop {
+        tokio::select! {
+            frame = frames.recv() => {
+                let Some(frame) = frame else { break };
+                let Some(frame) = frame_to_guest(frame) else { break };
+                if guest.send(&frame).await.is_err() { break }
+            }
+            frame = guest.next() => {
+                let frame = match frame {
+                    Ok(Some(frame)) => frame_to_client(&frame),
+                    Ok(None) => vec![exec::Frame::Error("the guest hung up".to_owned())],
+                    Err(error) => vec![exec::Frame::Error(error.to_string())],
+                };
+                let mut ended = false;
+                for frame in frame {
+                    ended |= matches!(frame, exec::Frame::Exit { .. } | exec::Frame::Error(_));
+                    if to_client.write_all(&frame.encode()).await.is_err() { ended = true }
+                }
+                if ended { break }
+            }
+        }
+    }
+    let _ = to_client.shutdown().await;
+    reader.abort();
+}
+
+async fn read_frame(from: &mut (impl AsyncRead + Unpin + Send)) -> std::io::Result<exec::Frame> {
+    let mut header = [0; exec::HEADER];
+    from.read_exact(&mut header).await?;
+    let (kind, length) = exec::Frame::parse_header(&header).map_err(std::io::Error::other)?;
+    let mut payload = vec![0; length];
+    from.read_exact(&mut payload).await?;
+    exec::Frame::decode(kind, payload).map_err(std::io::Error::other)
+}
+
+fn frame_to_guest(frame: exec::Frame) -> Option<protocol::Frame> {
+    use protocol::{Frame, FrameKind};
+    match frame {
+        exec::Frame::Stdin(bytes) => Some(Frame::new(FrameKind::Stdin, bytes)),
+        exec::Frame::StdinClosed => Some(Frame::new(FrameKind::StdinClose, [])),
+        exec::Frame::Resize { rows, columns } => Frame::json(FrameKind::Resize, &TtySize { rows, cols: columns, term: None }).ok(),
+        exec::Frame::Signal(number) => Some(Frame::new(FrameKind::Signal, [number])),
+        exec::Frame::Stdout(_) | exec::Frame::Stderr(_) | exec::Frame::Exit { .. } | exec::Frame::Error(_) => None,
+    }
+}
+
+/// A guest's frame may be larger than a client's.
+fn frame_to_client(frame: &protocol::Frame) -> Vec<exec::Frame> {
+    use protocol::FrameKind;
+    let pieces = |make: fn(Vec<u8>) -> exec::Frame| frame.payload.chunks(exec::MAX_PAYLOAD).map(|piece| make(piece.to_vec())).collect();
+    match frame.kind {
+        FrameKind::Stdout => pieces(exec::Frame::Stdout),
+        FrameKind::Stderr => pieces(exec::Frame::Stderr),
+        FrameKind::Exit => {
+            let code = protocol::ExitStatus::from_frame(frame).map_or(125, protocol::ExitStatus::shell_code);
+            vec![exec::Frame::Exit { code: u8::try_from(code).unwrap_or(255) }]
+        }
+        FrameKind::Error => {
+            let message = frame.parse::<protocol::ErrorReply>().map_or_else(|error| error.to_string(), |error| error.message);
+            vec![exec::Frame::Error(message)]
+        }
+        _ => Vec::new(),
+    }
+}
+
+pub async fn console(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
+    let (mut request, _, name) = authorised(&agent, request, &name)?;
+    let control = control_of(&agent, &name)?;
+    let fd = tokio::task::spawn_blocking(move || Client::connect(&control)?.console())
+        .await
+        .map_err(|error| internal(&error))?
+        .map_err(|error| internal(&error))?;
+    let stream = std::os::unix::net::UnixStream::from(fd);
+    stream.set_nonblocking(true).map_err(|error| internal(&error))?;
+    let mut stream = tokio::net::UnixStream::from_std(stream).map_err(|error| internal(&error))?;
+    let (response, upgraded) = server::upgrade(&mut request, "form-console")?;
+    tokio::spawn(async move {
+        if let Ok(mut client) = upgraded.await {
+            let _ = tokio::io::copy_bidirectional(&mut client, &mut stream).await;
+        }
+    });
+    Ok(response)
+}
+
+pub async fn forward(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
+    let (mut request, parts, name) = authorised(&agent, request, &name)?;
+    let port = query::<ForwardQuery>(&parts)?.port;
+    let control = control_of(&agent, &name)?;
+    let mut guest = Connection::open(&control, &protocol::Request::Forward { port }).await.map_err(|error| guest_error(&error))?;
+    if guest.reply().await.map_err(|error| guest_error(&error))? != Reply::Connected {
+        return Err(internal(&"the guest answered something else"));
+    }
+    let (mut stream, rest) = guest.into_raw();
+    let (response, upgraded) = server::upgrade(&mut request, "form-forward")?;
+    tokio::spawn(async move {
+        if let Ok(mut client) = upgraded.await
+            && client.write_all(&rest).await.is_ok()
+        {
+            let _ = tokio::io::copy_bidirectional(&mut client, &mut stream).await;
+        }
+    });
+    Ok(response)
+}

@@ -1,0 +1,30 @@
+//! Values that several unit tests need.
+
+use form_api::deploy::DeployRequest;
+use form_types::{Digest, spec};
+
+pub fn request(name: &str) -> DeployRequest {
+    let spec = spec::Spec {
+        name: name.parse().unwrap(),
+        description: None,
+        from: "debian:12".to_owned(),
+        args: Default::default(),
+        steps: Vec::new(),
+        resources: spec::Resources { vcpus: 1, memory_mib: 512, disk_gib: 5, gpus: Vec::new() },
+        users: Vec::new(),
+        run_as: None,
+        env: Vec::new(),
+        workdir: None,
+        entrypoint: vec!["/bin/app".to_owned()],
+        cmd: Vec::new(),
+        ports: vec![spec::Port { port: 80, protocol: spec::Protocol::Tcp, host_port: Some(8080) }],
+        volumes: Vec::new(),
+        networks: Vec::new(),
+        replicas: 1,
+        restart: spec::Restart { policy: spec::RestartPolicy::Always, max_retries: None },
+        healthcheck: None,
+        labels: Default::default(),
+        model: None,
+    };
+    DeployRequest { spec, passwd_hashes: Default::default(), image: Digest::of(b"image"), kernel: Digest::of(b"kernel") }
+}

@@ -1,0 +1,217 @@
+//! From what was asked for to what a VM process and its guest are told. Pure.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use form_api::deploy::DeployRequest;
+use form_types::{
+    Name, VmId,
+    settings::{File, Interface, Route4, Route6, Service, Settings, UserSettings},
+    spec::EnvScope,
+};
+use form_vmm::config::{BackingFile, DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, VmConfig};
+
+/// The kernel's command line for every VM: the console is the serial port, a panic ends the VM so that the agent sees it.
+pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
+
+/// vsock CID of every guest: each VM has a vsock device of its own, nothing else is on it.
+pub const GUEST_CID: u64 = 3;
+
+const DEFAULT_NETWORK: &str = "default";
+
+/// How long a guest may take to stop its processes before they are killed.
+pub const SHUTDOWN_TIMEOUT_MS: u64 = 10_000;
+
+/// The link of a VM: addresses that belong to it, and the gateway that is the same on every host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    pub mac: [u8; 6],
+    pub mtu: u16,
+    pub ipv4: Ipv4Addr,
+    pub ipv6: Ipv6Addr,
+    pub gateway4: Ipv4Addr,
+    pub gateway6: Ipv6Addr,
+}
+
+/// At most 20 bytes, derived from the VM's id, so that the guest finds its root disk by it.
+pub fn root_serial(id: &VmId) -> String {
+    format!("root-{}", id.short())
+}
+
+/// The segment that every VM of this version is in.
+pub fn default_network() -> Name {
+    DEFAULT_NETWORK.parse().expect("a constant that is a name")
+}
+
+pub fn dns_name(name: &Name) -> String {
+    format!("{name}.{DEFAULT_NETWORK}.form.internal")
+}
+
+fn mac_text(mac: &[u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// What the guest is told at its start.
+pub fn settings(id: &VmId, request: &DeployRequest, link: &Link) -> Settings {
+    let spec = &request.spec;
+    let scoped = |wanted: &dyn Fn(&EnvScope) -> bool| -> BTreeMap<String, String> {
+        spec.env.iter().filter(|env| wanted(&env.scope)).map(|env| (env.key.clone(), env.value.clone())).collect()
+    };
+    let users = spec.users.iter().map(|user| UserSettings {
+        name: user.name.clone(),
+        passwd_hash: request.passwd_hashes.get(&user.name).cloned(),
+        lock_passwd: user.lock_passwd,
+        expire_passwd: user.chpasswd_expire && user.has_passwd,
+        ssh_password_login: user.ssh_pwauth,
+        ssh_authorized_keys: user.ssh_authorized_keys.clone(),
+        sudo: user.sudo,
+        shell: user.shell.clone(),
+        groups: user.groups.clone(),
+        env: scoped(&|scope| matches!(scope, EnvScope::User(name) if *name == user.name)),
+    });
+    let command: Vec<String> = spec.entrypoint.iter().chain(&spec.cmd).cloned().collect();
+    let service = (!command.is_empty()).then(|| Service {
+        command,
+        workdir: spec.workdir.clone(),
+        user: spec.run_as.clone(),
+        env: scoped(&|scope| matches!(scope, EnvScope::Service(name) if name == spec.name.as_str())),
+        restart: spec.restart.clone(),
+        healthcheck: spec.healthcheck.clone(),
+    });
+    let name = spec.name.as_str();
+    Settings {
+        hostname: name.to_owned(),
+        root_serial: Some(root_serial(id)),
+        grow_root: true,
+        interfaces: vec![Interface {
+            mac: mac_text(&link.mac),
+            name: "eth0".to_owned(),
+            ipv4: Some(Route4 { address: link.ipv4, prefix: 32, gateway: Some(link.gateway4) }),
+            ipv6: Some(Route6 { address: link.ipv6, prefix: 128, gateway: Some(link.gateway6) }),
+            mtu: u32::from(link.mtu),
+        }],
+        nameservers: vec![IpAddr::V4(link.gateway4)],
+        search_domains: vec![format!("{DEFAULT_NETWORK}.form.internal")],
+        hosts: vec![(IpAddr::V4(link.ipv4), vec![dns_name(&spec.name), name.to_owned()])],
+        users: users.collect(),
+        root_login: spec.users.is_empty() || spec.users.iter().any(|user| !user.disable_root),
+        files: unit_environments(request, service.is_some()),
+        volumes: Vec::new(),
+        service,
+        env: scoped(&|scope| *scope == EnvScope::System),
+        shutdown_timeout_ms: SHUTDOWN_TIMEOUT_MS,
+    }
+}
+
+/// `ENV --scope=service:NAME` of an image with systemd: a drop-in for that unit.
+fn unit_environments(request: &DeployRequest, has_service: bool) -> Vec<File> {
+    if has_service {
+        return Vec::new();
+    }
+    let mut units: BTreeMap<&str, String> = BTreeMap::new();
+    for env in &request.spec.env {
+        if let EnvScope::Service(name) = &env.scope {
+            let text = units.entry(name).or_insert_with(|| "[Service]\n".to_owned());
+            // systemd.syntax(7): `%` is a specifier, quotes and backslashes are escaped.
+            let value = env.value.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%").replace('\n', "\\n");
+            text.push_str(&format!("Environment=\"{}={value}\"\n", env.key));
+        }
+    }
+    units
+        .into_iter()
+        .map(|(name, content)| File { path: format!("/etc/systemd/system/{name}.service.d/10-form.conf"), mode: 0o644, content })
+        .collect()
+}
+
+/// The order in which a VM's descriptors are passed; [`config`] refers to them by these positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Disk {
+    pub format: DiskFormat,
+    /// Read-only files behind a qcow2 overlay, all raw, the nearest first.
+    pub backing: u16,
+}
+
+/// Descriptors are passed as: kvm, kernel, initramfs, settings, log ring, exit record, tap, root disk, its backing files.
+pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, jail: JailConfig) -> VmConfig {
+    let resources = &request.spec.resources;
+    VmConfig {
+        vcpus: u8::try_from(resources.vcpus).unwrap_or(u8::MAX),
+        memory_mib: resources.memory_mib,
+        kvm: Fd(0),
+        kernel: Fd(1),
+        initramfs: vec![Fd(2), Fd(3)],
+        cmdline: CMDLINE.to_owned(),
+        disks: vec![DiskConfig {
+            id: "root".to_owned(),
+            serial: root_serial(id),
+            format: disk.format,
+            file: Fd(7),
+            backing: (0..disk.backing).map(|index| BackingFile { file: Fd(8 + index), format: DiskFormat::Raw }).collect(),
+            read_only: false,
+        }],
+        networks: vec![NetworkConfig { id: "eth0".to_owned(), tap: Fd(6), mac: link.mac, mtu: link.mtu }],
+        vsock_cid: Some(GUEST_CID),
+        rng: true,
+        balloon: true,
+        console_log: Some(Fd(4)),
+        exit_record: Some(Fd(5)),
+        jail,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::request;
+    use form_types::spec::Env;
+
+    fn link() -> Link {
+        Link {
+            mac: [2, 0xf0, 0, 0, 0, 1],
+            mtu: 1500,
+            ipv4: Ipv4Addr::new(10, 77, 0, 2),
+            ipv6: "fd00::2".parse().unwrap(),
+            gateway4: Ipv4Addr::new(169, 254, 77, 1),
+            gateway6: "fe80::1".parse().unwrap(),
+        }
+    }
+
+    #[test]
+    fn environment_goes_where_its_scope_says() {
+        let mut web = request("web");
+        let env = |scope, key: &str| Env { scope, key: key.to_owned(), value: "1".to_owned() };
+        web.spec.env = vec![
+            env(EnvScope::System, "A"),
+            env(EnvScope::Service("web".to_owned()), "B"),
+            env(EnvScope::Service("nginx".to_owned()), "C"),
+        ];
+        let id = VmId::from_bytes([7; 16]);
+        let told = settings(&id, &web, &link());
+        assert_eq!(told.env.keys().collect::<Vec<_>>(), ["A"]);
+        assert_eq!(told.service.as_ref().unwrap().env.keys().collect::<Vec<_>>(), ["B"]);
+        assert!(told.files.is_empty());
+
+        web.spec.entrypoint.clear();
+        let told = settings(&id, &web, &link());
+        assert!(told.service.is_none());
+        assert_eq!(told.files.len(), 2);
+        assert_eq!(told.files[0].path, "/etc/systemd/system/nginx.service.d/10-form.conf");
+        assert_eq!(told.interfaces[0].mac, "02:f0:00:00:00:01");
+    }
+
+    #[test]
+    fn descriptors_are_all_different() {
+        let id = VmId::from_bytes([7; 16]);
+        let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
+        let config = config(&id, &request("web"), &link(), disk, JailConfig::default());
+        assert!(root_serial(&id).len() <= 20);
+        let mut used = vec![config.kvm.0, config.kernel.0];
+        used.extend(config.initramfs.iter().map(|fd| fd.0));
+        used.extend([config.console_log.unwrap().0, config.exit_record.unwrap().0, config.networks[0].tap.0]);
+        used.push(config.disks[0].file.0);
+        used.extend(config.disks[0].backing.iter().map(|backing| backing.file.0));
+        assert_eq!(used, (0..9).collect::<Vec<_>>());
+    }
+}
