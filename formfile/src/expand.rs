@@ -30,7 +30,7 @@ pub(crate) struct Variables {
     /// `ARG`s before `FROM`: seen by `FROM`, and behind it only where they are declared again.
     global: BTreeMap<String, Option<String>>,
     env: BTreeMap<String, String>,
-    env_bytes: usize,
+    bytes: usize,
     spent: usize,
 }
 
@@ -44,8 +44,13 @@ pub(crate) enum Quoting {
 }
 
 impl Variables {
-    pub(crate) fn declare(&mut self, name: &str, value: Option<String>) {
-        self.args.insert(name.to_owned(), value);
+    /// Declares an `ARG`. Returns how many bytes all variables have now.
+    pub(crate) fn declare(&mut self, name: &str, value: Option<String>) -> usize {
+        self.bytes += name.len() + value.as_ref().map_or(0, String::len) + 2;
+        if let Some(old) = self.args.insert(name.to_owned(), value) {
+            self.bytes -= name.len() + old.map_or(0, |old| old.len()) + 2;
+        }
+        self.bytes
     }
 
     /// The value that an `ARG` before `FROM` gave.
@@ -58,13 +63,13 @@ impl Variables {
         self.global.append(&mut self.args);
     }
 
-    /// Sets a variable of the environment. Returns how many bytes the whole environment has now.
+    /// Sets a variable of the environment. Returns how many bytes all variables have now.
     pub(crate) fn set(&mut self, name: &str, value: &str) -> usize {
-        self.env_bytes += name.len() + value.len() + 2;
+        self.bytes += name.len() + value.len() + 2;
         if let Some(old) = self.env.insert(name.to_owned(), value.to_owned()) {
-            self.env_bytes -= name.len() + old.len() + 2;
+            self.bytes -= name.len() + old.len() + 2;
         }
-        self.env_bytes
+        self.bytes
     }
 
     /// The environment of a build step: `ARG`s that have a value, and `ENV` before them.

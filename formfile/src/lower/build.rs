@@ -14,6 +14,7 @@ use crate::{
     ast::{Body, Instruction},
     diagnostic::{Code, Fault},
     expand::Quoting,
+    span::Span,
     word::unquote,
 };
 
@@ -65,7 +66,8 @@ impl Lowerer<'_, '_> {
                 }
                 (None, None) => self.variables.global(&name),
             };
-            self.variables.declare(&name, value.clone());
+            let total = self.variables.declare(&name, value.clone());
+            self.limit(total, word.span);
             self.draft.args.insert(name, value);
         }
     }
@@ -137,12 +139,16 @@ impl Lowerer<'_, '_> {
         let Some(scope) = scope else { return };
         for (key, value, span) in read {
             let total = if scope == EnvScope::System { self.variables.set(&key, &value) } else { 0 };
-            if total > MOST_ENVIRONMENT && !self.environment_full {
-                self.environment_full = true;
-                let fault = Fault::error(Code::OutOfRange, span, "all variables together take more than 128 KiB");
-                self.faults.push(fault.hint("put large values into files and `COPY` them"));
-            }
+            self.limit(total, span);
             self.draft.env.insert((scope.clone(), key), value);
+        }
+    }
+
+    fn limit(&mut self, total: usize, span: Span) {
+        if total > MOST_ENVIRONMENT && !self.environment_full {
+            self.environment_full = true;
+            let fault = Fault::error(Code::OutOfRange, span, "all variables together take more than 128 KiB");
+            self.faults.push(fault.hint("put large values into files and `COPY` them"));
         }
     }
 
