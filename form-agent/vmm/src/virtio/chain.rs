@@ -248,3 +248,94 @@ impl Table {
         Ok(Self { address: descriptor.addr(), size: entries as u16, indirect: true })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::virtio::testing::{Descriptor as Raw, Driver, HIGH, INDIRECT, NEXT, WRITE, guest_memory, hostile_table, load_hostile};
+
+    fn raw(address: u64, length: u32, flags: u16, next: u16) -> Raw {
+        Raw { address, length, flags, next }
+    }
+
+    fn load(table: &[Raw], head: u16) -> Result<Chain, ChainError> {
+        let driver = Driver::new(&[4]);
+        for (index, descriptor) in (0..).zip(table) {
+            driver.set_descriptor(0, index, *descriptor);
+        }
+        let mut chain = Chain::default();
+        use vm_memory::GuestAddressSpace;
+        chain.load(&driver.memory.memory(), &driver.queue(0), head).map(|()| chain)
+    }
+
+    #[test]
+    fn a_chain_is_read_in_order() {
+        let chain = load(&[raw(0x1000, 8, NEXT, 2), raw(0, 0, 0, 0), raw(0x2000, 0, NEXT, 3), raw(HIGH, 5, WRITE, 0)], 0).unwrap();
+        assert_eq!(chain.readable.iter().collect::<Vec<_>>(), [(GuestAddress(0x1000), 8)]);
+        assert_eq!(chain.writable.iter().collect::<Vec<_>>(), [(GuestAddress(HIGH), 5)]);
+    }
+
+    #[test]
+    fn each_fault_has_its_error() {
+        let here = 0x1000;
+        assert!(matches!(load(&[], 4), Err(ChainError::Index { index: 4, size: 4 })));
+        assert!(matches!(load(&[raw(here, 1, NEXT, 9)], 0), Err(ChainError::Index { index: 9, .. })));
+        assert!(matches!(load(&[raw(here, 1, NEXT, 1), raw(here, 1, NEXT, 0)], 0), Err(ChainError::Loop)));
+        assert!(matches!(load(&[raw(here, 1, NEXT | WRITE, 1), raw(here, 1, 0, 0)], 0), Err(ChainError::Order)));
+        assert!(matches!(load(&[raw(HIGH - 1, 1, 0, 0)], 0), Err(ChainError::Outside { .. })));
+        assert!(matches!(load(&[raw(u64::MAX, 2, 0, 0)], 0), Err(ChainError::Outside { .. })));
+        assert!(matches!(load(&[raw(0, u32::MAX, 0, 0)], 0), Err(ChainError::Outside { .. })));
+        assert!(matches!(load(&[raw(here, 16, INDIRECT | NEXT, 1)], 0), Err(ChainError::IndirectNested)));
+        for length in [0, 8, 24, 16 * 1025] {
+            assert!(matches!(load(&[raw(here, length, INDIRECT, 0)], 0), Err(ChainError::IndirectLength(_))), "{length}");
+        }
+        assert!(matches!(load(&[raw(HIGH - 16, 16, INDIRECT, 0)], 0), Err(ChainError::Table(_))));
+    }
+
+    #[test]
+    fn an_indirect_table_is_followed_once() {
+        let mut driver = Driver::new(&[4]);
+        let table = driver.allocate(48);
+        driver.write(table, &raw(0x1000, 3, NEXT, 2).bytes());
+        driver.write(table + 32, &raw(0x2000, 4, WRITE, 0).bytes());
+        driver.set_descriptor(0, 1, raw(table, 48, INDIRECT, 0));
+        let memory = vm_memory::GuestAddressSpace::memory(&driver.memory);
+        let mut chain = Chain::default();
+        chain.load(&memory, &driver.queue(0), 1).unwrap();
+        assert_eq!((chain.head, chain.readable.len(), chain.writable.len()), (1, 3, 4));
+
+        driver.write(table, &raw(table, 16, INDIRECT, 0).bytes());
+        assert!(matches!(chain.load(&memory, &driver.queue(0), 1), Err(ChainError::IndirectNested)));
+    }
+
+    #[test]
+    fn bytes_are_copied_across_pieces() {
+        let memory = guest_memory();
+        let mut segments = Segments::default();
+        for address in [0x1000, HIGH, 0x3000] {
+            segments.push(GuestAddress(address), 3);
+        }
+        segments.write(&memory, 1, b"abcdefg").unwrap();
+        let mut bytes = [0; 9];
+        segments.read(&memory, 0, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"\0abcdefg\0");
+        assert!(segments.read(&memory, 1, &mut bytes).is_err());
+        assert!(segments.write(&memory, usize::MAX, b"x").is_err());
+        assert_eq!(segments.iovecs(&memory, 2..8).unwrap().len(), 6);
+        assert!(segments.iovecs(&memory, 2..10).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn what_loads_lies_in_guest_memory(table in hostile_table(), head in 0_u16..20) {
+            if let Some((memory, chain)) = load_hostile(&table, head, b"") {
+                for (address, length) in chain.readable.iter().chain(chain.writable.iter()) {
+                    prop_assert!(GuestMemoryBackend::check_range(&memory, address, length as usize));
+                }
+                prop_assert!(chain.readable.len() + chain.writable.len() <= u32::MAX as usize);
+            }
+        }
+    }
+}

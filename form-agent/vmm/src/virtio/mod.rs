@@ -10,6 +10,8 @@ pub mod balloon;
 pub mod block;
 pub mod rng;
 pub mod pci;
+#[cfg(test)]
+mod testing;
 pub mod vsock;
 pub mod worker;
 

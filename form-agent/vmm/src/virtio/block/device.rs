@@ -248,6 +248,12 @@ impl BlockWorker {
         if let Err(fault) = self.serve(exit) {
             self.session.report(&fault);
         }
+        // What is saved or copied while the device rests is complete.
+        if !self.limits.read_only {
+            if let Err(error) = self.backend.flush() {
+                eprintln!("{}: could not flush: {error}", self.session.id);
+            }
+        }
         self
     }
 
