@@ -87,9 +87,10 @@ impl Replica {
 
     pub fn clock(&self) -> Clock {
         let state = self.state();
-        let entries = state.documents.iter().flat_map(|(document, content)| {
-            content.clock.iter().map(|(author, last)| ((*document, *author), (last.seq, last.hash)))
-        });
+        let entries = state
+            .documents
+            .iter()
+            .flat_map(|(document, content)| content.clock.iter().map(|(author, last)| ((*document, *author), (last.seq, last.hash))));
         entries.collect()
     }
 
@@ -116,7 +117,8 @@ impl Replica {
         for (document, mut from) in lagging {
             while let Some((position, bytes)) = self.log().next(document, from)? {
                 from = position + 1;
-                let (author, seq) = SignedChange::peek(&bytes).ok_or_else(|| self.log().corrupt(format!("change {position} is unreadable")))?;
+                let (author, seq) =
+                    SignedChange::peek(&bytes).ok_or_else(|| self.log().corrupt(format!("change {position} is unreadable")))?;
                 if after.get(&(document, author)).is_some_and(|(theirs, _)| *theirs >= seq) {
                     continue;
                 }

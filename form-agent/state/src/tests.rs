@@ -73,7 +73,8 @@ fn every_kind_of_scalar_survives() {
         Scalar::Bytes(vec![0, 255]),
         Scalar::Bytes(Vec::new()),
     ];
-    let writes: Vec<_> = values.iter().enumerate().map(|(n, value)| Write::put(Table::Vms, id(1), format!("f{n}"), value.clone())).collect();
+    let writes: Vec<_> =
+        values.iter().enumerate().map(|(n, value)| Write::put(Table::Vms, id(1), format!("f{n}"), value.clone())).collect();
     let hash = one.replica.submit(request(1, "ann", &writes)).unwrap().unwrap();
     assert_eq!(two.replica.receive(&signed(&one, hash)).unwrap(), Applied::New(hash));
     let two = two.reopen();
@@ -289,7 +290,8 @@ fn a_damaged_file_is_an_error_that_names_it() {
     drop(replica);
     let path = directory.path().join("state.redb");
     let sound = std::fs::read(&path).unwrap();
-    let mut damages: Vec<Vec<u8>> = vec![b"no database at all".repeat(1000), sound[..sound.len() / 2].to_vec(), sound[..5000].to_vec(), sound[..1].to_vec()];
+    let mut damages: Vec<Vec<u8>> =
+        vec![b"no database at all".repeat(1000), sound[..sound.len() / 2].to_vec(), sound[..5000].to_vec(), sound[..1].to_vec()];
     for start in (0..sound.len()).step_by(sound.len() / 40) {
         let mut garbled = sound.clone();
         let end = (start + 600).min(garbled.len());

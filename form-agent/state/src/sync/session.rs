@@ -159,13 +159,17 @@ impl Session {
     fn take(&mut self, replica: &Replica, message: &[u8]) -> Result<Vec<Event>, Fault> {
         match Message::decode(message)? {
             Message::Clock { entries, proofs } => {
-                let read = |(document, author): ([u8; 33], [u8; 32])| Some((Document::from_bytes(&document)?, PublicKey::from_bytes(author).ok()?));
+                let read = |(document, author): ([u8; 33], [u8; 32])| {
+                    Some((Document::from_bytes(&document)?, PublicKey::from_bytes(author).ok()?))
+                };
                 self.proofs.extend(proofs.into_iter().filter_map(read));
                 Ok(self.take_clock(replica, read_clock(entries)))
             }
             Message::Changes(changes) => self.take_changes(replica, &changes),
             Message::Proof(proof) => match replica.receive_proof(&proof) {
-                Ok(true) => Ok(replica.equivocations().into_keys().map(|(document, author)| Event::Equivocation(document, author)).collect()),
+                Ok(true) => {
+                    Ok(replica.equivocations().into_keys().map(|(document, author)| Event::Equivocation(document, author)).collect())
+                }
                 Ok(false) => Ok(Vec::new()),
                 Err(refused) if refused.blame() == Blame::Sender => Err(Fault::Lied(refused)),
                 Err(refused) => Ok(vec![Event::Refused(refused)]),
@@ -175,7 +179,8 @@ impl Session {
 
     fn take_clock(&mut self, replica: &Replica, clock: Clock) -> Vec<Event> {
         let covers = |key: &(Document, PublicKey), seq: u64| clock.get(key).is_some_and(|(theirs, _)| *theirs >= seq);
-        let progress = self.peer.as_ref().is_none_or(|peer| clock.iter().any(|(key, (seq, _))| peer.get(key).is_none_or(|(old, _)| old < seq)));
+        let progress =
+            self.peer.as_ref().is_none_or(|peer| clock.iter().any(|(key, (seq, _))| peer.get(key).is_none_or(|(old, _)| old < seq)));
         if progress {
             self.retry_after = RETRY_FIRST;
         }
