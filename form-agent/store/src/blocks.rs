@@ -231,8 +231,9 @@ pub fn verify_file(path: &Path, map: &BlockMap) -> Result<()> {
         match (expected.next(), there.next()) {
             (None, None) => return Ok(()),
             (wanted, got) if wanted == got => {}
-            (Some((index, _)), _) | (None, Some((index, _))) => {
-                return Err(damaged(format!("block {index} is not what it was")));
+            (wanted, got) => {
+                let first = wanted.into_iter().chain(got).map(|(index, _)| index).min().unwrap_or_default();
+                return Err(damaged(format!("block {first} is not what it was")));
             }
         }
     }
