@@ -11,6 +11,9 @@ use form_vmm::server::Server;
 
 fn main() -> ExitCode {
     form_vmm::exit::catch_panics();
+    // One heap for all threads: they allocate little, and each further arena costs memory a VM.
+    // SAFETY: `mallopt` only sets a parameter of the allocator; no other thread runs yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     let command = match arguments::parse(lexopt::Parser::from_env()) {
         Ok(command) => command,
         Err(error) => {
