@@ -40,11 +40,11 @@ pub fn run() -> ! {
     let program = fs::read("/proc/self/exe").unwrap_or_default();
     let settings = match settings::load(Path::new(settings::INITRAMFS_PATH)) {
         Ok(settings) => settings,
-        Err(error) => return cannot_start("settings", &error, no_settings(), report),
+        Err(error) => cannot_start("settings", &error, no_settings(), report),
     };
     report.warn_on("names", network::names::set_hostname(&settings.hostname));
     if let Err(error) = root::enter(&settings, &mut report) {
-        return cannot_start("root", &error, settings, report);
+        cannot_start("root", &error, settings, report)
     }
     volumes::mount_all(&settings.volumes, &mut report);
     let init = handoff::image_init().filter(|_| settings.service.is_none());

@@ -17,6 +17,7 @@ use rustix::{
 use crate::{
     machine::{Machine, Power, Role},
     report::say,
+    sys,
 };
 
 /// How long the host may take to fetch the last lines of the log.
@@ -139,12 +140,9 @@ fn unescape(text: &str) -> String {
 fn end_by_init(machine: &Machine, how: Power) -> ! {
     machine.update(|state| state.phase = Phase::Stopping);
     let verb = if how == Power::Restart { "reboot" } else { "poweroff" };
-    let asked = match machine.role {
-        Role::BesideSystemd => Command::new("systemctl").args(["--no-block", verb]).status(),
-        Role::Init | Role::BesideInit => Command::new(verb).status(),
-    };
-    if !asked.as_ref().is_ok_and(std::process::ExitStatus::success) {
-        say(format_args!("`{verb}` could not be asked for ({asked:?}); the machine ends without it"));
+    let words: &[&str] = if machine.role == Role::BesideSystemd { &["systemctl", "--no-block", verb] } else { &[verb] };
+    if let Err(reason) = ask(machine, words) {
+        say(format_args!("`{verb}` could not be asked for ({reason}); the machine ends without it"));
         thread::sleep(Duration::from_secs(1));
     } else {
         // We are ended by it on its way.
@@ -152,6 +150,18 @@ fn end_by_init(machine: &Machine, how: Power) -> ! {
         say(format_args!("the image's init does not come to an end; the machine ends without it"));
     }
     halt(how == Power::Restart)
+}
+
+fn ask(machine: &Machine, words: &[&str]) -> Result<(), String> {
+    let Some((program, arguments)) = words.split_first() else { return Ok(()) };
+    let mut command = Command::new(program);
+    command.args(arguments);
+    sys::prepare(&mut command, &sys::Launch::root());
+    let child = machine.children.spawn(&mut command).map_err(|error| error.to_string())?;
+    match child.wait() {
+        status if status.success() => Ok(()),
+        status => Err(status.to_string()),
+    }
 }
 
 #[cfg(test)]

@@ -100,6 +100,6 @@ fn write_unit() -> Result<(), Error> {
 /// Any other init: a child of PID 1 stays one whatever PID 1 becomes.
 fn start_beside() -> Result<(), Error> {
     let mut command = Command::new(Path::new(DIRECTORY).join("form-guest"));
-    command.arg("agent").env_clear().stdin(Stdio::null());
+    command.arg("agent").env_clear().env("PATH", crate::identity::DEFAULT_PATH).stdin(Stdio::null());
     command.spawn().map(drop).doing("start the agent beside the image's init")
 }

@@ -146,7 +146,12 @@ fn session(channel: &Channel, mut running: Running) -> io::Result<()> {
             let _ = rustix::io::write(&finished, &1_u64.to_ne_bytes());
             result
         });
-        while channel.wait(Some(finished.as_fd()), None) != Event::Other {
+        loop {
+            match channel.wait(Some(finished.as_fd()), None) {
+                Event::Other => break,
+                Event::Nothing => continue,
+                Event::Readable => {}
+            }
             match channel.read() {
                 Ok(Some(frame)) => handle(channel, &frame, &running, &mut to_input, &finished),
                 Ok(None) | Err(_) => {
@@ -156,7 +161,9 @@ fn session(channel: &Channel, mut running: Running) -> io::Result<()> {
                 }
             }
         }
-        sender.join().unwrap_or_else(|_| Err(io::Error::other("the output thread failed")))
+        let exit = sender.join().unwrap_or_else(|_| Err(io::Error::other("the output thread failed")))?;
+        // Only now, when nobody here reads the channel any more: on a port the next request may follow at once.
+        channel.send(&exit.to_frame())
     })
 }
 
@@ -231,8 +238,8 @@ fn pass_on(channel: &Channel, sender: &SyncSender<Vec<u8>>, mut bytes: Vec<u8>, 
     }
 }
 
-/// Sends output until the process has ended and everything it wrote is on its way, then how it ended.
-fn send_output(channel: &Channel, mut outputs: Vec<(FrameKind, File)>, child: &Child) -> io::Result<()> {
+/// Sends output until the process has ended and everything it wrote is on its way. Gives how it ended.
+fn send_output(channel: &Channel, mut outputs: Vec<(FrameKind, File)>, child: &Child) -> io::Result<ExitStatus> {
     let mut buffer = vec![0; CHUNK];
     let mut ended = false;
     loop {
@@ -250,8 +257,7 @@ fn send_output(channel: &Channel, mut outputs: Vec<(FrameKind, File)>, child: &C
             }
         }
     }
-    let exit: ExitStatus = child.wait();
-    channel.send(&exit.to_frame())
+    Ok(child.wait())
 }
 
 struct Ready {

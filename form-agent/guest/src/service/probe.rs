@@ -120,9 +120,13 @@ mod tests {
         let server = std::thread::spawn(move || {
             for answer in ["HTTP/1.1 204 No Content\r\n\r\n", "HTTP/1.1 500 Oh\r\n\r\n", ""] {
                 let (mut stream, _) = listener.accept().expect("a connection");
-                let mut request = [0; 64];
-                let count = stream.read(&mut request).expect("a request");
-                assert!(request[..count].starts_with(b"GET /health HTTP/1.1\r\n"));
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    let mut byte = [0];
+                    stream.read_exact(&mut byte).expect("a request");
+                    request.push(byte[0]);
+                }
+                assert!(request.starts_with(b"GET /health HTTP/1.1\r\n"));
                 stream.write_all(answer.as_bytes()).expect("writable");
             }
         });

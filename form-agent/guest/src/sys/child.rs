@@ -1,6 +1,6 @@
 //! What a new process does to itself between fork and exec.
 
-use std::{os::unix::process::CommandExt, process::Command};
+use std::{io, mem::MaybeUninit, os::unix::process::CommandExt, process::Command};
 
 use rustix::{
     fd::BorrowedFd,
@@ -26,6 +26,7 @@ pub fn prepare(command: &mut Command, launch: &Launch) {
     // Without the privilege to change it (tests, an agent for one user) only the current user can be asked for.
     let change_user = rustix::process::geteuid().is_root() || uid != rustix::process::geteuid();
     let child_setup = move || {
+        unblock_signals()?;
         rustix::process::setsid()?;
         if terminal {
             // SAFETY: standard input is open: the parent has just made it the terminal.
@@ -41,6 +42,17 @@ pub fn prepare(command: &mut Command, launch: &Launch) {
     };
     // SAFETY: the closure runs in the forked child and makes system calls only; it neither allocates nor takes a lock.
     unsafe { command.pre_exec(child_setup) };
+}
+
+/// PID 1 keeps signals back for a thread of its own; a program expects to get them.
+fn unblock_signals() -> io::Result<()> {
+    let mut none = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `sigemptyset` initialises the set before it is read, and both functions are async-signal-safe.
+    let result = unsafe {
+        libc::sigemptyset(none.as_mut_ptr());
+        libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut())
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 impl Launch {

@@ -9,7 +9,8 @@ const OURS: [i32; 4] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGPWR
 pub struct Signals(libc::sigset_t);
 
 /// Keeps our signals back in this thread and all that it starts later, so that only [`Signals::wait`] sees them. To be called before
-/// any other thread exists. Processes that we start get an empty mask again from the standard library.
+/// any other thread exists. Processes that we start get an empty
+/// mask again in [`super::prepare`].
 ///
 /// # Errors
 /// Those of `pthread_sigmask(3)`.
