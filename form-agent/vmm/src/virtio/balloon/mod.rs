@@ -4,5 +4,7 @@
 mod device;
 mod request;
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub use device::{Balloon, Handle};

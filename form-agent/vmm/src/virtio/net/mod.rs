@@ -4,6 +4,8 @@ mod device;
 mod request;
 mod state;
 mod tap;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 pub use device::{Counters, Net};

@@ -3,5 +3,7 @@
 mod device;
 mod request;
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub use device::Rng;
