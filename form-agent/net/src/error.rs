@@ -16,6 +16,8 @@ pub enum NetError {
     TapTaken { name: String },
     #[error("cannot make the interface `{name}`: {source}")]
     Tap { name: String, source: io::Error },
+    #[error("cannot open a netlink socket: {0}")]
+    Socket(#[source] io::Error),
     #[error("cannot {action}: {source}")]
     Netlink { action: String, source: rtnetlink::Error },
     #[error("{address} is already routed to another interface of this host: give the VM or the cluster another address range")]

@@ -72,10 +72,7 @@ impl Network {
     /// # Errors
     /// When the socket cannot be opened.
     pub fn new(config: NetworkConfig) -> Result<Self> {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(|error| NetError::Netlink {
-            action: "open a netlink socket".to_owned(),
-            source: rtnetlink::Error::NamespaceError(error.to_string()),
-        })?;
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(NetError::Socket)?;
         tokio::spawn(connection);
         let switches = HostSwitches::new(&config.root.join("formnet"));
         Ok(Self {

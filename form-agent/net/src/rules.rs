@@ -189,7 +189,13 @@ impl Table {
         self.rule(commands, "input", vec![from_vm(), ct_state(&["established", "related"]), accept()]);
         if let Some(port) = context.dns_port {
             for protocol in ["udp", "tcp"] {
-                self.rule(commands, "input", vec![from_vm(), matches("==", payload(protocol, "dport"), port.into()), accept()]);
+                let dns = || matches("==", payload(protocol, "dport"), port.into());
+                self.rule(commands, "input", vec![from_vm(), dns(), accept()]);
+                // A neighbour of the host that routes the gateway's address here is no VM.
+                let not_from = |name: String| matches("!=", meta("iifname"), name.into());
+                let strangers = [not_from("lo".to_owned()), not_from(format!("{}*", context.mark.tap_prefix()))];
+                let gateway = matches("==", payload("ip", "daddr"), crate::address::GATEWAY_V4.to_string().into());
+                self.rule(commands, "input", [strangers.as_slice(), &[gateway, dns(), json!({"drop": null})]].concat());
             }
         }
         let icmp = matches("==", meta("l4proto"), json!({"set": ["icmp", "ipv6-icmp"]}));
@@ -240,8 +246,8 @@ impl Table {
             for chain in ["prerouting", "output"] {
                 let to4 = to("ip", attachment.ipv4.to_string());
                 self.rule(commands, chain, vec![family("ipv4"), local(), here(), to4]);
-                // ::1 is left out: the kernel never routes it off the loopback interface, and a client that is refused
-                // there goes on to 127.0.0.1.
+                // ::1 is left out: IPv6 has no route_localnet, so the replies could not come back to it. A client that is
+                // refused there goes on to 127.0.0.1.
                 let not_loopback = matches("!=", payload("ip6", "daddr"), "::1".into());
                 let to6 = to("ip6", attachment.ipv6.to_string());
                 self.rule(commands, chain, vec![family("ipv6"), not_loopback, local(), here(), to6]);
@@ -254,5 +260,92 @@ impl Table {
                 self.rule(commands, "postrouting", vec![own("saddr"), own("daddr"), json!({"masquerade": null})]);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv6Addr;
+
+    use form_types::VmId;
+
+    use super::*;
+    use crate::{address::Mac, attachment::PublishedPort};
+
+    fn context(dns_port: Option<u16>) -> RuleContext {
+        RuleContext {
+            mark: Mark::new("0a1b2c").unwrap(),
+            ipv4_range: "10.77.0.0/16".parse().unwrap(),
+            ipv6_prefix: Ipv6Prefix::for_cluster(&form_types::ClusterId::from_bytes([1; 16])),
+            dns_port,
+        }
+    }
+
+    fn attachment(number: u8, network: &str, ports: Vec<PublishedPort>) -> Attachment {
+        let vm = VmId::from_bytes([number; 16]);
+        Attachment {
+            vm,
+            name: "web".parse().unwrap(),
+            network: network.parse().unwrap(),
+            mac: Mac::of(&vm),
+            ipv4: [10, 77, 0, number].into(),
+            ipv6: Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 0, number.into()),
+            ports,
+        }
+    }
+
+    fn commands(rules: &Value) -> &[Value] {
+        rules["nftables"].as_array().unwrap()
+    }
+
+    fn rules_of<'a>(rules: &'a Value, chain: &str) -> Vec<&'a Value> {
+        commands(rules).iter().map(|command| &command["add"]["rule"]).filter(|rule| rule["chain"] == chain).collect()
+    }
+
+    #[test]
+    fn the_table_is_replaced_and_nothing_else_is_touched() {
+        let rules = render(&context(Some(5300)), &[attachment(1, "default", vec![])]);
+        let table = json!({"table": {"family": "inet", "name": "form_0a1b2c"}});
+        assert_eq!(commands(&rules)[1..4], [json!({"add": table}), json!({"delete": table}), json!({"add": table})]);
+        for command in &commands(&rules)[4..] {
+            let object = command["add"].as_object().unwrap().values().next().unwrap();
+            assert_eq!((&object["family"], &object["table"]), (&json!("inet"), &json!("form_0a1b2c")), "{command}");
+        }
+        assert_eq!(commands(&render_removal(&context(None).mark))[1..], [json!({"add": table}), json!({"delete": table})]);
+    }
+
+    #[test]
+    fn rendering_is_deterministic_and_complete_without_vms() {
+        let empty = render(&context(None), &[]);
+        assert_eq!(empty, render(&context(None), &[]));
+        assert!(!empty.to_string().contains("elem"));
+        assert!(rules_of(&empty, "prerouting").is_empty() && rules_of(&empty, "output").is_empty());
+        // Even then nothing that comes from a tap of ours gets through.
+        assert_eq!(rules_of(&empty, "antispoof").last().unwrap()["expr"][2], json!({"drop": null}));
+    }
+
+    #[test]
+    fn a_published_port_is_translated_from_outside_and_from_the_host() {
+        let port = PublishedPort { protocol: Protocol::Udp, host: 5353, guest: 53 };
+        let rules = render(&context(None), &[attachment(1, "default", vec![port])]);
+        for chain in ["prerouting", "output"] {
+            let found = rules_of(&rules, chain);
+            assert_eq!(found.len(), 2);
+            let expressions = found[0]["expr"].as_array().unwrap();
+            assert_eq!(expressions[2]["match"], json!({"op": "==", "left": payload("udp", "dport"), "right": 5353}));
+            assert_eq!(expressions[3]["dnat"], json!({"family": "ip", "addr": "10.77.0.1", "port": 53}));
+            assert_eq!(found[1]["expr"][4]["dnat"], json!({"family": "ip6", "addr": "fd01::1", "port": 53}));
+        }
+    }
+
+    #[test]
+    fn each_network_is_a_set_of_taps() {
+        let rules =
+            render(&context(None), &[attachment(1, "default", vec![]), attachment(2, "default", vec![]), attachment(3, "other", vec![])]);
+        let set = |name: &str| {
+            let found = commands(&rules).iter().find(|command| command["add"]["set"]["name"] == name).unwrap();
+            found["add"]["set"]["elem"].as_array().unwrap().len()
+        };
+        assert_eq!((set("net-default"), set("net-other"), set("bound4"), set("bound6"), set("macs")), (2, 1, 3, 3, 3));
     }
 }
