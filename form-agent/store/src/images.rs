@@ -140,8 +140,7 @@ impl Store {
     pub fn image(&self, reference: &ImageReference) -> Result<ImageEntry> {
         self.images()?
             .into_iter()
-            .filter(|entry| entry.name == reference.name && reference.version.is_none_or(|version| entry.version == version))
-            .next_back()
+            .rfind(|entry| entry.name == reference.name && reference.version.is_none_or(|version| entry.version == version))
             .ok_or_else(|| StoreError::NoImage(reference.clone()))
     }
 
