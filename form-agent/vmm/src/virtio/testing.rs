@@ -83,6 +83,17 @@ pub struct Made {
     writable: Vec<(u64, usize)>,
 }
 
+impl Made {
+    /// The writable buffers again, for another request in the same memory.
+    pub fn descriptors(&self) -> Vec<Descriptor> {
+        self.writable.iter().map(|&(address, length)| Descriptor { address, length: length as u32, flags: WRITE, next: 0 }).collect()
+    }
+
+    pub fn with_head(self, head: u16) -> Self {
+        Self { head, ..self }
+    }
+}
+
 struct DriverRing {
     size: u16,
     table: u64,

@@ -285,3 +285,152 @@ impl Connection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KEY: Key = Key { host_port: 7, guest_port: 80 };
+
+    fn from_guest(operation: Operation, length: u32, flags: u32, buffer: u32, forwarded: u32) -> Header {
+        Header {
+            source_cid: 3,
+            destination_cid: HOST_CID,
+            source_port: KEY.guest_port,
+            destination_port: KEY.host_port,
+            length,
+            kind: TYPE_STREAM,
+            operation,
+            flags,
+            buffer,
+            forwarded,
+        }
+    }
+
+    fn open(guest_buffer: u32) -> Connection {
+        let mut connection = Connection::request(KEY, 3);
+        assert_eq!(connection.next_control().unwrap().operation, Operation::Request);
+        assert_eq!(connection.packet(&from_guest(Operation::Response, 0, 0, guest_buffer, 0)), Reaction::Opened);
+        connection
+    }
+
+    #[test]
+    fn a_response_without_a_request_is_a_violation() {
+        let mut connection = Connection::request(KEY, 3);
+        assert_eq!(connection.packet(&from_guest(Operation::Response, 0, 0, 1, 0)), Reaction::Violation);
+        let mut connection = open(1);
+        assert_eq!(connection.packet(&from_guest(Operation::Response, 0, 0, 1, 0)), Reaction::Violation);
+        assert_eq!(connection.packet(&from_guest(Operation::Request, 0, 0, 1, 0)), Reaction::Violation);
+        assert_eq!(connection.packet(&from_guest(Operation::Unknown(9), 0, 0, 1, 0)), Reaction::Violation);
+        assert_eq!(connection.packet(&from_guest(Operation::Reset, 0, 0, 0, 0)), Reaction::Gone);
+    }
+
+    #[test]
+    fn what_is_sent_stays_within_the_guests_credit() {
+        let mut connection = open(100);
+        assert!(connection.may_send());
+        assert_eq!(connection.data(100).length, 100);
+        assert_eq!(connection.credit(), 0);
+        assert!(!connection.may_send());
+        assert_eq!(connection.next_control().unwrap().operation, Operation::CreditRequest);
+        assert!(!connection.may_send());
+        assert!(connection.next_control().is_none(), "asked once");
+        connection.packet(&from_guest(Operation::CreditUpdate, 0, 0, 100, 60));
+        assert_eq!(connection.credit(), 60);
+        // A smaller buffer, or a claim to have read the future, gives nothing.
+        connection.packet(&from_guest(Operation::CreditUpdate, 0, 0, 10, 60));
+        assert_eq!(connection.credit(), 0);
+        connection.packet(&from_guest(Operation::CreditUpdate, 0, 0, u32::MAX, 101));
+        assert_eq!(connection.credit(), 0);
+    }
+
+    #[test]
+    fn counters_wrap() {
+        let mut connection = open(1000);
+        connection.sent = Wrapping(u32::MAX - 10);
+        connection.guest_forwarded = Wrapping(u32::MAX - 110);
+        assert_eq!(connection.credit(), 900);
+        connection.data(900);
+        connection.packet(&from_guest(Operation::CreditUpdate, 0, 0, 1000, 889));
+        assert_eq!(connection.credit(), 1000);
+    }
+
+    #[test]
+    fn the_guest_is_told_when_there_is_room_again() {
+        let mut connection = open(1);
+        let mut taken = 0;
+        while connection.packet(&from_guest(Operation::Data, 4096, 0, 1, 0)) == Reaction::Data {
+            connection.hold(&[1; 4096]);
+            taken += 4096;
+        }
+        assert_eq!(taken, BUFFER, "more than our buffer is a violation");
+        assert!(!connection.has_control());
+        connection.released(1);
+        let update = connection.next_control().unwrap();
+        assert_eq!((update.operation, update.buffer, update.forwarded), (Operation::CreditUpdate, BUFFER, 1));
+        connection.released(BUFFER as usize);
+        assert!(!connection.holds());
+        assert_eq!(connection.next_control().unwrap().forwarded, BUFFER);
+        assert!(connection.next_control().is_none());
+    }
+
+    #[test]
+    fn both_sides_close_in_halves() {
+        let mut connection = open(10);
+        connection.host_ended();
+        assert!(!connection.may_send());
+        assert_eq!(connection.next_control().unwrap().flags, SHUTDOWN_SEND);
+        assert!(!connection.awaits_close());
+        assert_eq!(connection.packet(&from_guest(Operation::Data, 3, 0, 10, 0)), Reaction::Data);
+        connection.hold(b"abc");
+        assert_eq!(connection.packet(&from_guest(Operation::Shutdown, 0, SHUTDOWN_SEND, 10, 0)), Reaction::HalfClosed);
+        assert_eq!(connection.packet(&from_guest(Operation::Data, 3, 0, 10, 0)), Reaction::Violation);
+        assert_eq!(connection.packet(&from_guest(Operation::Shutdown, 0, SHUTDOWN_RECEIVE, 10, 0)), Reaction::HalfClosed);
+        assert!(!connection.is_finished(), "there is something to deliver");
+        connection.released(3);
+        assert!(connection.is_finished());
+        connection.host_closed();
+        assert_eq!(connection.next_control().unwrap().flags, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+        assert!(connection.awaits_close());
+    }
+
+    proptest! {
+        /// Any sequence of packets and of what the host does: neither side's buffer is ever overrun.
+        #[test]
+        fn credit_holds_whatever_happens(steps in prop::collection::vec((0_u8..8, any::<u32>(), any::<u32>()), 0..200)) {
+            let mut connection = open(1000);
+            let mut held = 0;
+            for (step, one, two) in steps {
+                match step {
+                    0..=2 => {
+                        let length = one % 70_000;
+                        if connection.packet(&from_guest(Operation::Data, length, 0, two % 5000, one)) == Reaction::Data {
+                            held += length;
+                            connection.hold(&vec![0; length as usize]);
+                        }
+                    }
+                    3 => {
+                        let count = (one % 50_000).min(held);
+                        held -= count;
+                        connection.released(count as usize);
+                    }
+                    4 => { connection.packet(&from_guest(Operation::CreditUpdate, 0, 0, one % 5000, two)); }
+                    5 => {
+                        let length = connection.credit().min(one % 3000);
+                        if connection.may_send() && length > 0 {
+                            connection.data(length);
+                        }
+                    }
+                    6 => { while connection.next_control().is_some() {} }
+                    _ => { connection.packet(&from_guest(Operation::CreditRequest, 0, 0, one % 5000, two)); }
+                }
+                let (front, back) = connection.held();
+                prop_assert_eq!(front.len() + back.len(), held as usize);
+                prop_assert!(held <= BUFFER);
+                prop_assert!(connection.credit() <= 5000);
+            }
+        }
+    }
+}

@@ -10,6 +10,8 @@ mod device;
 mod link;
 mod request;
 mod state;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 pub use connector::Connector;
