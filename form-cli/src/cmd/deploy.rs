@@ -1,0 +1,107 @@
+use std::time::Duration;
+
+use form_api::{
+    client::Client,
+    vm::{Vm, VmDetail, VmState},
+};
+use form_types::{IdempotencyKey, spec::RestartPolicy};
+use tokio::time::Instant;
+
+use crate::{
+    cmd::wait::{self, Condition},
+    context::Target,
+    deploy::{build::BuildArgs, plan_view, prepare, upload},
+    failure::{Failure, Outcome},
+    operation::settle,
+    session::Session,
+    vm_view,
+};
+
+/// Build a Formfile and run it on a host
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    build: BuildArgs,
+}
+
+/// How long a VM may take to become ready when no `--timeout` is given.
+const PATIENCE: Duration = Duration::from_secs(10 * 60);
+
+pub async fn run(args: Args, session: &Session) -> Outcome {
+    let client = session.client()?;
+    let prepared = prepare(session, &client, &args.build).await?;
+    upload(session, &client, &prepared).await?;
+    let request = &prepared.request;
+    let name = &request.spec.name;
+    let plan = client.plan(request).await?;
+    if plan.is_unchanged() {
+        let vm = client.vm(name).await?.vm;
+        session.terminal.note(format!("{name} is unchanged: nothing to do"));
+        if matches!(vm.state, VmState::Stopped | VmState::Failed) {
+            session.terminal.warn(format!("{name} is {}; `form vm start {name}` starts it", vm.state.as_str()));
+        }
+        return show(session, &vm);
+    }
+    session.terminal.note(plan_view::text(&plan, &session.terminal).trim_end());
+    session.terminal.confirm("Go on?")?;
+
+    let key = IdempotencyKey::random().map_err(|error| Failure::failed(format!("no randomness: {error}")))?;
+    let operation = settle(session, &client, client.deploy(request, key).await?).await?;
+    if !operation.status.is_final() {
+        session.terminal.done(&operation, name.as_str(), &format!("{name}: {}", operation.status.as_str()))?;
+        return Ok(0);
+    }
+    let vm = ready(session, &client, &prepared.request).await?;
+    show(session, &vm)
+}
+
+/// Waits until it is as good as the Formfile says it can be.
+async fn ready(session: &Session, client: &Client, request: &form_api::deploy::DeployRequest) -> Result<Vm, Failure> {
+    let name = &request.spec.name;
+    let detail = client.vm(name).await?;
+    if session.global.no_wait || has_done_its_work(&detail) {
+        return Ok(detail.vm);
+    }
+    let condition = if request.spec.healthcheck.is_some() { Condition::Healthy } else { Condition::Ready };
+    let step = session.terminal.step(format!("waiting until {name} is {}", condition.as_str()));
+    let deadline = session.deadline().unwrap_or_else(|| Instant::now() + PATIENCE);
+    let vm = wait::wait(client, name, condition, Some(deadline)).await?;
+    step.done("");
+    Ok(vm)
+}
+
+/// A service that may end and has ended well leaves a stopped VM behind.
+fn has_done_its_work(detail: &VmDetail) -> bool {
+    let may_end = detail.desired.spec.restart.policy != RestartPolicy::Always;
+    may_end && detail.vm.state == VmState::Stopped && detail.vm.fault.is_none()
+}
+
+fn show(session: &Session, vm: &Vm) -> Outcome {
+    let host = match session.target()? {
+        Target::Local(_) => "localhost".to_owned(),
+        Target::Remote(host) => host_part(&host.address).to_owned(),
+    };
+    session.terminal.done(vm, vm.name.as_str(), &vm_view::found_at(vm, &host).join("\n"))?;
+    Ok(0)
+}
+
+/// An address without its port.
+fn host_part(address: &str) -> &str {
+    match address.rsplit_once(':') {
+        Some((host, port)) if port.parse::<u16>().is_ok() && (!host.contains(':') || host.ends_with(']')) => host,
+        _ => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_loses_its_port() {
+        assert_eq!(
+            [host_part("a.example:7846"), host_part("10.0.0.1"), host_part("[::1]:1"), host_part("::1")],
+            ["a.example", "10.0.0.1", "[::1]", "::1"]
+        );
+    }
+}

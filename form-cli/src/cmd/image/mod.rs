@@ -1,0 +1,50 @@
+//! `form image …`
+
+pub mod ls;
+pub mod rm;
+pub mod show;
+pub mod verify;
+
+use clap::Subcommand;
+use form_image::{Builder, ImageStore, StoreError};
+
+use crate::{
+    deploy::build::cache,
+    failure::{Failure, Outcome},
+    session::Session,
+};
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    Ls(ls::Args),
+    Show(show::Args),
+    Rm(rm::Args),
+    Verify(verify::Args),
+}
+
+impl Verb {
+    pub async fn run(self, session: &Session) -> Outcome {
+        match self {
+            Self::Ls(args) => ls::run(&args, session).await,
+            Self::Show(args) => show::run(&args, session).await,
+            Self::Rm(args) => rm::run(args, session).await,
+            Self::Verify(args) => verify::run(&args, session),
+        }
+    }
+}
+
+/// The images that were built on this machine.
+fn store() -> Result<ImageStore, Failure> {
+    Ok(Builder::new(cache()?).store())
+}
+
+fn failure(error: &StoreError) -> Failure {
+    let text = match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    };
+    match error {
+        StoreError::NotFound(_) => Failure::not_found(text).hint("`form image ls --local` lists them"),
+        _ => Failure::failed(text),
+    }
+}

@@ -1,0 +1,9 @@
+use crate::{context::load_identity, failure::Outcome, session::Session};
+
+/// Show your public key, by which hosts know you
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+pub fn run(_: &Args, session: &Session) -> Outcome {
+    super::Shown::new(load_identity()?.public())?.show(session)
+}

@@ -1,0 +1,94 @@
+//! The commands: a folder a noun, a file a verb.
+
+mod build;
+mod check;
+mod completion;
+pub mod context;
+mod deploy;
+mod doctor;
+mod events;
+mod fmt;
+mod generate;
+pub mod host;
+pub mod image;
+mod init;
+pub mod key;
+pub mod op;
+mod plan;
+mod version;
+pub mod vm;
+mod wait;
+
+use clap::Subcommand;
+
+use crate::{failure::Outcome, session::Session};
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Init(init::Args),
+    Check(check::Args),
+    Fmt(fmt::Args),
+    Build(build::Args),
+    Plan(plan::Args),
+    Deploy(deploy::Args),
+    /// List VMs (as `form vm ls`)
+    Ps(vm::ls::Args),
+    Logs(vm::logs::Args),
+    Exec(vm::exec::Args),
+    Wait(wait::Args),
+    /// Destroy VMs and everything on their disks (as `form vm rm`)
+    Destroy(vm::rm::Args),
+    Events(events::Args),
+    Doctor(doctor::Args),
+    /// Virtual machines
+    #[command(subcommand)]
+    Vm(vm::Verb),
+    /// Images
+    #[command(subcommand)]
+    Image(image::Verb),
+    /// Hosts: machines with an agent
+    #[command(subcommand)]
+    Host(host::Verb),
+    /// Operations: changes that somebody asked for
+    #[command(subcommand)]
+    Op(op::Verb),
+    /// Your own key
+    #[command(subcommand)]
+    Key(key::Verb),
+    /// Contexts: which hosts commands talk to
+    #[command(subcommand)]
+    Context(context::Verb),
+    Completion(completion::Args),
+    Version(version::Args),
+    #[command(hide = true)]
+    Generate(generate::Args),
+}
+
+impl Command {
+    pub async fn run(self, session: &Session) -> Outcome {
+        match self {
+            Self::Init(args) => init::run(args, session),
+            Self::Check(args) => check::run(&args, session),
+            Self::Fmt(args) => fmt::run(&args, session),
+            Self::Build(args) => build::run(args, session).await,
+            Self::Plan(args) => plan::run(args, session).await,
+            Self::Deploy(args) => deploy::run(args, session).await,
+            Self::Ps(args) => vm::ls::run(&args, session).await,
+            Self::Logs(args) => vm::logs::run(args, session).await,
+            Self::Exec(args) => vm::exec::run(args, session).await,
+            Self::Wait(args) => wait::run(args, session).await,
+            Self::Destroy(args) => vm::rm::run(args, session).await,
+            Self::Events(args) => events::run(args, session).await,
+            Self::Doctor(args) => doctor::run(&args, session).await,
+            Self::Vm(verb) => verb.run(session).await,
+            Self::Image(verb) => verb.run(session).await,
+            Self::Host(verb) => verb.run(session).await,
+            Self::Op(verb) => verb.run(session).await,
+            Self::Key(verb) => verb.run(session),
+            Self::Context(verb) => verb.run(session),
+            Self::Completion(args) => completion::run(&args, session),
+            Self::Version(args) => version::run(&args, session).await,
+            Self::Generate(args) => generate::run(&args, session),
+        }
+    }
+}

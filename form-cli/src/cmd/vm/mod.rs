@@ -1,0 +1,50 @@
+//! `form vm …`
+
+pub mod console;
+pub mod exec;
+pub mod logs;
+pub mod ls;
+pub mod port_forward;
+pub mod restart;
+pub mod rm;
+pub mod show;
+pub mod start;
+pub mod stop;
+pub mod wait;
+
+use clap::Subcommand;
+
+use crate::{failure::Outcome, session::Session};
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    Ls(ls::Args),
+    Show(show::Args),
+    Start(start::Args),
+    Stop(stop::Args),
+    Restart(restart::Args),
+    Rm(rm::Args),
+    Logs(logs::Args),
+    Exec(exec::Args),
+    Console(console::Args),
+    PortForward(port_forward::Args),
+    Wait(wait::Args),
+}
+
+impl Verb {
+    pub async fn run(self, session: &Session) -> Outcome {
+        match self {
+            Self::Ls(args) => ls::run(&args, session).await,
+            Self::Show(args) => show::run(&args, session).await,
+            Self::Start(args) => start::run(args, session).await,
+            Self::Stop(args) => stop::run(args, session).await,
+            Self::Restart(args) => restart::run(args, session).await,
+            Self::Rm(args) => rm::run(args, session).await,
+            Self::Logs(args) => logs::run(args, session).await,
+            Self::Exec(args) => exec::run(args, session).await,
+            Self::Console(args) => console::run(&args, session).await,
+            Self::PortForward(args) => port_forward::run(args, session).await,
+            Self::Wait(args) => wait::run(&args, session).await,
+        }
+    }
+}

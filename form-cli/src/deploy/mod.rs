@@ -1,0 +1,51 @@
+//! From a Formfile to a running VM: what `plan` and `deploy` share.
+
+pub mod build;
+mod passwords;
+pub mod plan_view;
+mod refuse;
+mod upload;
+
+use form_api::{
+    ErrorCode,
+    client::{Client, ClientError},
+    deploy::DeployRequest,
+    vm::VmDetail,
+};
+use form_image::{BuiltImage, KernelBundle};
+use form_types::Spec;
+
+pub use self::{refuse::refuse, upload::upload};
+use crate::{failure::Failure, session::Session};
+
+/// Everything that a deploy needs, made and not yet sent.
+pub struct Prepared {
+    pub image: BuiltImage,
+    pub kernel: KernelBundle,
+    pub request: DeployRequest,
+}
+
+/// Builds what is needed and asks the host for what runs there now.
+///
+/// # Errors
+/// When the Formfile asks for what this version cannot do, the host does not answer, or the build fails.
+pub async fn prepare(session: &Session, client: &Client, args: &build::BuildArgs) -> Result<Prepared, Failure> {
+    let (source, spec) = args.load(session)?;
+    refuse(&spec)?;
+    // A host that is away, or not ours, is better known before a long build than after it.
+    let before = existing(client, &spec).await?;
+    let image = build::image(session, args, &source, &spec).await?;
+    let kernel = build::kernel(session).await?;
+    let old = before.map(|detail| detail.desired.passwd_hashes).unwrap_or_default();
+    let passwd_hashes = passwords::hashes(&spec, &old)?;
+    let request = DeployRequest { spec, passwd_hashes, image: image.digest, kernel: kernel.digest };
+    Ok(Prepared { image, kernel, request })
+}
+
+async fn existing(client: &Client, spec: &Spec) -> Result<Option<VmDetail>, Failure> {
+    match client.vm(&spec.name).await {
+        Ok(detail) => Ok(Some(detail)),
+        Err(ClientError::Api(error)) if error.code == ErrorCode::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}

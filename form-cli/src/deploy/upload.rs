@@ -1,0 +1,235 @@
+//! Sends a host just what it lacks: blocks of the image and of the kernel bundle, then their manifests.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use form_api::{
+    ErrorCode,
+    client::{Client, ClientError},
+    image::{BlockFrame, ImportRequest, MissingRequest},
+};
+use form_bundle::{BLOCK_SIZE, BlockMap, blocks};
+use form_image::{BuiltImage, KernelBundle};
+use form_types::Digest;
+use futures_util::{Stream, stream};
+use indicatif::ProgressBar;
+
+use super::Prepared;
+use crate::{
+    failure::Failure,
+    session::Session,
+    ui::{bytes, count},
+};
+
+/// Blocks asked for at once: their digests fit a request's body well.
+const ASK: usize = 50_000;
+
+/// Blocks in one upload: what is lost of it when the connection breaks is little.
+const SEND: usize = 2048;
+
+/// Blocks read and compressed in one go.
+const BATCH: usize = 32;
+
+/// How often an upload that breaks is taken up again.
+const ATTEMPTS: u32 = 4;
+
+/// Where blocks come from.
+trait Blocks: Send + Sync + 'static {
+    /// A block as one zstd frame.
+    fn frame(&self, digest: &Digest) -> io::Result<Vec<u8>>;
+}
+
+impl Blocks for BuiltImage {
+    fn frame(&self, digest: &Digest) -> io::Result<Vec<u8>> {
+        self.read_frame(digest).map_err(|error| io::Error::other(error.to_string()))
+    }
+}
+
+/// The files of a kernel bundle by their blocks.
+struct KernelBlocks(BTreeMap<Digest, (PathBuf, u64, usize)>);
+
+impl KernelBlocks {
+    fn new(bundle: &KernelBundle) -> Self {
+        let of = |(path, map): (PathBuf, &BlockMap)| -> Vec<(Digest, (PathBuf, u64, usize))> {
+            map.iter().map(|(index, digest)| (*digest, (path.clone(), index, map.block_len(index)))).collect()
+        };
+        Self(bundle.files().flat_map(of).collect())
+    }
+}
+
+impl Blocks for KernelBlocks {
+    fn frame(&self, digest: &Digest) -> io::Result<Vec<u8>> {
+        let (path, index, length) = self.0.get(digest).ok_or_else(|| io::Error::other(format!("no file has the block {digest}")))?;
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(index * BLOCK_SIZE as u64))?;
+        let mut plain = vec![0; *length];
+        file.read_exact(&mut plain)?;
+        blocks::compress(&plain).map_err(io::Error::other)
+    }
+}
+
+/// Brings image and kernel to the host, as far as they are not there.
+///
+/// # Errors
+/// When the host does not take them, or a block cannot be read here.
+pub async fn upload(session: &Session, client: &Client, prepared: &Prepared) -> Result<(), Failure> {
+    let Prepared { image, kernel, .. } = prepared;
+    match client.kernel(&kernel.digest).await {
+        Ok(_) => {}
+        Err(ClientError::Api(error)) if error.code == ErrorCode::NotFound => {
+            let source = KernelBlocks::new(kernel);
+            let digests = source.0.keys().copied().collect();
+            send(session, client, &format!("kernel {}", kernel.manifest.release), digests, Arc::new(source)).await?;
+            let manifest = text(kernel.manifest.encode())?;
+            client.import_kernel(&ImportRequest { manifest }).await?;
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let there = client.images().await?.iter().any(|known| known.digest == image.digest);
+    if !there {
+        let digests = image.manifest.rootfs.blocks.digests().into_iter().collect();
+        send(session, client, &format!("image {}", image.name), digests, Arc::new(image.clone())).await?;
+        let manifest = text(image.manifest.encode())?;
+        client.import(&ImportRequest { manifest }).await?;
+    }
+    Ok(())
+}
+
+fn text(manifest: Result<Vec<u8>, serde_json::Error>) -> Result<String, Failure> {
+    let bytes = manifest.map_err(|error| Failure::failed(format!("a manifest cannot be written: {error}")))?;
+    String::from_utf8(bytes).map_err(|error| Failure::failed(format!("a manifest is no text: {error}")))
+}
+
+/// Sends the blocks that are missing. When the connection breaks, what has arrived has arrived: the rest is asked for anew.
+async fn send(session: &Session, client: &Client, what: &str, digests: Vec<Digest>, source: Arc<dyn Blocks>) -> Result<(), Failure> {
+    let step = session.terminal.step(format!("sending {what}"));
+    let sent = Arc::new(AtomicU64::new(0));
+    let mut moved = 0;
+    let mut attempt = 1;
+    loop {
+        let missing = missing(client, &digests).await?;
+        if missing.is_empty() {
+            break;
+        }
+        match send_missing(session, client, &missing, &source, &sent).await {
+            Ok(()) => {
+                moved += missing.len();
+                break;
+            }
+            Err(error) if error.is_unreachable() && attempt < ATTEMPTS => {
+                session.terminal.note(format!("{error}; going on with what is missing"));
+                tokio::time::sleep(std::time::Duration::from_secs(1) * attempt).await;
+                attempt += 1;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let result = if moved == 0 {
+        "all blocks are there".to_owned()
+    } else {
+        format!("{}, {}", count(moved, "block"), bytes(sent.load(Ordering::Relaxed)))
+    };
+    step.done(&result);
+    Ok(())
+}
+
+async fn missing(client: &Client, digests: &[Digest]) -> Result<Vec<Digest>, Failure> {
+    let mut missing = Vec::new();
+    for part in digests.chunks(ASK) {
+        missing.extend(client.missing(&MissingRequest { blocks: part.to_vec() }).await?.missing);
+    }
+    Ok(missing)
+}
+
+async fn send_missing(
+    session: &Session,
+    client: &Client,
+    missing: &[Digest],
+    source: &Arc<dyn Blocks>,
+    sent: &Arc<AtomicU64>,
+) -> Result<(), ClientError> {
+    let bar = session.terminal.bar((missing.len() * BLOCK_SIZE) as u64);
+    for part in missing.chunks(SEND) {
+        client.put_blocks(frames(part.to_vec(), Arc::clone(source), bar.handle(), Arc::clone(sent))).await?;
+    }
+    Ok(())
+}
+
+/// The bytes of the frames of `digests`, read and compressed on another thread as they are wanted.
+fn frames(
+    digests: Vec<Digest>,
+    source: Arc<dyn Blocks>,
+    bar: ProgressBar,
+    sent: Arc<AtomicU64>,
+) -> impl Stream<Item = io::Result<bytes::Bytes>> + Send + 'static {
+    stream::unfold((digests.into_iter(), source), move |(mut digests, source)| {
+        let (bar, sent) = (bar.clone(), Arc::clone(&sent));
+        async move {
+            let batch: Vec<Digest> = digests.by_ref().take(BATCH).collect();
+            if batch.is_empty() {
+                return None;
+            }
+            let reader = Arc::clone(&source);
+            let length = batch.len();
+            let read = tokio::task::spawn_blocking(move || encode(&batch, reader.as_ref())).await;
+            let piece = read.unwrap_or_else(|error| Err(io::Error::other(error)));
+            if let Ok(piece) = &piece {
+                bar.inc((length * BLOCK_SIZE) as u64);
+                sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
+            }
+            Some((piece, (digests, source)))
+        }
+    })
+}
+
+fn encode(batch: &[Digest], source: &dyn Blocks) -> io::Result<bytes::Bytes> {
+    let mut piece = Vec::new();
+    for digest in batch {
+        let frame = source.frame(digest)?;
+        let length = u32::try_from(frame.len()).map_err(io::Error::other)?;
+        piece.extend_from_slice(&BlockFrame::header(digest, length));
+        piece.extend_from_slice(&frame);
+    }
+    Ok(piece.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt;
+
+    use super::*;
+
+    struct Fixed;
+
+    impl Blocks for Fixed {
+        fn frame(&self, digest: &Digest) -> io::Result<Vec<u8>> {
+            blocks::compress(digest.as_bytes()).map_err(io::Error::other)
+        }
+    }
+
+    #[tokio::test]
+    async fn frames_follow_each_other() {
+        let digests: Vec<Digest> = (0..BATCH as u32 + 3).map(|number| Digest::of(&number.to_le_bytes())).collect();
+        let sent = Arc::new(AtomicU64::new(0));
+        let pieces: Vec<_> = frames(digests.clone(), Arc::new(Fixed), ProgressBar::hidden(), Arc::clone(&sent)).collect().await;
+        let wire: Vec<u8> = pieces.into_iter().flat_map(|piece| piece.unwrap().to_vec()).collect();
+        assert_eq!(sent.load(Ordering::Relaxed), wire.len() as u64);
+        let mut rest = wire.as_slice();
+        for expected in digests {
+            let (header, body) = rest.split_first_chunk::<{ BlockFrame::HEADER }>().unwrap();
+            let (digest, length) = BlockFrame::parse_header(header);
+            let (frame, after) = body.split_at(length as usize);
+            assert_eq!((digest, blocks::decompress(frame).unwrap()), (expected, expected.as_bytes().to_vec()));
+            rest = after;
+        }
+        assert!(rest.is_empty());
+    }
+}

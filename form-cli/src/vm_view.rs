@@ -1,0 +1,118 @@
+//! How a VM is shown.
+
+use form_api::vm::{Health, PublishedPort, Vm, VmDetail, VmState};
+use form_types::{size::GIB, size::MIB, spec::Protocol};
+use jiff::Timestamp;
+
+use crate::ui::{Record, Table, age, bytes};
+
+/// `running (healthy)`, `running (not ready)`, `failed`.
+pub fn status(vm: &Vm) -> String {
+    let detail = match (vm.state, vm.ready, vm.health) {
+        (VmState::Running, false, _) => "not ready",
+        (VmState::Running, true, Health::Starting) => "health unknown",
+        (VmState::Running, true, health @ (Health::Healthy | Health::Unhealthy)) => health.as_str(),
+        _ => return vm.state.as_str().to_owned(),
+    };
+    format!("{} ({detail})", vm.state.as_str())
+}
+
+/// `8080->80/tcp`; `80/tcp` when other VMs alone reach it.
+pub fn port(port: &PublishedPort) -> String {
+    let protocol = match port.protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+    };
+    match port.host_port {
+        Some(host) => format!("{host}->{}/{protocol}", port.port),
+        None => format!("{}/{protocol}", port.port),
+    }
+}
+
+fn ports(vm: &Vm) -> String {
+    vm.ports.iter().map(port).collect::<Vec<_>>().join(", ")
+}
+
+fn text(value: Option<impl ToString>) -> String {
+    value.map(|value| value.to_string()).unwrap_or_default()
+}
+
+pub fn table(vms: &[Vm]) -> Table {
+    let usual = ["NAME", "STATUS", "IMAGE", "ADDRESS", "PORTS", "AGE"];
+    let mut table = Table::new(&usual, &["IPV6", "HOST", "VCPUS", "MEMORY", "DISK", "RESTARTS", "ID", "FAULT"]);
+    let now = Timestamp::now();
+    for vm in vms {
+        table.row([
+            vm.name.to_string(),
+            status(vm),
+            vm.image.to_string(),
+            text(vm.ipv4),
+            ports(vm),
+            age(vm.created_at, now),
+            text(vm.ipv6),
+            vm.host_name.clone(),
+            vm.vcpus.to_string(),
+            bytes(vm.memory_mib * MIB),
+            bytes(vm.disk_gib * GIB),
+            vm.restarts.to_string(),
+            vm.id.short(),
+            text(vm.fault.as_ref()),
+        ]);
+    }
+    table
+}
+
+pub fn record(detail: &VmDetail) -> Record {
+    let vm = &detail.vm;
+    let labels: Vec<String> = vm.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let record = Record::new(vm.name.to_string())
+        .field("name", &vm.name)
+        .field("status", status(vm))
+        .optional("fault", vm.fault.as_ref())
+        .optional("description", detail.desired.spec.description.as_ref())
+        .field("image", &vm.image)
+        .optional("address", vm.ipv4)
+        .optional("ipv6", vm.ipv6)
+        .field("dns", &vm.dns_name)
+        .field("ports", ports(vm))
+        .field("vcpus", vm.vcpus)
+        .field("memory", bytes(vm.memory_mib * MIB))
+        .field("disk", bytes(vm.disk_gib * GIB))
+        .field("labels", labels.join(", "))
+        .field("created", vm.created_at)
+        .optional("started", vm.started_at)
+        .field("restarts", vm.restarts)
+        .field("host", &vm.host_name)
+        .field("id", vm.id)
+        .wide("image digest", vm.image_digest)
+        .wide("kernel digest", detail.desired.kernel)
+        .wide("host id", vm.host);
+    let Some(guest) = &detail.guest else { return record };
+    let devices: Vec<String> =
+        guest.devices.iter().map(|device| format!("{} {} {}", device.path, device.serial, bytes(device.size_bytes))).collect();
+    record
+        .field("guest kernel", &guest.kernel)
+        .field("guest faults", guest.faults.join("\n"))
+        .wide("guest name", &guest.hostname)
+        .wide("guest addresses", guest.addresses.join("\n"))
+        .wide("guest devices", devices.join("\n"))
+}
+
+/// Where to find it, in one line each: what a deploy ends with.
+pub fn found_at(vm: &Vm, host: &str) -> Vec<String> {
+    let mut lines = vec![format!("{}  {}", vm.name, status(vm))];
+    if let Some(address) = vm.ipv4 {
+        lines.push(format!("  address  {address}  ({})", vm.dns_name));
+    }
+    if let Some(address) = vm.ipv6 {
+        lines.push(format!("  ipv6     {address}"));
+    }
+    for published in &vm.ports {
+        let place = match (published.host_port, vm.ipv4) {
+            (Some(port), _) => format!("  ({host}:{port})"),
+            (None, _) => String::new(),
+        };
+        lines.push(format!("  port     {}{place}", port(published)));
+    }
+    lines
+}
