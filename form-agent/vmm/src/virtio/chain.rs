@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use virtio_queue::{Queue, QueueT, desc::split::Descriptor};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion, bitmap::Bitmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, bitmap::Bitmap};
 
 use super::iovec::IoVecs;
 
@@ -143,10 +143,8 @@ impl Segments {
     /// When the segments are shorter than that.
     pub fn mark_written(&self, memory: &GuestMemoryMmap, length: usize) -> Result<(), ChainError> {
         for (address, length) in self.pieces(0..length)? {
-            if let Some((region, offset)) = GuestMemoryBackend::to_region_addr(memory, address) {
-                let bitmap = region.bitmap();
-                bitmap.mark_dirty(offset.raw_value() as usize, length);
-            }
+            let slice = GuestMemoryBackend::get_slice(memory, address, length).map_err(ChainError::Memory)?;
+            slice.bitmap().mark_dirty(0, length);
         }
         Ok(())
     }
@@ -242,7 +240,7 @@ impl Table {
             return Err(ChainError::IndirectNested);
         }
         let entries = descriptor.len() / DESCRIPTOR_SIZE;
-        if descriptor.len() % DESCRIPTOR_SIZE != 0 || entries == 0 || entries > INDIRECT_MAX {
+        if !descriptor.len().is_multiple_of(DESCRIPTOR_SIZE) || entries == 0 || entries > INDIRECT_MAX {
             return Err(ChainError::IndirectLength(descriptor.len()));
         }
         Ok(Self { address: descriptor.addr(), size: entries as u16, indirect: true })

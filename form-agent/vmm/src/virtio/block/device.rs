@@ -249,10 +249,10 @@ impl BlockWorker {
             self.session.report(&fault);
         }
         // What is saved or copied while the device rests is complete.
-        if !self.limits.read_only {
-            if let Err(error) = self.backend.flush() {
-                eprintln!("{}: could not flush: {error}", self.session.id);
-            }
+        if !self.limits.read_only
+            && let Err(error) = self.backend.flush()
+        {
+            eprintln!("{}: could not flush: {error}", self.session.id);
         }
         self
     }

@@ -161,10 +161,10 @@ impl DiskBackend for Qcow2Image {
 impl Drop for Qcow2Image {
     fn drop(&mut self) {
         // Metadata is cached; the guest asked for what matters to it, so this only keeps the image tidy.
-        if !self.read_only {
-            if let Err(error) = self.image.flush() {
-                eprintln!("a qcow2 image (descriptor {}) could not be brought in order: {error}", self.file.as_raw_fd());
-            }
+        if !self.read_only
+            && let Err(error) = self.image.flush()
+        {
+            eprintln!("a qcow2 image (descriptor {}) could not be brought in order: {error}", self.file.as_raw_fd());
         }
     }
 }

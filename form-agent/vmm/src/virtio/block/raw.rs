@@ -12,7 +12,7 @@ use std::{
 use super::{DiskBackend, Payload, lock};
 
 /// How much is written at once where the storage cannot make zeros itself.
-const ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// A file whose bytes are the disk's.
 pub struct RawFile {

@@ -131,7 +131,7 @@ pub fn parse(memory: &GuestMemoryMmap, chain: &Chain, limits: Limits) -> Result<
 
 /// Whole sectors inside the disk.
 fn extent(sector: u64, length: u64, limits: Limits) -> Option<Extent> {
-    if length % SECTOR != 0 {
+    if !length.is_multiple_of(SECTOR) {
         return None;
     }
     let end = sector.checked_add(length / SECTOR)?;
@@ -142,7 +142,7 @@ type Ranges = Result<(Vec<Extent>, bool), Status>;
 
 fn ranges(memory: &GuestMemoryMmap, chain: &Chain, limits: Limits, sectors_max: u32, allowed: u32) -> Result<Ranges, ChainError> {
     let length = chain.readable.len() - HEADER;
-    if length == 0 || length % RANGE != 0 || length / RANGE > RANGES_MAX {
+    if length == 0 || !length.is_multiple_of(RANGE) || length / RANGE > RANGES_MAX {
         return Ok(Err(Status::IoError));
     }
     let mut bytes = [0; RANGES_MAX * RANGE];

@@ -114,11 +114,14 @@ impl Connector {
         self.door.ask(Wanted { port, stream: OwnedFd::from(yours), answer, deadline })?;
         match heard.recv_timeout(timeout) {
             Ok(()) => Ok(OwnedFd::from(mine)),
-            Err(RecvTimeoutError::Timeout) => Err(io::Error::new(
+            // The worker keeps the same time, and may give up a moment before us.
+            Err(RecvTimeoutError::Disconnected) if Instant::now() < deadline => {
+                Err(refused("nothing listens on that vsock port of the guest"))
+            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(io::Error::new(
                 io::ErrorKind::TimedOut,
                 format!("the guest did not answer on vsock port {port} within {} ms", timeout.as_millis()),
             )),
-            Err(RecvTimeoutError::Disconnected) => Err(refused("nothing listens on that vsock port of the guest")),
         }
     }
 }

@@ -130,11 +130,12 @@ impl Links {
 
     /// Puts a link into the queue of those with something to send.
     pub fn enqueue(&mut self, id: LinkId) {
-        if let Some(link) = self.links.get_mut(&id) {
-            if !link.queued && !link.draining {
-                link.queued = true;
-                self.queue.push_back(id);
-            }
+        if let Some(link) = self.links.get_mut(&id)
+            && !link.queued
+            && !link.draining
+        {
+            link.queued = true;
+            self.queue.push_back(id);
         }
     }
 

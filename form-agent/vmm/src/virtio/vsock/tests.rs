@@ -248,10 +248,10 @@ fn more_than_the_credit_is_answered_with_a_reset() {
     let piece = vec![1; 65536];
     let reset = loop {
         guest.send(slow, Operation::Data, &piece, 0, 65536, 0);
-        if let Some((header, _)) = guest.try_receive() {
-            if header.operation == Operation::Reset {
-                break header;
-            }
+        if let Some((header, _)) = guest.try_receive()
+            && header.operation == Operation::Reset
+        {
+            break header;
         }
     };
     assert_eq!(reset.source_port, slow.host_port);

@@ -235,10 +235,10 @@ impl VsockWorker {
     /// Ends a stream on both sides.
     fn reset(&mut self, id: LinkId) {
         let known = self.links.get(id).is_some_and(|link| !link.draining);
-        if let Some(mut link) = self.links.remove(id) {
-            if known {
-                self.links.resets.push_back(link.connection.reset());
-            }
+        if let Some(mut link) = self.links.remove(id)
+            && known
+        {
+            self.links.resets.push_back(link.connection.reset());
         }
     }
 
@@ -438,7 +438,8 @@ impl VsockWorker {
             return Ok(());
         }
         let memory = self.session.memory.memory();
-        if !self.event.pop(&memory, chain)? && !(self.event.arm(&memory)? && self.event.pop(&memory, chain)?) {
+        let found = self.event.pop(&memory, chain)? || (self.event.arm(&memory)? && self.event.pop(&memory, chain)?);
+        if !found {
             return Ok(());
         }
         chain.writable.write(&memory, 0, &EVENT_TRANSPORT_RESET).map_err(|source| Fault::Chain { index: 2, source })?;
