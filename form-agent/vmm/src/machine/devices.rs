@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use super::MachineError;
-use crate::config::{DiskConfig, DiskFormat, VmConfig};
+use crate::config::{DiskConfig, VmConfig};
 use crate::control::Metrics;
 use crate::descriptors::Descriptors;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{self, Balloon};
-use crate::virtio::block::{self, Block, DiskBackend, RawFile};
+use crate::virtio::block::{self, Block, DiskBackend, Layer};
 use crate::virtio::net::{self, Net};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Connector, Vsock};
@@ -80,9 +80,10 @@ fn device(id: &str) -> impl FnOnce(std::io::Error) -> MachineError {
 }
 
 fn backend(disk: &DiskConfig, fds: &mut Descriptors) -> Result<Box<dyn DiskBackend>, MachineError> {
-    let file = fds.take(disk.file, "disk")?;
-    match disk.format {
-        DiskFormat::Raw => Ok(Box::new(RawFile::new(file, disk.read_only).map_err(device(&disk.id))?)),
-        DiskFormat::Qcow2 => Err(device(&disk.id)(std::io::ErrorKind::Unsupported.into())),
+    let image = Layer { file: fds.take(disk.file, "disk")?, format: disk.format };
+    let mut behind = Vec::with_capacity(disk.backing.len());
+    for layer in &disk.backing {
+        behind.push(Layer { file: fds.take(layer.file, "backing file")?, format: layer.format });
     }
+    block::open(image, behind, disk.read_only).map_err(device(&disk.id))
 }
