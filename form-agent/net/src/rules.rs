@@ -212,8 +212,9 @@ impl Table {
             let gateway = || matches("==", payload("ip", "daddr"), crate::address::GATEWAY_V4.to_string().into());
             for protocol in ["udp", "tcp"] {
                 let dns = matches("==", payload(protocol, "dport"), 53.into());
-                let redirect = json!({"redirect": {"port": port}});
-                self.rule(commands, "prerouting", vec![Self::taps(context, "iifname"), gateway(), dns, redirect]);
+                let address = crate::address::GATEWAY_V4.to_string();
+                let translate = json!({"dnat": {"family": "ip", "addr": address, "port": port}});
+                self.rule(commands, "prerouting", vec![Self::taps(context, "iifname"), gateway(), dns, translate]);
             }
         }
         for attachment in attachments {
