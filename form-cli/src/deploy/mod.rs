@@ -15,7 +15,8 @@ use form_api::{
 use form_image::{BuiltImage, KernelBundle};
 use form_types::Spec;
 
-pub use self::{refuse::refuse, upload::upload};
+use self::refuse::refuse;
+pub use self::upload::upload;
 use crate::{failure::Failure, session::Session};
 
 /// Everything that a deploy needs, made and not yet sent.

@@ -1,0 +1,302 @@
+//! What the commands that need no host print, byte by byte, and how they end.
+
+mod support;
+
+use std::{io::Write, process::Stdio};
+
+use snapbox::{assert_data_eq, str};
+use support::{Place, Ran, ran};
+
+const GOOD: &str = "NAME web\nMEM 1G\nENTRYPOINT [\"/app\"]\nEXPOSE 8080:80\n";
+
+fn error(ran: &Ran) -> serde_json::Value {
+    let body: serde_json::Value = serde_json::from_str(ran.err.lines().last().unwrap()).unwrap();
+    body["error"].clone()
+}
+
+#[test]
+fn a_formfile_that_is_fine() {
+    let place = Place::new();
+    place.write("Formfile", GOOD);
+    let run = place.run(&["check"]);
+    assert_eq!((run.code, run.err.as_str()), (0, ""));
+    assert_data_eq!(
+        run.out,
+        str![[r#"
+Formfile: web is fine
+
+"#]]
+    );
+    assert_eq!(place.run(&["check", "-q"]).out, "");
+    assert_eq!(place.run(&["check", "-o", "name", "."]).out, "web\n");
+    let json: serde_json::Value = serde_json::from_str(&place.run(&["check", "-o", "json"]).out).unwrap();
+    assert_eq!((&json["name"], &json["resources"]["memory_mib"]), (&"web".into(), &1024.into()));
+    assert!(place.run(&["check", "-o", "yaml"]).out.starts_with("name: web\n"));
+}
+
+#[test]
+fn several_faults_at_once() {
+    let place = Place::new();
+    place.write("Formfile", "NAME web\nMEM 1\nVCPU 500\nname x\n");
+    let run = place.run(&["check"]);
+    assert_eq!((run.code, run.out.as_str()), (1, ""));
+    assert_data_eq!(
+        run.err,
+        str![[r#"
+error[out-of-range]: [..]
+ --> Formfile:2:5
+...
+error[out-of-range]: [..]
+ --> Formfile:3:6
+...
+error[unknown-keyword]: [..]
+ --> Formfile:4:1
+...
+error: Formfile has 3 errors
+
+"#]]
+    );
+    let json = place.run(&["check", "-o", "json"]);
+    assert_eq!(json.code, 1);
+    let faults: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!(faults["diagnostics"].as_array().unwrap().len(), 3);
+}
+
+#[test]
+fn standard_input_is_a_file_too() {
+    let place = Place::new();
+    let mut child = place.command(&["fmt", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"NAME   web\nCORES 2\n").unwrap();
+    let run = ran(child.wait_with_output().unwrap());
+    assert_eq!((run.code, run.out.as_str(), run.err.as_str()), (0, "NAME web\nVCPU 2\n", ""));
+}
+
+#[test]
+fn formatting_rewrites_once() {
+    let place = Place::new();
+    place.write("Formfile", "NAME   web\n\n\n\nCORES 2\n");
+    let check = place.run(&["fmt", "--check"]);
+    assert_eq!((check.code, check.out.as_str()), (1, "Formfile\n"));
+    assert_eq!(place.run(&["fmt"]).out, "Formfile\n");
+    assert_eq!(place.read("Formfile"), "NAME web\n\nVCPU 2\n");
+    let again = place.run(&["fmt"]);
+    assert_eq!((again.code, again.out.as_str(), place.run(&["fmt", "--check"]).code), (0, "", 0));
+}
+
+#[test]
+fn init_with_flags_alone() {
+    let place = Place::new();
+    let args = [
+        "init",
+        "site",
+        "--name",
+        "web",
+        "--install",
+        "nginx",
+        "--mem",
+        "1G",
+        "--expose",
+        "8080:80",
+        "--entrypoint",
+        "nginx -g \"daemon off;\"",
+    ];
+    let run = place.run(&args);
+    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!(run.out, "site/Formfile: written\n");
+    assert_data_eq!(
+        place.read("site/Formfile"),
+        str![[r#"
+NAME web
+FROM debian:12
+
+VCPU 1
+MEM 1G
+DISK 5G
+
+INSTALL nginx
+
+ENTRYPOINT nginx -g "daemon off;"
+EXPOSE 8080:80
+
+"#]]
+    );
+    assert_eq!(place.run(&["check", "site"]).code, 0);
+    let again = place.run(&args);
+    assert_eq!(again.code, 5);
+    assert_data_eq!(
+        again.err,
+        str![[r#"
+error: site/Formfile is there already
+hint: `--force` replaces it
+
+"#]]
+    );
+    assert_eq!(place.run(&["init", "other", "--vcpu", "500"]).code, 1);
+    assert!(!place.path("other/Formfile").exists());
+}
+
+#[test]
+fn nobody_to_ask() {
+    let place = Place::new();
+    let run = place.run(&["init"]);
+    assert_eq!(run.code, 2);
+    assert!(run.err.contains("-y") && run.err.contains("FORM_YES"), "{run:?}");
+    assert_eq!(place.command(&["init"]).env("FORM_YES", "true").output().unwrap().status.code(), Some(0));
+    place.run(&["key", "new"]);
+    let run = place.run(&["key", "new", "--force"]);
+    assert_eq!(run.code, 2);
+    assert!(run.err.contains("`-y`") && run.err.contains("FORM_YES=true"), "{run:?}");
+    assert_eq!(place.run(&["key", "new", "--force", "-y"]).code, 0);
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let place = Place::new();
+    let run = place.run(&["check"]);
+    assert_eq!(run.code, 3);
+    assert_data_eq!(
+        run.err,
+        str![[r#"
+error: cannot read Formfile: No such file or directory (os error 2)
+hint: `form init` writes a Formfile
+
+"#]]
+    );
+    let run = place.run(&["key", "show", "-o", "json"]);
+    assert_eq!((run.code, run.out.as_str()), (3, ""));
+    let error = error(&run);
+    assert_eq!(error["code"], "not-found");
+    assert_eq!(error.as_object().unwrap().keys().collect::<Vec<_>>(), ["code", "hint", "message", "operation", "retryable"]);
+    let run = place.run(&["ps", "--host", "unix:/nowhere/agent.sock"]);
+    assert_eq!(run.code, 7);
+    assert_data_eq!(
+        run.err,
+        str![[r#"
+error: /nowhere/agent.sock is unreachable: no agent runs there
+hint: start it with `systemctl start form-agent`, or look why it stopped with `journalctl -u form-agent`
+
+"#]]
+    );
+    assert_eq!(place.run(&["ps", "--host", "elsewhere"]).code, 3);
+    assert_eq!(place.run(&["ps", "--context", "none"]).code, 3);
+    assert_eq!(place.run(&["context", "use", "none"]).code, 3);
+    assert_eq!(place.run(&["host", "add", "10.0.0.1", "--token", "nonsense"]).code, 2);
+}
+
+#[test]
+fn wrong_words_are_usage() {
+    let place = Place::new();
+    for args in [
+        &["nonsense"][..],
+        &["vm"],
+        &["vm", "show"],
+        &["vm", "show", "Web"],
+        &["wait", "web"],
+        &["ps", "--timeout", "soon"],
+        &["ps", "-o", "xml"],
+    ] {
+        let run = place.run(args);
+        assert_eq!(run.code, 2, "{args:?} {run:?}");
+        assert_eq!(run.out, "", "{args:?}");
+    }
+}
+
+#[test]
+fn contexts_are_listed_chosen_and_shown() {
+    let place = Place::new();
+    let key = place.run(&["key", "new", "-o", "name"]).out;
+    std::fs::create_dir_all(place.path("home/.config/form")).unwrap();
+    let yaml = format!(
+        "current: home\ncontexts:\n- name: home\n  hosts:\n  - name: den\n    address: 10.0.0.1\n    public_key: {}\n- name: box\n  kind: sandbox\n  sandbox: /tmp/box\n",
+        key.trim()
+    );
+    place.write("home/.config/form/config.yaml", &yaml);
+    assert_data_eq!(
+        place.run(&["context", "ls"]).out,
+        str![[r#"
+NAME  CURRENT  KIND     HOSTS
+home  *        cluster  den
+box            sandbox
+
+"#]]
+    );
+    assert_data_eq!(
+        place.run_narrow(20, &["context", "ls"]).out,
+        str![[r#"
+home
+  current  *
+  kind     cluster
+  hosts    den
+box
+  kind     sandbox
+
+"#]]
+    );
+    assert_eq!(place.run(&["context", "ls", "-o", "name"]).out, "home\nbox\n");
+    assert_eq!(place.run(&["context", "ls", "--no-header"]).out.lines().count(), 2);
+    assert_eq!(place.run(&["context", "use", "box"]).code, 0);
+    assert!(place.run(&["context", "show"]).out.contains("sandbox"));
+    assert_eq!(place.run(&["ps"]).code, 7);
+    assert_eq!(place.run(&["host", "rm", "den"]).code, 2);
+    assert_eq!(place.run(&["host", "rm", "den", "-y"]).out, "den: forgotten\n");
+    assert_eq!(place.run(&["host", "rm", "den", "-y"]).code, 3);
+}
+
+#[test]
+fn a_reader_who_has_seen_enough_ends_it_quietly() {
+    let place = Place::new();
+    place.write("Formfile", GOOD);
+    let mut child = place.command(&["check", "-o", "json"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let run = ran(child.wait_with_output().unwrap());
+    assert_eq!((run.code, run.err.as_str()), (0, ""));
+}
+
+#[test]
+fn forty_columns_are_enough() {
+    let place = Place::new();
+    place.run(&["key", "new"]);
+    for args in [&["key", "show"][..], &["version"], &["context", "ls"]] {
+        for line in place.run_narrow(40, args).out.lines() {
+            // A key cannot be broken without being useless.
+            assert!(line.chars().count() <= 40 || line.contains("ed25519:") || line.contains('/'), "{args:?}: {line}");
+        }
+    }
+}
+
+#[test]
+fn no_colours_off_a_terminal() {
+    let place = Place::new();
+    place.write("Formfile", "NAME web\nMEM 1\n");
+    for args in [&["check"][..], &["ps", "--host", "unix:/nowhere"]] {
+        let run = place.run(args);
+        assert!(!run.out.contains('\u{1b}') && !run.err.contains('\u{1b}'), "{run:?}");
+    }
+}
+
+#[test]
+fn deploy_refuses_what_it_cannot_do_before_it_builds() {
+    let place = Place::new();
+    place.write("Formfile", "NAME web\nFROM scratch\nREPLICAS 2\nENTRYPOINT /app\n");
+    let run = place.run(&["deploy", "-y", "--host", "unix:/nowhere/agent.sock", "-o", "json"]);
+    assert_eq!(run.code, 1, "{run:?}");
+    assert_eq!(error(&run)["code"], "unsupported");
+}
+
+#[test]
+fn completion_scripts_ask_the_program() {
+    let place = Place::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let run = place.run(&["completion", shell]);
+        assert!(run.code == 0 && run.out.contains("COMPLETE"), "{shell}");
+    }
+    let output = place
+        .command(&["--", "form", "context", ""])
+        .env("COMPLETE", "bash")
+        .env("_CLAP_COMPLETE_INDEX", "2")
+        .env("_CLAP_IFS", "\n")
+        .output()
+        .unwrap();
+    let run = ran(output);
+    assert!(run.out.lines().any(|line| line == "use"), "{run:?}");
+}
