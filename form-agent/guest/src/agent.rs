@@ -24,8 +24,8 @@ use crate::{
     settings, sys,
 };
 
-/// How often the image's init is asked how far it is.
-const ASK: Duration = Duration::from_millis(500);
+/// How long to wait when the image's init does not answer yet.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// # Errors
 /// When PID 1 has left nothing to go by.
@@ -75,7 +75,7 @@ fn watch_signals(machine: &Machine, signals: &sys::Signals) {
 /// Waits until systemd has finished its start, and notes the units that failed.
 fn wait_for_systemd(machine: &Machine) {
     loop {
-        match ask(machine, &["is-system-running"]).as_deref().map(str::trim) {
+        match ask(machine, &["is-system-running", "--wait"]).as_deref().map(str::trim) {
             Some("running") => return,
             Some("degraded") => {
                 let failed = ask(machine, &["list-units", "--failed", "--plain", "--no-legend", "--no-pager"]).unwrap_or_default();
@@ -83,7 +83,7 @@ fn wait_for_systemd(machine: &Machine) {
                 return lock(&machine.report).warn("init", format_args!("these units failed: {}; see `journalctl -b`", units.join(" ")));
             }
             Some("maintenance") => return lock(&machine.report).fatal("init", "systemd is in maintenance mode; see `journalctl -b`"),
-            _ => thread::sleep(ASK),
+            _ => thread::sleep(ASK_AGAIN),
         }
     }
 }

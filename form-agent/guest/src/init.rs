@@ -62,6 +62,9 @@ pub fn run() -> ! {
 
 /// Everything that is written into the root or told to the kernel before the first process of the image runs.
 fn configure(settings: &Settings, systemd: bool, report: &mut BootReport) {
+    if !Path::new("/tmp").exists() {
+        report.warn_on("mounts", mounts::temporary_directory());
+    }
     report.warn_on("network", network::loopback_up());
     network::configure(&settings.interfaces, report);
     network::names::write_files(settings, report);

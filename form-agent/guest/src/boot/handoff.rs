@@ -90,8 +90,20 @@ fn write_unit() -> Result<(), Error> {
     files::write(&units.join("form-guest.service"), UNIT.as_bytes(), Some(0o644))?;
     let wants = units.join("sysinit.target.wants");
     fs::create_dir_all(&wants).at("create", &wants)?;
-    let link = wants.join("form-guest.service");
-    match symlink("../form-guest.service", &link) {
+    make_link("../form-guest.service", &wants.join("form-guest.service"))?;
+    if has_udev() {
+        return Ok(());
+    }
+    // Nobody would announce the console's device, and the start would wait 90 s for it.
+    make_link("/dev/null", &units.join("serial-getty@ttyS0.service"))
+}
+
+fn has_udev() -> bool {
+    ["/lib/systemd/systemd-udevd", "/usr/lib/systemd/systemd-udevd"].iter().any(|program| Path::new(program).exists())
+}
+
+fn make_link(target: &str, link: &Path) -> Result<(), Error> {
+    match symlink(target, link) {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error).at("create", link),
         _ => Ok(()),
     }
