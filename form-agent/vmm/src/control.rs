@@ -4,6 +4,7 @@
 
 pub mod channel;
 mod client;
+pub mod launch;
 
 pub use client::{Client, ClientError};
 

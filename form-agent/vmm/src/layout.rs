@@ -33,7 +33,9 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const CMDLINE_MAX: usize = 2048;
 /// The tables, with the RSDP first, in the area that PC firmware uses for them.
 pub const ACPI_START: u64 = 0xE_0000;
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where a PC's CPU starts after a reset, F000:FFF0 in real mode: sixteen bytes.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
 /// Bounds of a VM's memory in MiB. The lower one is for test kernels; Linux wants 128.

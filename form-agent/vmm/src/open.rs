@@ -7,9 +7,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use form_vmm::config::{BackingFile, DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, VmConfig};
+use form_vmm::control::launch;
 use form_vmm::log_ring;
 use form_vmm::server::Server;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::SocketType;
 
 use crate::arguments::{Disk, Run, Tap};
 
@@ -89,7 +90,10 @@ pub fn standalone(run: &Run) -> Result<Started, OpenError> {
         exit_record: run.exit_record.as_deref().map(|path| files.create(path)).transpose()?,
         jail: jail(run),
     };
-    let listener = run.control.as_deref().map(listen).transpose()?;
+    let listener = match &run.control {
+        Some(path) => Some(launch::listen(path).map_err(|source| OpenError::Listen { path: path.clone(), source })?),
+        None => None,
+    };
     let stdin = rustix::io::dup(io::stdin()).ok().map(File::from);
     Ok((Server::new(listener, stdin), Some((config, files.0))))
 }
@@ -176,15 +180,4 @@ fn open_tap(name: &str) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     Ok(file.into())
-}
-
-fn listen(path: &Path) -> Result<OwnedFd, OpenError> {
-    let bind = || -> io::Result<OwnedFd> {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-        rustix::net::listen(&socket, 16)?;
-        Ok(socket)
-    };
-    bind().map_err(|source| OpenError::Listen { path: path.to_owned(), source })
 }

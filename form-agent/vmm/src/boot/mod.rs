@@ -9,7 +9,8 @@ use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::layout::{CMDLINE, CMDLINE_MAX, HIGH_RAM_START, Layout};
+use crate::layout::{CMDLINE, CMDLINE_MAX, HIGH_RAM_START, Layout, RESET_VECTOR};
+use crate::platform::{POWER_PORT, power};
 
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
@@ -65,6 +66,7 @@ pub fn load(
     let (entry, kernel_end) = load_kernel(memory, kernel)?;
     let initramfs = load_initramfs(memory, layout, initramfs, kernel_end)?;
     write_cmdline(memory, cmdline)?;
+    write_reset_vector(memory)?;
     pvh::write(memory, layout, initramfs, rsdp).map_err(|source| BootError::Write { what: "start info", source })?;
     Ok(entry)
 }
@@ -127,6 +129,15 @@ fn write_cmdline(memory: &GuestMemoryMmap, cmdline: &str) -> Result<(), BootErro
     }
     bytes.push(0);
     memory.write_slice(&bytes, GuestAddress(CMDLINE)).map_err(|source| BootError::Write { what: "command line", source })
+}
+
+/// Linux on hardware-reduced ACPI without EFI restarts by jumping to the firmware's reset vector. There is no firmware, so the code
+/// there asks the power registers for the reset.
+fn write_reset_vector(memory: &GuestMemoryMmap) -> Result<(), BootError> {
+    let [low, high] = (POWER_PORT + power::RESET).to_le_bytes();
+    // mov dx, RESET; mov al, RESET_VALUE; out dx, al; cli; hlt; jmp to the hlt
+    let code = [0xBA, low, high, 0xB0, power::RESET_VALUE, 0xEE, 0xFA, 0xF4, 0xEB, 0xFD];
+    memory.write_slice(&code, GuestAddress(RESET_VECTOR)).map_err(|source| BootError::Write { what: "reset vector", source })
 }
 
 #[cfg(test)]

@@ -1,0 +1,267 @@
+//! A VM process under test, with the daemon's files around it.
+
+use std::cell::{Cell, RefCell};
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, ExitStatus};
+use std::time::{Duration, Instant};
+
+use form_vmm::config::{DiskConfig, DiskFormat, Fd, JailConfig, VmConfig};
+use form_vmm::control::{Client, ClientError, ExitRecord, Metrics, launch};
+use form_vmm::log_ring;
+
+use crate::guest;
+
+/// What a guest may take for anything, under software emulation.
+const PATIENCE: Duration = Duration::from_secs(150);
+
+#[derive(Clone)]
+pub struct Shape {
+    pub script: String,
+    pub cmdline: &'static str,
+    pub vcpus: u8,
+    pub memory_mib: u64,
+    pub disk_mib: Option<u64>,
+    pub rng: bool,
+    pub balloon: bool,
+    pub user: Option<u32>,
+    /// Instead of the real kernel.
+    pub kernel_bytes: Option<&'static [u8]>,
+}
+
+/// A small guest that runs `script`.
+pub fn shape(script: &str) -> Shape {
+    Shape {
+        script: script.to_owned(),
+        cmdline: "",
+        vcpus: 1,
+        memory_mib: 256,
+        disk_mib: None,
+        rng: false,
+        balloon: false,
+        user: None,
+        kernel_bytes: None,
+    }
+}
+
+pub struct Vm {
+    directory: tempfile::TempDir,
+    child: RefCell<Child>,
+    client: Client,
+    ended: Cell<Option<ExitStatus>>,
+}
+
+impl Vm {
+    /// A VM process that waits for its configuration.
+    pub fn spawn() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("control");
+        let listener = launch::listen(&socket).unwrap();
+        let program = Path::new(env!("CARGO_BIN_EXE_form-vmm"));
+        let child = launch::command(program, &listener).spawn().unwrap();
+        let client = Client::connect(&socket).unwrap().with_timeout(Duration::from_secs(60));
+        Vm { directory, child: RefCell::new(child), client, ended: Cell::new(None) }
+    }
+
+    /// Boots and waits for the first line of the script's output. A nested guest hangs now and then under software emulation, with
+    /// any VMM: one retry, said aloud.
+    pub fn boot(shape: &Shape) -> Self {
+        let shape = &Shape { script: format!("echo INIT-RUNS\n{}", shape.script), ..shape.clone() };
+        for attempt in 1..=2 {
+            let vm = Vm::spawn();
+            vm.try_boot(shape).unwrap();
+            if vm.wait_for(|| vm.log().contains("INIT-RUNS")) {
+                return vm;
+            }
+            eprintln!("RETRY: attempt {attempt}: the guest did not reach its init within {PATIENCE:?}; its log:\n{}", vm.log());
+        }
+        panic!("the guest did not reach its init twice");
+    }
+
+    pub fn try_boot(&self, shape: &Shape) -> Result<(), ClientError> {
+        let mut fds: Vec<OwnedFd> = Vec::new();
+        let mut add = |file: File| {
+            fds.push(file.into());
+            Fd(fds.len() as u16 - 1)
+        };
+        let kernel = match shape.kernel_bytes {
+            Some(bytes) => self.file("kernel", bytes),
+            None => File::open(guest::kernel()).unwrap(),
+        };
+        let [base, init] = guest::initramfs(&shape.script);
+        let root = rustix::process::geteuid().is_root();
+        let disks = shape.disk_mib.map(|mib| {
+            let disk = self.file("disk", &[]);
+            disk.set_len(mib << 20).unwrap();
+            DiskConfig {
+                id: "root".into(),
+                serial: "TEST-SERIAL".into(),
+                format: DiskFormat::Raw,
+                file: add(disk),
+                backing: Vec::new(),
+                read_only: false,
+            }
+        });
+        let log = self.file("log", &[]);
+        log_ring::create(&log, 256 * 1024).unwrap();
+        let config = VmConfig {
+            vcpus: shape.vcpus,
+            memory_mib: shape.memory_mib,
+            kvm: add(File::options().read(true).write(true).open("/dev/kvm").unwrap()),
+            kernel: add(kernel),
+            initramfs: vec![add(self.file("base", &base)), add(self.file("init", &init))],
+            cmdline: format!("console=ttyS0 quiet panic=-1 {}", shape.cmdline),
+            disks: disks.into_iter().collect(),
+            networks: Vec::new(),
+            vsock_cid: None,
+            rng: shape.rng,
+            balloon: shape.balloon,
+            console_log: Some(add(log)),
+            exit_record: Some(add(self.file("record", &[]))),
+            jail: JailConfig { uid: shape.user, gid: shape.user, namespaces: root, seccomp: true, landlock: true },
+        };
+        let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        self.client.boot(&config, &borrowed)
+    }
+
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// A further connection.
+    pub fn connect(&self) -> Client {
+        Client::connect(&self.directory.path().join("control")).unwrap()
+    }
+
+    pub fn console(&self) -> Console {
+        Console(UnixStream::from(self.client.console().unwrap()))
+    }
+
+    /// What the guest has printed.
+    pub fn log(&self) -> String {
+        let reader = log_ring::Reader::open(File::open(self.directory.path().join("log")).unwrap()).unwrap();
+        String::from_utf8_lossy(&reader.read(0, usize::MAX).unwrap().bytes).into_owned()
+    }
+
+    pub fn await_line(&self, text: &str) {
+        self.await_log(text, |log| log.contains(text));
+    }
+
+    pub fn await_log(&self, what: &str, seen: impl Fn(&str) -> bool) {
+        assert!(self.wait_for(|| seen(&self.log())), "the guest did not print {what}:\n{}", self.log());
+    }
+
+    pub fn await_metric(&self, what: &str, seen: impl Fn(&Metrics) -> bool) {
+        assert!(self.wait_for(|| seen(&self.client.metrics().unwrap())), "no {what}: {:?}", self.client.metrics());
+    }
+
+    pub fn await_disk_reads(&self, count: u64) {
+        self.await_metric("further disk reads", |metrics| metrics.disks[0].reads >= count);
+    }
+
+    pub fn disk_bytes(&self) -> Vec<u8> {
+        fs::read(self.directory.path().join("disk")).unwrap()
+    }
+
+    pub fn kill(&self) {
+        self.child.borrow_mut().kill().unwrap();
+    }
+
+    /// Waits for the process to end; returns how, and its record unless that is empty.
+    pub fn wait(&self) -> (ExitStatus, Option<ExitRecord>) {
+        assert!(self.wait_for(|| self.has_ended()), "the VM process did not end; its log:\n{}", self.log());
+        let record = fs::read(self.directory.path().join("record")).unwrap();
+        let record = (!record.is_empty()).then(|| serde_json::from_slice(&record).unwrap());
+        (self.ended.get().unwrap(), record)
+    }
+
+    /// The kernel's own view of every thread of the process: no privileges, a filter, and nothing to see.
+    pub fn assert_jailed(&self, user: u32) {
+        let process = format!("/proc/{}", self.child.borrow().id());
+        let mut names = Vec::new();
+        for thread in fs::read_dir(format!("{process}/task")).unwrap() {
+            let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+            let field = |name: &str| {
+                let line = status.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name}"));
+                line[name.len()..].split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+            };
+            names.push(field("Name:").concat());
+            assert_eq!(field("Uid:"), vec![user.to_string(); 4], "{status}");
+            assert_eq!(field("Gid:"), vec![user.to_string(); 4], "{status}");
+            assert!(field("Groups:").is_empty(), "{status}");
+            assert_eq!(field("Seccomp:"), ["2"], "{status}");
+            assert_eq!(field("NoNewPrivs:"), ["1"], "{status}");
+            for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+                assert_eq!(field(set), ["0000000000000000"], "{status}");
+            }
+        }
+        assert!(names.iter().any(|name| name == "vcpu0") && names.len() >= 4, "{names:?}");
+        assert_eq!(fs::read_dir(format!("{process}/root")).unwrap().count(), 0, "the VM process sees files");
+        for namespace in ["net", "mnt", "ipc", "uts"] {
+            let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/{namespace}")).unwrap();
+            assert_ne!(of(&self.child.borrow().id().to_string()), of("self"), "{namespace}");
+        }
+        let open: Vec<_> = fs::read_dir(format!("{process}/fd"))
+            .unwrap()
+            .map(|fd| fs::read_link(fd.unwrap().path()).unwrap().to_string_lossy().into_owned())
+            .collect();
+        // Kernel and initramfs are loaded: their descriptors are closed.
+        assert!(!open.iter().any(|path| path.ends_with("/base") || path.ends_with("/init") || path.contains("vmlinux")), "{open:?}");
+    }
+
+    fn has_ended(&self) -> bool {
+        if self.ended.get().is_none() {
+            self.ended.set(self.child.borrow_mut().try_wait().unwrap());
+        }
+        self.ended.get().is_some()
+    }
+
+    /// Asks until it is so, the process has ended, or patience has.
+    fn wait_for(&self, done: impl Fn() -> bool) -> bool {
+        let start = Instant::now();
+        loop {
+            let ended = self.has_ended();
+            if done() {
+                return true;
+            }
+            if ended || start.elapsed() > PATIENCE {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn file(&self, name: &str, content: &[u8]) -> File {
+        let path = self.directory.path().join(name);
+        let mut file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
+        file.write_all(content).unwrap();
+        file
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let mut child = self.child.borrow_mut();
+        // Mostly gone already.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+pub struct Console(UnixStream);
+
+impl Console {
+    pub fn type_text(&self, text: &str) {
+        (&self.0).write_all(text.as_bytes()).unwrap();
+    }
+
+    /// Reads until the VM process has ended.
+    pub fn read_to_end(&self) -> String {
+        let mut text = Vec::new();
+        (&self.0).read_to_end(&mut text).unwrap();
+        String::from_utf8_lossy(&text).into_owned()
+    }
+}
