@@ -188,9 +188,31 @@ mod tests {
     #[test]
     fn a_full_command_line_is_understood() {
         let command = parsed(&[
-            "run", "--kernel", "k", "--initrd=a", "--initrd", "b", "--cmdline", "x y", "--cpus", "8", "--memory", "5120",
-            "--disk", "d.raw,serial=S1,readonly", "--disk", "o.qcow2,format=qcow2,backing=base", "--tap", "t0,mac=02:00:00:00:00:0a,mtu=9000",
-            "--vsock-cid", "3", "--rng", "--balloon", "--user", "1000:2000", "--no-jail",
+            "run",
+            "--kernel",
+            "k",
+            "--initrd=a",
+            "--initrd",
+            "b",
+            "--cmdline",
+            "x y",
+            "--cpus",
+            "8",
+            "--memory",
+            "5120",
+            "--disk",
+            "d.raw,serial=S1,readonly",
+            "--disk",
+            "o.qcow2,format=qcow2,backing=base",
+            "--tap",
+            "t0,mac=02:00:00:00:00:0a,mtu=9000",
+            "--vsock-cid",
+            "3",
+            "--rng",
+            "--balloon",
+            "--user",
+            "1000:2000",
+            "--no-jail",
         ]);
         let Ok(Command::Run(run)) = command else { panic!("{command:?}") };
         assert_eq!((run.initramfs.len(), run.cpus, run.memory_mib, run.jail), (2, 8, 5120, false));

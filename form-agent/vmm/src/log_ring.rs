@@ -109,9 +109,8 @@ impl Writer {
         let capacity = capacity_of(file)?;
         let length = usize::try_from(HEADER + capacity).map_err(|_| LogRingError::Capacity(capacity))?;
         // SAFETY: a new shared mapping at an address of the kernel's choice; `capacity_of` checked that the file is `length` long.
-        let base = unsafe {
-            libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd(), 0)
-        };
+        let base =
+            unsafe { libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd(), 0) };
         if base == libc::MAP_FAILED {
             return Err(LogRingError::Io { context: "mapped", source: io::Error::last_os_error() });
         }

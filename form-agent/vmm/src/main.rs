@@ -36,10 +36,10 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    if let Some((config, fds)) = boot {
-        if let Err(error) = server.boot(&config, fds) {
-            return server.fail(&error);
-        }
+    if let Some((config, fds)) = boot
+        && let Err(error) = server.boot(&config, fds)
+    {
+        return server.fail(&error);
     }
     server.run()
 }

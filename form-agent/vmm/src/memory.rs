@@ -33,8 +33,11 @@ pub fn map(layout: &Layout) -> Result<GuestMemoryMmap, MemoryError> {
     for (start, bytes) in layout.ram() {
         let size = usize::try_from(bytes).map_err(|_| MemoryError::Overflow { start })?;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let mapping = MmapRegion::build(None, size, libc::PROT_READ | libc::PROT_WRITE, flags)
-            .map_err(|source| MemoryError::Map { start, bytes, source })?;
+        let mapping = MmapRegion::build(None, size, libc::PROT_READ | libc::PROT_WRITE, flags).map_err(|source| MemoryError::Map {
+            start,
+            bytes,
+            source,
+        })?;
         // SAFETY: the range is the mapping just made; MADV_DONTDUMP changes nothing but core dumps.
         if unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_DONTDUMP) } != 0 {
             return Err(MemoryError::Advise(io::Error::last_os_error()));

@@ -3,8 +3,9 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable::NotCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule,
-    IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Store, ZERO,
+    AddressSpace, AddressSpaceCacheable::NotCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule,
+    FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path,
+    ResourceTemplate, Store, ZERO,
 };
 
 use super::table;
@@ -82,11 +83,8 @@ fn serial(body: &mut Vec<u8>) {
 }
 
 fn power_button(body: &mut Vec<u8>) {
-    Device::new(
-        "_SB_.PWRB".into(),
-        vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &ZERO)],
-    )
-    .to_aml_bytes(body);
+    Device::new("_SB_.PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &ZERO)])
+        .to_aml_bytes(body);
 }
 
 fn events(body: &mut Vec<u8>) {

@@ -80,12 +80,7 @@ fn load_kernel(memory: &GuestMemoryMmap, kernel: &mut File) -> Result<(u64, u64)
 }
 
 /// Segments go one behind the other, each padded with zeros to four bytes, to the top of low memory.
-fn load_initramfs(
-    memory: &GuestMemoryMmap,
-    layout: &Layout,
-    segments: &mut [File],
-    kernel_end: u64,
-) -> Result<Option<Extent>, BootError> {
+fn load_initramfs(memory: &GuestMemoryMmap, layout: &Layout, segments: &mut [File], kernel_end: u64) -> Result<Option<Extent>, BootError> {
     let mut sizes = Vec::with_capacity(segments.len());
     for (segment, file) in segments.iter().enumerate() {
         let length = file.metadata().map_err(|source| BootError::InitramfsRead { segment, source })?.len();
@@ -96,9 +91,7 @@ fn load_initramfs(
     for (segment, (file, size)) in segments.iter_mut().zip(sizes).enumerate() {
         std::io::Seek::rewind(file).map_err(|source| BootError::InitramfsRead { segment, source })?;
         let count = usize::try_from(size).map_err(|_| BootError::InitramfsSpace { bytes: size, kernel_end })?;
-        memory
-            .read_exact_volatile_from(GuestAddress(at), file, count)
-            .map_err(|source| BootError::InitramfsPlace { segment, source })?;
+        memory.read_exact_volatile_from(GuestAddress(at), file, count).map_err(|source| BootError::InitramfsPlace { segment, source })?;
         at += size.next_multiple_of(4);
     }
     Ok(Some(extent))

@@ -113,8 +113,7 @@ const BLOCK: &[i64] = &[
 ];
 
 /// Connected stream sockets.
-const STREAMS: &[i64] =
-    &[libc::SYS_sendto, libc::SYS_sendmsg, libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_shutdown];
+const STREAMS: &[i64] = &[libc::SYS_sendto, libc::SYS_sendmsg, libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_shutdown];
 
 /// Connections that come in, and threads.
 const MAIN: &[i64] = &[libc::SYS_accept4, libc::SYS_clone3, libc::SYS_clone, libc::SYS_prctl, libc::SYS_getsockopt];
@@ -164,8 +163,16 @@ const TUN_SET_OFFLOAD: u64 = 0x4004_54D0;
 const TUN_SET_VNET_HEADER: u64 = 0x4004_54D8;
 /// `FIONBIO`, as the standard library sets sockets non-blocking.
 const FILE_NON_BLOCKING: u64 = 0x5421;
-const MAIN_IOCTLS: &[u64] =
-    &[KVM_IRQFD, KVM_IOEVENTFD, KVM_SET_GSI_ROUTING, KVM_GET_CLOCK, KVM_GET_IRQCHIP, TUN_SET_OFFLOAD, TUN_SET_VNET_HEADER, FILE_NON_BLOCKING];
+const MAIN_IOCTLS: &[u64] = &[
+    KVM_IRQFD,
+    KVM_IOEVENTFD,
+    KVM_SET_GSI_ROUTING,
+    KVM_GET_CLOCK,
+    KVM_GET_IRQCHIP,
+    TUN_SET_OFFLOAD,
+    TUN_SET_VNET_HEADER,
+    FILE_NON_BLOCKING,
+];
 
 fn compile(lists: &[&[i64]], ioctls: &[u64], pairs: bool) -> Result<BpfProgram, BackendError> {
     let mut rules: Rules = lists.iter().flat_map(|list| list.iter()).map(|call| (*call, Vec::new())).collect();

@@ -106,8 +106,8 @@ impl Machine {
         let exit = Arc::new(ExitSlot::new().map_err(|source| MachineError::Io { context: "make an eventfd", source })?);
         let (serial, power) = (Arc::clone(&bus.serial), Arc::clone(&bus.power));
         let around = Surroundings { bus: Arc::new(bus), exit: Arc::clone(&exit) };
-        let vcpus = Vcpus::start(vcpus, msr_indices, &around)
-            .map_err(|source| MachineError::Io { context: "start the vCPU threads", source })?;
+        let vcpus =
+            Vcpus::start(vcpus, msr_indices, &around).map_err(|source| MachineError::Io { context: "start the vCPU threads", source })?;
         Ok(Machine {
             vm,
             vcpus,
@@ -216,4 +216,3 @@ impl Machine {
 pub(crate) fn lock(device: &Mutex<VirtioPci>) -> std::sync::MutexGuard<'_, VirtioPci> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
-

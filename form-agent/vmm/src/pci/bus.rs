@@ -207,9 +207,11 @@ fn lock(device: &Device) -> std::sync::MutexGuard<'_, dyn PciDevice + 'static> {
 mod tests {
     use super::*;
 
+    type Writes = Arc<Mutex<Vec<(u64, Vec<u8>)>>>;
+
     struct Probe {
         config: ConfigSpace,
-        written: Arc<Mutex<Vec<(u64, Vec<u8>)>>>,
+        written: Writes,
     }
 
     impl PciDevice for Probe {
@@ -230,7 +232,7 @@ mod tests {
         }
     }
 
-    fn bus() -> (PciBus, Arc<Mutex<Vec<(u64, Vec<u8>)>>>) {
+    fn bus() -> (PciBus, Writes) {
         let bus = PciBus::default();
         let mut config = ConfigSpace::new(Identity { device: 7, ..HOST_BRIDGE });
         config.set_bar(0x10_0000, 0x1000);

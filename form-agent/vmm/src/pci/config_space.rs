@@ -139,10 +139,9 @@ impl ConfigSpace {
         if saved.len() != SIZE {
             return Err("configuration space of another size");
         }
-        for at in 0..SIZE {
-            if (saved[at] ^ self.bytes[at]) & !self.writable[at] != 0 {
-                return Err("configuration space of another device");
-            }
+        let fixed_part_differs = |((saved, ours), writable): ((&u8, &u8), &u8)| (saved ^ ours) & !writable != 0;
+        if saved.iter().zip(&self.bytes).zip(&self.writable).any(fixed_part_differs) {
+            return Err("configuration space of another device");
         }
         self.bytes.copy_from_slice(saved);
         Ok(())

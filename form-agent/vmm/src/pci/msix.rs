@@ -270,8 +270,7 @@ pub(crate) mod tests {
     fn rig() -> Rig {
         let router = Arc::new(FakeRouter::default());
         let msix = Msix::new(3, Arc::clone(&router) as Arc<dyn Router>);
-        let mut config =
-            ConfigSpace::new(Identity { vendor: 1, device: 2, revision: 0, class: 0, subsystem_vendor: 0, subsystem: 0 });
+        let mut config = ConfigSpace::new(Identity { vendor: 1, device: 2, revision: 0, class: 0, subsystem_vendor: 0, subsystem: 0 });
         let at = msix.add_capability(&mut config, 0x4000, 0x5000);
         Rig { msix, router, config, at }
     }

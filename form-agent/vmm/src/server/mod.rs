@@ -199,10 +199,9 @@ impl Server {
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
         // A peer that went away meanwhile is no error.
-        if let Ok(socket) = rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-            if self.connections.len() < MAX_CONNECTIONS {
-                self.connections.push(Arc::new(Channel::new(socket)));
-            }
+        match rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) if self.connections.len() < MAX_CONNECTIONS => self.connections.push(Arc::new(Channel::new(socket))),
+            Ok(_) | Err(_) => {}
         }
     }
 

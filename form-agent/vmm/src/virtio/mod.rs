@@ -1,15 +1,15 @@
 //! The contract between a virtio device and its transport (virtio 1.2, sections 2 and 3).
 
-pub mod task;
+pub mod balloon;
+pub mod block;
 pub mod chain;
 pub mod features;
 pub mod iovec;
 pub mod net;
-pub mod ring;
-pub mod balloon;
-pub mod block;
-pub mod rng;
 pub mod pci;
+pub mod ring;
+pub mod rng;
+pub mod task;
 #[cfg(test)]
 mod testing;
 pub mod vsock;

@@ -15,6 +15,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
 use form_vmm::control::{ClientError, ErrorKind, ExitReason, VmState};
+use form_vmm::descriptors::Descriptors;
+use form_vmm::machine::state::MachineState;
+use form_vmm::machine::{Machine, Prepared};
 
 use vm::{Shape, Vm, shape};
 
@@ -180,4 +183,44 @@ fn a_killed_process_leaves_its_log_and_an_empty_record() {
     assert_eq!((status.signal(), record), (Some(9), None));
     assert!(vm.log().contains("READY"));
     assert!(matches!(vm.client().status(), Err(ClientError::Gone)));
+}
+
+#[test]
+#[ignore = "boots a guest: FORM_TEST_KVM=1"]
+fn a_paused_vm_can_be_saved_and_its_vcpus_set_up_again() {
+    wanted();
+    let (config, fds) =
+        vm::standalone_parts(&Shape { vcpus: 2, disk_mib: Some(8), ..shape("insmod_virtio virtio_blk; echo READY; sleep 1000") });
+    let hypervisor = kvm_ioctls::Kvm::new().unwrap();
+    let prepared = Prepared::new(&config, &mut Descriptors::new(fds)).unwrap();
+    let machine = Machine::start(prepared).unwrap();
+    machine.resume();
+    let attached = machine.serial().attached();
+    attached.set_active(true);
+    let mut printed = Vec::new();
+    let start = std::time::Instant::now();
+    while !String::from_utf8_lossy(&printed).contains("READY") {
+        assert!(start.elapsed() < Duration::from_secs(150), "{}", String::from_utf8_lossy(&printed));
+        machine.activate_devices();
+        printed.extend(attached.take());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    machine.pause();
+    let json = serde_json::to_string(&machine.save().unwrap()).unwrap();
+    let state: MachineState = serde_json::from_str(&json).unwrap();
+    assert_eq!((state.vcpus.len(), state.devices.len(), state.devices[0].0.as_str()), (2, 1, "root"));
+    // The guest's driver is at work: its queue has indices.
+    assert!(state.devices[0].1.common.queues[0].next_used > 0, "{json}");
+
+    let other = hypervisor.create_vm().unwrap();
+    other.create_irq_chip().unwrap();
+    form_vmm::machine::state::restore_chips(&other, &state.chips).unwrap();
+    for (id, saved) in (0..).zip(&state.vcpus) {
+        let vcpu = other.create_vcpu(id).unwrap();
+        form_vmm::cpu::state::restore(&vcpu, saved).unwrap();
+        let indices: Vec<u32> = saved.msrs.iter().map(|msr| msr.index).collect();
+        let again = form_vmm::cpu::state::save(&vcpu, &indices).unwrap();
+        assert_eq!((again.regs, again.mp_state, again.xcrs), (saved.regs, saved.mp_state, saved.xcrs));
+        assert_eq!(again.sregs.cr3, saved.sregs.cr3);
+    }
 }

@@ -82,47 +82,7 @@ impl Vm {
     }
 
     pub fn try_boot(&self, shape: &Shape) -> Result<(), ClientError> {
-        let mut fds: Vec<OwnedFd> = Vec::new();
-        let mut add = |file: File| {
-            fds.push(file.into());
-            Fd(fds.len() as u16 - 1)
-        };
-        let kernel = match shape.kernel_bytes {
-            Some(bytes) => self.file("kernel", bytes),
-            None => File::open(guest::kernel()).unwrap(),
-        };
-        let [base, init] = guest::initramfs(&shape.script);
-        let root = rustix::process::geteuid().is_root();
-        let disks = shape.disk_mib.map(|mib| {
-            let disk = self.file("disk", &[]);
-            disk.set_len(mib << 20).unwrap();
-            DiskConfig {
-                id: "root".into(),
-                serial: "TEST-SERIAL".into(),
-                format: DiskFormat::Raw,
-                file: add(disk),
-                backing: Vec::new(),
-                read_only: false,
-            }
-        });
-        let log = self.file("log", &[]);
-        log_ring::create(&log, 256 * 1024).unwrap();
-        let config = VmConfig {
-            vcpus: shape.vcpus,
-            memory_mib: shape.memory_mib,
-            kvm: add(File::options().read(true).write(true).open("/dev/kvm").unwrap()),
-            kernel: add(kernel),
-            initramfs: vec![add(self.file("base", &base)), add(self.file("init", &init))],
-            cmdline: format!("console=ttyS0 quiet panic=-1 {}", shape.cmdline),
-            disks: disks.into_iter().collect(),
-            networks: Vec::new(),
-            vsock_cid: None,
-            rng: shape.rng,
-            balloon: shape.balloon,
-            console_log: Some(add(log)),
-            exit_record: Some(add(self.file("record", &[]))),
-            jail: JailConfig { uid: shape.user, gid: shape.user, namespaces: root, seccomp: true, landlock: true },
-        };
+        let (config, fds) = parts(shape, self.directory.path(), true);
         let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         self.client.boot(&config, &borrowed)
     }
@@ -233,13 +193,65 @@ impl Vm {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
+}
 
-    fn file(&self, name: &str, content: &[u8]) -> File {
-        let path = self.directory.path().join(name);
-        let mut file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
-        file.write_all(content).unwrap();
-        file
-    }
+/// Configuration and descriptors of a VM that runs in this very process, without a jail.
+pub fn standalone_parts(shape: &Shape) -> (VmConfig, Vec<OwnedFd>) {
+    let directory = tempfile::tempdir().unwrap();
+    // The files live on through their descriptors.
+    parts(shape, directory.path(), false)
+}
+
+fn parts(shape: &Shape, directory: &Path, jailed: bool) -> (VmConfig, Vec<OwnedFd>) {
+    let mut fds: Vec<OwnedFd> = Vec::new();
+    let mut add = |file: File| {
+        fds.push(file.into());
+        Fd(fds.len() as u16 - 1)
+    };
+    let kernel = match shape.kernel_bytes {
+        Some(bytes) => file(directory, "kernel", bytes),
+        None => File::open(guest::kernel()).unwrap(),
+    };
+    let [base, init] = guest::initramfs(&shape.script);
+    let root = rustix::process::geteuid().is_root();
+    let disks = shape.disk_mib.map(|mib| {
+        let disk = file(directory, "disk", &[]);
+        disk.set_len(mib << 20).unwrap();
+        DiskConfig {
+            id: "root".into(),
+            serial: "TEST-SERIAL".into(),
+            format: DiskFormat::Raw,
+            file: add(disk),
+            backing: Vec::new(),
+            read_only: false,
+        }
+    });
+    let log = file(directory, "log", &[]);
+    log_ring::create(&log, 256 * 1024).unwrap();
+    let config = VmConfig {
+        vcpus: shape.vcpus,
+        memory_mib: shape.memory_mib,
+        kvm: add(File::options().read(true).write(true).open("/dev/kvm").unwrap()),
+        kernel: add(kernel),
+        initramfs: vec![add(file(directory, "base", &base)), add(file(directory, "init", &init))],
+        cmdline: format!("console=ttyS0 quiet panic=-1 {}", shape.cmdline),
+        disks: disks.into_iter().collect(),
+        networks: Vec::new(),
+        vsock_cid: None,
+        rng: shape.rng,
+        balloon: shape.balloon,
+        console_log: Some(add(log)),
+        exit_record: Some(add(file(directory, "record", &[]))),
+        jail: JailConfig { uid: shape.user, gid: shape.user, namespaces: jailed && root, seccomp: jailed, landlock: jailed },
+    };
+    (config, fds)
+}
+
+fn file(directory: &Path, name: &str, content: &[u8]) -> File {
+    let path = directory.join(name);
+    let mut file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
+    file.write_all(content).unwrap();
+    file
 }
 
 impl Drop for Vm {

@@ -96,7 +96,7 @@ impl Common {
             [value] if offset == 20 => return self.write_status(value),
             [a, b] => self.write_word(offset, u16::from_le_bytes([a, b])),
             [a, b, c, d] => self.write_double(offset, u32::from_le_bytes([a, b, c, d])),
-            [a, b, c, d, e, f, g, h] if (32..56).contains(&offset) && offset % 8 == 0 => {
+            [a, b, c, d, e, f, g, h] if (32..56).contains(&offset) && offset.is_multiple_of(8) => {
                 self.write_double(offset, u32::from_le_bytes([a, b, c, d]));
                 self.write_double(offset + 4, u32::from_le_bytes([e, f, g, h]));
             }

@@ -311,12 +311,12 @@ impl VirtioPci {
 
 impl PciDevice for VirtioPci {
     fn read_config(&mut self, register: u16) -> u32 {
-        if usize::from(register) == self.access_at + 16 {
-            if let Some((offset, length)) = self.access_window() {
-                let mut data = [0u8; 4];
-                self.read_memory(offset, &mut data[..length]);
-                return u32::from_le_bytes(data);
-            }
+        if usize::from(register) == self.access_at + 16
+            && let Some((offset, length)) = self.access_window()
+        {
+            let mut data = [0u8; 4];
+            self.read_memory(offset, &mut data[..length]);
+            return u32::from_le_bytes(data);
         }
         self.config.read(register)
     }
@@ -330,10 +330,10 @@ impl PciDevice for VirtioPci {
         if start < self.msix_at + 4 && end > self.msix_at + 2 && self.interrupt.msix.control_written(&self.config, self.msix_at).is_err() {
             self.fail();
         }
-        if start == self.access_at + 16 {
-            if let Some((target, length)) = self.access_window().filter(|(_, length)| *length <= data.len()) {
-                self.write_memory(target, &data[..length]);
-            }
+        if start == self.access_at + 16
+            && let Some((target, length)) = self.access_window().filter(|(_, length)| *length <= data.len())
+        {
+            self.write_memory(target, &data[..length]);
         }
     }
 
@@ -366,11 +366,7 @@ impl PciDevice for VirtioPci {
                     let _ = kick.write(1);
                 }
             }
-            MSIX_TABLE..MSIX_PENDING => {
-                if self.interrupt.msix.write_table(offset - MSIX_TABLE, data).is_err() {
-                    self.fail();
-                }
-            }
+            MSIX_TABLE..MSIX_PENDING if self.interrupt.msix.write_table(offset - MSIX_TABLE, data).is_err() => self.fail(),
             _ => {}
         }
     }
