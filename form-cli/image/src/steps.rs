@@ -22,7 +22,8 @@ const ENTER: &str = r#"
 umask 022
 lower=$1 space=$2 workdir=$3 real=$4 count=$5; shift 5
 mount -t overlay overlay -o "lowerdir=$lower,upperdir=$space/tree,workdir=$space/work,userxattr" "$space/mnt"
-cd "$space/mnt"
+# Not by its full path: what is above the layers may be closed to root inside (a home directory of mode 0700).
+cd -P "$space/mnt"
 mkdir -p "./$real" proc dev run
 mount -t proc -o nosuid,nodev,noexec proc proc 2>/dev/null || mount --rbind /proc proc
 mount -t tmpfs -o nosuid,mode=0755,size=1m tmpfs dev
