@@ -76,6 +76,8 @@ pub fn claim(agent: &Agent, parts: &Parts, body: &Bytes) -> Result<Caller, ApiEr
 
 fn verify(agent: &Agent, parts: &Parts, body: &Bytes, is_claim: bool) -> Result<Caller, ApiError> {
     let path = parts.uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+    // An exec has no body: what it signs is the header that says what to run.
+    let body = sign::signed_bytes(&parts.headers, body);
     let text = std::str::from_utf8(body).map_err(|_| ApiError::new(ErrorCode::Invalid, "the body is not UTF-8"))?;
     let now = Timestamp::now();
     let (actor, header) = match parts.extensions.get::<Peer>() {
