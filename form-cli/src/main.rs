@@ -9,6 +9,7 @@ mod deploy;
 mod failure;
 mod formfile_source;
 mod operation;
+mod sandbox;
 mod session;
 mod ui;
 mod vm_view;

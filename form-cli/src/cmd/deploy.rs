@@ -13,6 +13,7 @@ use crate::{
     deploy::{build::BuildArgs, plan_view, prepare, upload},
     failure::{Failure, Outcome},
     operation::settle,
+    sandbox,
     session::Session,
     vm_view,
 };
@@ -30,7 +31,6 @@ const PATIENCE: Duration = Duration::from_secs(10 * 60);
 pub async fn run(args: Args, session: &Session) -> Outcome {
     let client = session.client()?;
     let prepared = prepare(session, &client, &args.build).await?;
-    upload(session, &client, &prepared).await?;
     let request = &prepared.request;
     let name = &request.spec.name;
     let plan = client.plan(request).await?;
@@ -40,10 +40,12 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
         if matches!(vm.state, VmState::Stopped | VmState::Failed) {
             session.terminal.warn(format!("{name} is {}; `form vm start {name}` starts it", vm.state.as_str()));
         }
+        sandbox::publish(session, &client).await;
         return show(session, &vm);
     }
     session.terminal.note(plan_view::text(&plan, &session.terminal).trim_end());
     session.terminal.confirm("Go on?")?;
+    upload(session, &client, &prepared).await?;
 
     let key = IdempotencyKey::random().map_err(|error| Failure::failed(format!("no randomness: {error}")))?;
     let operation = settle(session, &client, client.deploy(request, key).await?).await?;
@@ -51,6 +53,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
         session.terminal.done(&operation, name.as_str(), &format!("{name}: {}", operation.status.as_str()))?;
         return Ok(0);
     }
+    sandbox::publish(session, &client).await;
     let vm = ready(session, &client, &prepared.request).await?;
     show(session, &vm)
 }

@@ -15,6 +15,7 @@ mod init;
 pub mod key;
 pub mod op;
 mod plan;
+pub mod sandbox;
 mod version;
 pub mod vm;
 mod wait;
@@ -58,6 +59,9 @@ pub enum Command {
     /// Contexts: which hosts commands talk to
     #[command(subcommand)]
     Context(context::Verb),
+    /// Sandboxes: throw-away hosts on this machine
+    #[command(subcommand)]
+    Sandbox(sandbox::Verb),
     Completion(completion::Args),
     Version(version::Args),
     #[command(hide = true)]
@@ -86,6 +90,7 @@ impl Command {
             Self::Op(verb) => verb.run(session).await,
             Self::Key(verb) => verb.run(session),
             Self::Context(verb) => verb.run(session),
+            Self::Sandbox(verb) => verb.run(session).await,
             Self::Completion(args) => completion::run(&args, session),
             Self::Version(args) => version::run(&args, session).await,
             Self::Generate(args) => generate::run(&args, session),

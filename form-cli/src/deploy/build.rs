@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use form_image::{
@@ -15,7 +16,7 @@ use crate::{
     failure::Failure,
     formfile_source::Source,
     session::Session,
-    ui::{Step, bytes},
+    ui::{Step, bytes, printable},
 };
 
 /// What to build, and how.
@@ -146,13 +147,14 @@ async fn observed<T: Send + 'static>(
 ) -> Result<T, Failure> {
     let (sender, mut events) = mpsc::unbounded_channel();
     let task = tokio::task::spawn_blocking(move || work(&mut Forward(sender)));
-    let mut view = View { session, step: None };
+    let mut view = View { session, coming: None, step: None };
     loop {
         tokio::select! {
             event = events.recv() => match event {
                 Some(event) => view.show(event),
                 None => break,
             },
+            () = tokio::time::sleep(LET_CACHE_ANSWER), if view.coming.is_some() => view.begin(),
             _ = tokio::signal::ctrl_c() => cancel.cancel(),
         }
     }
@@ -163,25 +165,40 @@ async fn observed<T: Send + 'static>(
     }
 }
 
+/// How long a step may keep silent before it is shown as begun: one that the cache answers is one line, not two.
+const LET_CACHE_ANSWER: Duration = Duration::from_millis(150);
+
 struct View<'a> {
     session: &'a Session,
+    /// Begun and not yet shown.
+    coming: Option<String>,
     step: Option<Step<'a>>,
 }
 
 impl View<'_> {
     fn show(&mut self, event: Event) {
+        if matches!(event, Event::Cached)
+            && let Some(text) = self.coming.take()
+        {
+            return self.session.terminal.note(format!("{text}: cached"));
+        }
+        self.begin();
         match event {
             Event::Waiting => self.session.terminal.note("waiting for another build to end"),
-            Event::Started { index, total, text } => {
-                self.step = Some(self.session.terminal.step(format!("[{index}/{total}] {}", first_line(&text))))
-            }
+            Event::Started { index, total, text } => self.coming = Some(format!("[{index}/{total}] {}", first_line(&text))),
             Event::Output(line) => match &self.step {
                 Some(step) => step.line(&line),
-                None => self.session.terminal.note(format!("  {}", crate::ui::printable(&line))),
+                None => self.session.terminal.note(format!("  {}", printable(&line))),
             },
             Event::Cached => self.end("cached"),
             Event::Finished { changed_bytes } => self.end(&format!("{} changed", bytes(changed_bytes))),
             Event::Failed => self.step = None,
+        }
+    }
+
+    fn begin(&mut self) {
+        if let Some(text) = self.coming.take() {
+            self.step = Some(self.session.terminal.step(text));
         }
     }
 

@@ -27,11 +27,11 @@ use form_types::Name;
 use rustix::fs::FlockOperation;
 
 pub use self::{
-    forward::publish,
-    image::{HOST_FORMFILE, HostImage, build as build_host_image},
-    machine::{Machine, make, remove_context, start, wait_until_it_answers, write_context},
+    forward::{publish, publish_of},
+    image::{HostImage, build as build_host_image},
+    machine::{Machine, make, remove_context, require_programs, start, wait_until_it_answers, write_context},
     process::{State, stop},
-    qemu::Accelerator,
+    qemu::{Accelerator, DISK},
     record::Record,
 };
 use crate::{

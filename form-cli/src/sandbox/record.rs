@@ -69,8 +69,9 @@ impl Record {
     /// # Errors
     /// When the file was changed by hand.
     pub fn host_key(&self) -> Result<SecretKey, Failure> {
-        SecretKey::from_hex(&self.host_key)
-            .map_err(|error| Failure::failed(format!("the sandbox's key is damaged: {error}")).hint("`form sandbox down` removes the sandbox"))
+        SecretKey::from_hex(&self.host_key).map_err(|error| {
+            Failure::failed(format!("the sandbox's key is damaged: {error}")).hint("`form sandbox down` removes the sandbox")
+        })
     }
 
     /// # Errors

@@ -16,7 +16,7 @@ impl Terminal {
             return Ok(());
         }
         if !self.can_ask() {
-            return Err(Failure::usage(format!("{question} Nobody can be asked here"))
+            return Err(Failure::usage(format!("this wants an answer, and nobody can be asked here: {question}"))
                 .hint("answer with the flag `-y`, or set FORM_YES=true in the environment"));
         }
         let answer =

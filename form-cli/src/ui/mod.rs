@@ -240,14 +240,12 @@ impl Terminal {
 
     /// Reports why the program fails: for people in lines, with `-o json` as JSON, always on standard error.
     pub fn failure(&self, failure: &Failure) {
-        if let Some(Tail { title, lines }) = &failure.tail {
-            if self.wishes.format != Format::Json {
-                self.error_line(&self.paint(Paint::Dim, &format!("--- {title}")));
-                for line in lines {
-                    self.error_line(&format!("  {}", printable(line)));
-                }
-                self.error_line(&self.paint(Paint::Dim, "---"));
+        if let Some(Tail { title, lines }) = failure.tail.as_ref().filter(|_| self.wishes.format != Format::Json) {
+            self.error_line(&self.paint(Paint::Dim, &format!("--- {title}")));
+            for line in lines {
+                self.error_line(&format!("  {}", printable(line)));
             }
+            self.error_line(&self.paint(Paint::Dim, "---"));
         }
         if self.wishes.format == Format::Json {
             let body = ErrorBody { error: failure.error.clone() };

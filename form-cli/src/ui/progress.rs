@@ -56,15 +56,18 @@ impl Step<'_> {
         let took = self.begun.elapsed();
         let result = match (result, took < Duration::from_millis(500)) {
             ("", true) => String::new(),
-            ("", false) => format!(" ({})", span(took)),
-            (result, true) => format!(": {result}"),
-            (result, false) => format!(": {result} ({})", span(took)),
+            ("", false) => format!("({})", span(took)),
+            (result, true) => printable(result),
+            (result, false) => format!("{} ({})", printable(result), span(took)),
         };
-        let mark = self.terminal.paint(Paint::Green, "✓");
-        if !self.terminal.progress.is_hidden() {
-            self.terminal.note(format!("{mark} {}{}", self.text, printable(&result)));
-        } else if !result.is_empty() {
-            self.terminal.note(format!("{}{}", self.text, printable(&result)));
+        if self.terminal.progress.is_hidden() {
+            // The step was said when it began; only what came of it is new.
+            if !result.is_empty() {
+                self.terminal.note(format!("  {result}"));
+            }
+        } else {
+            let mark = self.terminal.paint(Paint::Green, "✓");
+            self.terminal.note(format!("{mark} {} {result}", self.text).trim_end());
         }
     }
 }

@@ -6,6 +6,7 @@ use crate::{
     complete,
     failure::Outcome,
     operation::{each, settle},
+    sandbox,
     session::Session,
 };
 
@@ -25,9 +26,11 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     }
     let names: Vec<&str> = args.names.iter().map(Name::as_str).collect();
     session.terminal.confirm(&format!("Destroy {} and everything on the root disk?", names.join(", ")))?;
-    each(session, &args.names, async |name: Name| {
+    let outcome = each(session, &args.names, async |name: Name| {
         let operation = settle(session, &client, client.destroy(&name).await?).await?;
         session.terminal.done(&operation, name.as_str(), &format!("{name}: destroy{}", if operation.status.is_final() { "ed" } else { "" }))
     })
-    .await
+    .await;
+    sandbox::publish(session, &client).await;
+    outcome
 }
