@@ -1,1 +1,3 @@
-//! (being written)
+//! Tests of Formation as a whole: of the workspace's shape, and of the built programs.
+
+pub mod programs;

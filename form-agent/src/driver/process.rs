@@ -133,7 +133,9 @@ fn start_time(pid: i32) -> io::Result<u64> {
 
 fn pidfd(pid: i32) -> io::Result<AsyncFd<OwnedFd>> {
     let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
-    AsyncFd::register(pidfd_open(pid, PidfdFlags::NONBLOCK)?)
+    let descriptor = pidfd_open(pid, PidfdFlags::NONBLOCK)?;
+    // SAFETY: an `OwnedFd` keeps its descriptor open, and always the same one, until it is dropped with the `AsyncFd`.
+    Ok(unsafe { AsyncFd::register(descriptor) }?)
 }
 
 /// What a process is started with.

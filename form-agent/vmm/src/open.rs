@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -51,12 +51,14 @@ type Started = (Server, Option<(VmConfig, Vec<OwnedFd>)>);
 
 /// Takes over the listening socket that the parent left open.
 pub fn inherited_listener(fd: RawFd) -> Result<OwnedFd, OpenError> {
-    if fd < 3 {
-        return Err(OpenError::Listener(fd));
-    }
-    // SAFETY: the parent passed this descriptor for this program to own, and nothing else here knows it; that it is open is
-    // checked next, before anything is done with it.
-    let listener = unsafe { OwnedFd::from_raw_fd(fd) };
+    let listener = match fd {
+        // The simplest way to pass one descriptor: standard input, which nothing here reads in daemon mode.
+        0 => std::io::stdin().as_fd().try_clone_to_owned().map_err(|_| OpenError::Listener(fd))?,
+        ..3 => return Err(OpenError::Listener(fd)),
+        // SAFETY: the parent passed this descriptor for this program to own, and nothing else here knows it; that it is open is
+        // checked next, before anything is done with it.
+        3.. => unsafe { OwnedFd::from_raw_fd(fd) },
+    };
     let listening = rustix::net::sockopt::socket_acceptconn(&listener).unwrap_or(false);
     let seqpacket = rustix::net::sockopt::socket_type(&listener).is_ok_and(|kind| kind == SocketType::SEQPACKET);
     if listening && seqpacket {

@@ -1,0 +1,54 @@
+# The two commands of the README, and those that developing needs. Everything that they need is installed by them.
+
+PROFILE ?= dev
+CARGO_PROFILE_DIR = $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+TARGET = $(or $(CARGO_TARGET_DIR),target)
+STATIC = x86_64-unknown-linux-gnu
+DIST = $(TARGET)/dist/$(CARGO_PROFILE_DIR)
+
+.PHONY: demo test test-fast test-system check build packages install docs clean
+
+## demo: build, start a host, deploy examples/hello, show its answer
+demo: build
+	@DIST=$(DIST) examples/demo
+
+## test: everything, with real guests
+test: test-fast test-system
+
+## test-fast: unit tests, properties and golden output, in under two minutes once built
+test-fast: packages
+	cargo nextest run --workspace --profile fast
+
+## test-system: the built programs, in namespaces and with real guests under KVM
+test-system: build
+	@DIST=$(abspath $(DIST)) tests/run-system
+
+## check: what CI checks before it tests
+check:
+	cargo fmt --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	.ci/deny
+
+## build: the programs, laid out as they are installed, below $(DIST)
+build: packages
+	cargo build --profile $(PROFILE) -p form-cli -p form-agent -p form-vmm --bins
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --profile $(PROFILE) -p form-guest --bin form-guest --target $(STATIC)
+	@install -d $(DIST)/bin $(DIST)/lib/formation
+	@install -C -m 755 $(TARGET)/$(CARGO_PROFILE_DIR)/form $(TARGET)/$(CARGO_PROFILE_DIR)/form-agent $(DIST)/bin/
+	@install -C -m 755 $(TARGET)/$(CARGO_PROFILE_DIR)/form-vmm $(DIST)/lib/formation/
+	@install -C -m 755 $(TARGET)/$(STATIC)/$(CARGO_PROFILE_DIR)/form-guest $(DIST)/lib/formation/
+
+## packages: install the Debian packages that building, demo and tests need
+packages:
+	@.ci/packages
+
+## install: put a release build on this machine, with its systemd unit
+install:
+	$(MAKE) build PROFILE=release
+	install -d $(DESTDIR)/usr/local/bin $(DESTDIR)/usr/lib/formation $(DESTDIR)/etc/systemd/system
+	install -m 755 $(TARGET)/dist/release/bin/form $(TARGET)/dist/release/bin/form-agent $(DESTDIR)/usr/local/bin/
+	install -m 755 $(TARGET)/dist/release/lib/formation/form-vmm $(TARGET)/dist/release/lib/formation/form-guest $(DESTDIR)/usr/lib/formation/
+	install -m 644 docs/form-agent.service $(DESTDIR)/etc/systemd/system/
+
+clean:
+	cargo clean

@@ -1,0 +1,85 @@
+//! The built programs, as `make build` lays them out, run the way a user runs them.
+
+use std::{
+    ffi::OsStr,
+    path::PathBuf,
+    process::{Command, Output},
+};
+
+/// `bin/` and `lib/formation/` below `DIST`.
+pub struct Programs {
+    dist: PathBuf,
+    /// HOME of every command: what a test leaves behind is in it.
+    home: PathBuf,
+}
+
+/// What a command said and how it ended.
+#[derive(Debug)]
+pub struct Ran {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+    line: String,
+}
+
+impl Programs {
+    /// # Panics
+    /// Without `DIST`: `make test-system` sets it.
+    pub fn new(home: impl Into<PathBuf>) -> Self {
+        let dist = std::env::var_os("DIST").expect("DIST names the programs; run `make test-system`");
+        Self { dist: dist.into(), home: home.into() }
+    }
+
+    pub fn form<I: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = I>) -> Ran {
+        self.run(self.command("form", arguments))
+    }
+
+    pub fn command<I: AsRef<OsStr>>(&self, program: &str, arguments: impl IntoIterator<Item = I>) -> Command {
+        let mut command = Command::new(self.dist.join("bin").join(program));
+        command
+            .args(arguments)
+            .env("FORM_LIBRARY", self.dist.join("lib/formation"))
+            .env("XDG_CONFIG_HOME", self.home.join("config"))
+            .env("XDG_DATA_HOME", self.home.join("data"))
+            .env("NO_COLOR", "1")
+            .stdin(std::process::Stdio::null());
+        command
+    }
+
+    /// # Panics
+    /// When the program cannot be started.
+    pub fn run(&self, mut command: Command) -> Ran {
+        let line = format!("{command:?}").split(' ').skip_while(|word| word.contains('=')).collect::<Vec<_>>().join(" ");
+        let Output { status, stdout, stderr } = command.output().expect("the program starts");
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        let ran = Ran { code: status.code(), stdout: text(stdout), stderr: text(stderr), line };
+        // Shown by the test runner when the test fails, and read by a person then.
+        println!("$ {}\n{}{}[exit {:?}]", ran.line, ran.stdout, ran.stderr, ran.code);
+        ran
+    }
+}
+
+impl Ran {
+    /// # Panics
+    /// When the command failed.
+    #[must_use]
+    pub fn ok(self) -> Self {
+        self.exits(0)
+    }
+
+    /// # Panics
+    /// When it exited otherwise.
+    #[must_use]
+    pub fn exits(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "{}\n{}{}", self.line, self.stdout, self.stderr);
+        self
+    }
+
+    /// Standard output as JSON.
+    ///
+    /// # Panics
+    /// When it is none.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{}: {error}\n{}", self.line, self.stdout))
+    }
+}
