@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use seccompiler::SeccompCmpArgLen::{Dword, Qword};
+use seccompiler::SeccompCmpArgLen::Dword;
 use seccompiler::SeccompCmpOp::{Eq, MaskedEq};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
 
@@ -116,7 +116,7 @@ const BLOCK: &[i64] = &[
 const STREAMS: &[i64] = &[libc::SYS_sendto, libc::SYS_sendmsg, libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_shutdown];
 
 /// Connections that come in, and threads.
-const MAIN: &[i64] = &[libc::SYS_accept4, libc::SYS_clone3, libc::SYS_clone, libc::SYS_prctl, libc::SYS_getsockopt];
+const MAIN: &[i64] = &[libc::SYS_accept4, libc::SYS_clone3, libc::SYS_clone, libc::SYS_getsockopt];
 
 const KVM_RUN: u64 = 0xAE80;
 const KVM_KVMCLOCK_CTRL: u64 = 0xAEAD;
@@ -174,7 +174,7 @@ const MAIN_IOCTLS: &[u64] = &[
     FILE_NON_BLOCKING,
 ];
 
-fn compile(lists: &[&[i64]], ioctls: &[u64], pairs: bool) -> Result<BpfProgram, BackendError> {
+fn compile(lists: &[&[i64]], ioctls: &[u64], main: bool) -> Result<BpfProgram, BackendError> {
     let mut rules: Rules = lists.iter().flat_map(|list| list.iter()).map(|call| (*call, Vec::new())).collect();
     // PROT_EXEC is argument 2 of both.
     let not_executable = || SeccompCondition::new(2, Dword, MaskedEq(libc::PROT_EXEC as u64), 0);
@@ -188,9 +188,14 @@ fn compile(lists: &[&[i64]], ioctls: &[u64], pairs: bool) -> Result<BpfProgram, 
         let one = |request: &u64| SeccompRule::new(vec![SeccompCondition::new(1, Dword, Eq, *request)?]);
         rules.insert(libc::SYS_ioctl, ioctls.iter().map(one).collect::<Result<_, _>>()?);
     }
-    if pairs {
-        let unix = SeccompCondition::new(0, Qword, Eq, libc::AF_UNIX as u64)?;
+    if main {
+        let unix = SeccompCondition::new(0, Dword, Eq, libc::AF_UNIX as u64)?;
         rules.insert(libc::SYS_socketpair, vec![SeccompRule::new(vec![unix])?]);
+        // A new thread takes its name and enters its own, narrower filter.
+        let option = |option: libc::c_int| SeccompRule::new(vec![SeccompCondition::new(0, Dword, Eq, option as u64)?]);
+        rules.insert(libc::SYS_prctl, vec![option(libc::PR_SET_NAME)?, option(libc::PR_SET_NO_NEW_PRIVS)?, option(libc::PR_SET_VMA)?]);
+        let add_filter = SeccompCondition::new(0, Dword, Eq, u64::from(libc::SECCOMP_SET_MODE_FILTER))?;
+        rules.insert(libc::SYS_seccomp, vec![SeccompRule::new(vec![add_filter])?]);
     }
     SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }

@@ -116,6 +116,8 @@ fn a_device_thread_is_killed_for_what_it_must_not_do() {
             _ => WorkerKind::Balloon,
         };
         let what = what.to_owned();
+        // Device threads are made by the main thread, from within its own filter.
+        enter_main();
         // The kill takes the whole process, not just the thread.
         let thread = crate::virtio::worker::spawn(kind, "worker", move || act(&what)).unwrap();
         report(thread.join().and(Ok::<(), _>(())));

@@ -111,7 +111,8 @@ impl Vm {
     }
 
     pub fn await_log(&self, what: &str, seen: impl Fn(&str) -> bool) {
-        assert!(self.wait_for(|| seen(&self.log())), "the guest did not print {what}:\n{}", self.log());
+        let seen = self.wait_for(|| seen(&self.log()));
+        assert!(seen, "the guest did not print {what} (process: {:?}):\n{}", self.ended.get(), self.log());
     }
 
     pub fn await_metric(&self, what: &str, seen: impl Fn(&Metrics) -> bool) {
