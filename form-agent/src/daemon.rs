@@ -98,7 +98,7 @@ async fn open(paths: Paths) -> Result<Agent, Failure> {
         ipv6_prefix: Ipv6Prefix::for_cluster(&cluster),
         dns_upstreams: config.dns_upstreams.clone(),
     })?;
-    let name = config.name.clone().unwrap_or_else(machine::host_name);
+    let name = config.name.clone().or_else(machine::host_name).unwrap_or_else(|| identity.host_id().short());
     let operations = Operations::new(records, Arc::clone(&events));
     Ok(Agent::new(Parts { paths, config, identity, name, replica, store, network, events, operations, programs }))
 }

@@ -115,6 +115,11 @@ impl Fleet {
 
     /// Tells the driver to try again what it gave up.
     pub fn retry(&self, vm: &VmId) {
+        self.update(vm, |observed| {
+            if observed.gave_up {
+                *observed = Observed { boot: observed.boot, restarts: 0, ..Observed::new() };
+            }
+        });
         if let Some(handle) = self.drivers.lock().unwrap_or_else(PoisonError::into_inner).get(vm) {
             handle.retry.store(true, std::sync::atomic::Ordering::Release);
             handle.wake.notify_one();

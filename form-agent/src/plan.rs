@@ -11,10 +11,19 @@ pub fn plan(before: Option<&DeployRequest>, after: &DeployRequest) -> Plan {
         return Plan { vms: vec![planned] };
     };
     let changes = changes(before, after);
-    let replaces_disk = before.image != after.image || after.spec.resources.disk_gib < before.spec.resources.disk_gib;
+    let replaces_disk = replaces_disk(before, after);
     let action = if changes.is_empty() { PlanAction::Unchanged } else { PlanAction::Update };
     let loses = if replaces_disk { vec!["everything written to its root disk".to_owned()] } else { Vec::new() };
     Plan { vms: vec![PlannedVm { name, action, restarts: !changes.is_empty(), changes, loses }] }
+}
+
+/// Nothing to change, but what is there does not run: deploying it again means starting it again.
+pub fn try_again(plan: &mut Plan) {
+    for vm in &mut plan.vms {
+        vm.action = PlanAction::Update;
+        vm.restarts = true;
+        vm.changes.push(FieldChange { field: "state".to_owned(), from: Some("failed".to_owned()), to: Some("running".to_owned()) });
+    }
 }
 
 /// Whether the root disk is made anew from its image.

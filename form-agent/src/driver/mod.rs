@@ -88,6 +88,15 @@ enum Next {
     Wait,
 }
 
+const fn health_of(state: HealthState) -> Health {
+    match state {
+        HealthState::None => Health::None,
+        HealthState::Starting => Health::Starting,
+        HealthState::Healthy => Health::Healthy,
+        HealthState::Unhealthy => Health::Unhealthy,
+    }
+}
+
 impl Driver {
     pub fn new(agent: Arc<Agent>, id: VmId, wake: Arc<Notify>, retry: Arc<AtomicBool>) -> Self {
         Self { agent, id, wake, retry, running: None, failed_starts: 0, not_before: None, finished: None }
@@ -282,10 +291,12 @@ impl Driver {
                 self.failed_starts = 0;
                 let fault = report.faults.iter().find(|fault| fault.fatal).map(|fault| format!("{}: {}", fault.step, fault.message));
                 let failed = report.phase == Phase::Failed;
+                let health = health_of(report.health);
                 let guest = session::guest_report(*report);
                 self.agent.fleet.update(&self.id, |observed| {
                     observed.state = VmState::Running;
                     observed.ready = !failed;
+                    observed.health = health;
                     observed.fault = fault.clone();
                     observed.guest = Some(guest);
                     observed.gave_up = failed;
@@ -302,12 +313,7 @@ impl Driver {
     fn status(&mut self, status: &StatusReport) {
         let Some(running) = &mut self.running else { return };
         running.service_ended = Ending::of(status).or(running.service_ended.take());
-        let health = match status.health {
-            HealthState::None => Health::None,
-            HealthState::Starting => Health::Starting,
-            HealthState::Healthy => Health::Healthy,
-            HealthState::Unhealthy => Health::Unhealthy,
-        };
+        let health = health_of(status.health);
         let before = self.agent.fleet.observed(&self.id).map(|observed| observed.health);
         let service_fault = status.service.as_ref().and_then(|service| match service.phase {
             ServicePhase::Restarting => {
@@ -351,7 +357,7 @@ impl Driver {
                 running.service_ended = Ending::of(&status).or(running.service_ended.take());
             }
         }
-        running.process.reap();
+        let status = running.process.reap();
         let exit = running.process.directory.read_exit();
         let words = running.process.directory.last_words();
         let boot = running.process.record.boot;
@@ -359,8 +365,10 @@ impl Driver {
         let was_ready = running.deadline.is_none();
         self.clean_up().await;
         let reason = match exit.as_ref().map(|exit| (exit.reason, exit.message.clone().unwrap_or_default())) {
-            None if words.is_empty() => "the VM process was killed".to_owned(),
-            None => format!("the VM process was killed ({words})"),
+            None => {
+                let how = status.map_or_else(|| "was killed".to_owned(), |status| format!("ended unexpectedly ({status})"));
+                if words.is_empty() { format!("the VM process {how}") } else { format!("the VM process {how}: {words}") }
+            }
             Some((ExitReason::PowerOff, _)) => {
                 running.service_ended.as_ref().map_or_else(|| "the guest powered itself off".to_owned(), |ending| ending.words.clone())
             }

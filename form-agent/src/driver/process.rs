@@ -7,7 +7,7 @@ use std::{
         unix::process::CommandExt,
     },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, ExitStatus, Stdio},
 };
 
 use form_api::deploy::DeployRequest;
@@ -240,11 +240,9 @@ impl Process {
         let _ = pidfd_send_signal(self.pidfd.get_ref().as_fd(), Signal::KILL);
     }
 
-    /// Collects the exit status of a process that has ended.
-    pub fn reap(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.wait();
-        }
+    /// Collects the exit status of a process that has ended; none when another run of the agent started it.
+    pub fn reap(&mut self) -> Option<ExitStatus> {
+        self.child.take()?.wait().ok()
     }
 
     pub fn control(&self) -> PathBuf {
