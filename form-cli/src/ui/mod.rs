@@ -88,13 +88,13 @@ pub struct Terminal {
 
 impl Terminal {
     pub fn new(wishes: Wishes) -> Self {
-        let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
-            || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        let plain = dumb || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let width = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok()).or_else(|| {
             let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
             (size.ws_col > 0).then_some(usize::from(size.ws_col))
         });
-        let live = io::stderr().is_terminal() && !wishes.quiet;
+        let live = io::stderr().is_terminal() && !dumb && !wishes.quiet;
         let target = if live { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         Self {
             wishes,

@@ -17,6 +17,7 @@ pub struct Ran {
     pub err: String,
 }
 
+#[allow(dead_code, reason = "each test file uses its part")]
 impl Place {
     pub fn new() -> Self {
         Self { directory: tempfile::tempdir().unwrap() }

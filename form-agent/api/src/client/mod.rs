@@ -30,7 +30,7 @@ pub struct Timeouts {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { connect: Duration::from_secs(5), request: Duration::from_secs(60) }
+        Self { connect: Duration::from_secs(10), request: Duration::from_secs(60) }
     }
 }
 

@@ -1,0 +1,208 @@
+//! The commands that talk to a host, against an agent that answers as the test says.
+
+#[path = "support/agent.rs"]
+mod agent;
+mod support;
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    process::Stdio,
+};
+
+use agent::{Agent, ID, vm};
+use snapbox::{assert_data_eq, str};
+use support::{Place, Ran, ran};
+
+struct Setting {
+    place: Place,
+    agent: Agent,
+}
+
+impl Setting {
+    fn new() -> Self {
+        let vms = vec![vm("web", "running"), vm("slow", "pending"), vm("old", "stopped"), vm("bad", "failed")];
+        Self { place: Place::new(), agent: Agent::start(vms) }
+    }
+
+    fn run(&self, args: &[&str]) -> Ran {
+        ran(self.command(args).output().unwrap())
+    }
+
+    fn command(&self, args: &[&str]) -> std::process::Command {
+        let mut command = self.place.command(args);
+        command.env("FORM_HOST", self.agent.host());
+        command
+    }
+}
+
+#[test]
+fn vms_in_every_format() {
+    let setting = Setting::new();
+    assert_data_eq!(
+        setting.run(&["ps"]).out,
+        str![[r#"
+NAME  STATUS   IMAGE   ADDRESS   PORTS         AGE
+web   running  web:1   10.0.0.7  8080->80/tcp  [..]d
+slow  pending  slow:1  10.0.0.7  8080->80/tcp  [..]d
+old   stopped  old:1   10.0.0.7  8080->80/tcp  [..]d
+bad   failed   bad:1   10.0.0.7  8080->80/tcp  [..]d
+
+"#]]
+    );
+    let wide = setting.run(&["vm", "ls", "-o", "wide"]).out;
+    assert!(wide.contains("MEMORY") && wide.contains("512 MiB") && wide.contains("it broke"), "{wide}");
+    for args in [&["ps", "-o", "name"][..], &["ps", "-q"]] {
+        assert_eq!(setting.run(args).out, "web\nslow\nold\nbad\n");
+    }
+    let json: serde_json::Value = serde_json::from_str(&setting.run(&["ps", "-o", "json"]).out).unwrap();
+    assert_eq!(json[0]["name"], "web");
+    assert!(setting.run(&["ps", "-o", "yaml"]).out.starts_with("- id: "));
+    let mut narrow = setting.command(&["ps"]);
+    let narrow = ran(narrow.env("COLUMNS", "40").output().unwrap());
+    assert!(narrow.out.starts_with("web\n  status   running\n"), "{}", narrow.out);
+    assert!(narrow.out.lines().all(|line| line.chars().count() <= 40));
+}
+
+#[test]
+fn one_vm() {
+    let setting = Setting::new();
+    let run = setting.run(&["vm", "show", "vm/web"]);
+    assert!(run.code == 0 && run.out.contains("memory    512 MiB"), "{run:?}");
+    let run = setting.run(&["vm", "show", "nope"]);
+    assert_eq!(run.code, 3);
+    assert_data_eq!(
+        run.err,
+        str![[r#"
+error: there is no vm/nope
+hint: list them with `form ps`
+
+"#]]
+    );
+}
+
+#[test]
+fn logs_carry_no_escapes_and_end_with_their_reader() {
+    let setting = Setting::new();
+    assert_eq!(setting.run(&["logs", "web", "--tail", "1"]).out, "line 2\u{fffd}[31m\n");
+    assert_eq!(setting.run(&["logs", "web", "-o", "json"]).out.lines().count(), 3);
+    let mut child = setting.command(&["logs", "-f", "web"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut reader = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    drop(reader);
+    let status = child.wait().unwrap();
+    let mut err = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
+    assert_eq!((status.code(), err.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn exec_gives_the_commands_own_code() {
+    let setting = Setting::new();
+    let run = setting.run(&["exec", "web", "-u", "ada", "--", "ls", "-l"]);
+    assert_eq!((run.code, run.out.as_str(), run.err.as_str()), (42, "", "[\"ls\", \"-l\"] as Some(\"ada\")\n"));
+    let mut child =
+        setting.command(&["exec", "-i", "web", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"through and back").unwrap();
+    let run = ran(child.wait_with_output().unwrap());
+    assert_eq!((run.code, run.out.as_str()), (42, "through and back"));
+    let run = setting.run(&["exec", "web", "broken"]);
+    assert_eq!((run.code, run.err.as_str()), (125, "error: the guest does not answer\n"));
+    assert_eq!(setting.run(&["exec", "nope", "ls"]).code, 3);
+    let run = setting.run(&["exec", "-t", "web", "sh"]);
+    assert!(run.code == 2 && run.err.contains("no terminal"), "{run:?}");
+}
+
+#[test]
+fn waiting_ends_when_it_never_will_be() {
+    let setting = Setting::new();
+    let run = setting.run(&["wait", "vm/web", "--for=ready"]);
+    assert_eq!((run.code, run.out.as_str()), (0, "web: ready\n"));
+    let run = setting.run(&["wait", "vm/bad"]);
+    assert_eq!(run.code, 1);
+    assert_data_eq!(
+        run.err,
+        str![[r#"
+--- last lines of bad's log
+  line 0�[31m
+  line 1�[31m
+  line 2�[31m
+---
+error: bad will not be ready: it broke
+hint: `form logs bad --console` shows its boot, `form vm show bad` its state
+
+"#]]
+    );
+    let run = setting.run(&["vm", "wait", "slow", "--for", "running", "--timeout", "1"]);
+    assert_eq!(run.code, 6, "{run:?}");
+    assert_eq!(setting.run(&["wait", "vm/web", "--for=healthy"]).code, 1);
+    assert_eq!(setting.run(&["wait", "vm/nope"]).code, 3);
+}
+
+#[test]
+fn operations_end_in_one_of_four_ways() {
+    let setting = Setting::new();
+    assert_eq!(setting.run(&["vm", "start", "web"]).out, "web: started\n");
+    let run = setting.run(&["vm", "start", "old"]);
+    assert_eq!(run.code, 1);
+    assert!(run.err.contains("error: no memory is left\nhint: stop another VM\noperation: 0011"), "{}", run.err);
+    let run = setting.run(&["vm", "start", "slow", "--no-wait"]);
+    assert_eq!(run.code, 0);
+    assert!(run.err.contains(&format!("form op wait {ID}")), "{run:?}");
+    let run = setting.run(&["vm", "start", "slow", "--timeout", "1"]);
+    assert_eq!(run.code, 6, "{run:?}");
+    assert!(run.err.contains("making the root disk\n") && run.err.contains("the operation goes on"), "{run:?}");
+    assert_eq!(setting.run(&["vm", "start", "bad"]).code, 4);
+    assert_eq!(setting.run(&["vm", "start", "web", "old"]).code, 7);
+}
+
+#[test]
+fn ctrl_c_leaves_the_operation_going() {
+    let setting = Setting::new();
+    let child = setting.command(&["vm", "start", "slow"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let run = ran(child.wait_with_output().unwrap());
+    assert_eq!(run.code, 130);
+    assert!(run.err.contains(&format!("form op wait {ID}")), "{run:?}");
+}
+
+#[test]
+fn destroying_asks() {
+    let setting = Setting::new();
+    let run = setting.run(&["destroy", "web"]);
+    assert!(run.code == 2 && run.err.contains("Destroy web") && run.err.contains("FORM_YES"), "{run:?}");
+    assert_eq!(setting.run(&["destroy", "web", "-y"]).out, "web: destroyed\n");
+    assert_eq!(setting.run(&["vm", "rm", "web", "nope", "-y"]).code, 3);
+}
+
+#[test]
+fn live_names_are_completed() {
+    let setting = Setting::new();
+    let mut command = setting.command(&["--", "form", "logs", ""]);
+    let output = command.env("COMPLETE", "bash").env("_CLAP_COMPLETE_INDEX", "2").env("_CLAP_IFS", "\n").output().unwrap();
+    let run = ran(output);
+    for name in ["web", "slow", "old", "bad"] {
+        assert!(run.out.lines().any(|line| line == name), "{run:?}");
+    }
+}
+
+#[test]
+fn every_command_takes_every_format() {
+    let setting = Setting::new();
+    let help = setting.run(&["generate", setting.place.path("out").to_str().unwrap()]);
+    assert_eq!(help.code, 0);
+    let reference = setting.place.read("out/docs/cli.md");
+    let commands: Vec<Vec<&str>> =
+        reference.lines().filter_map(|line| line.strip_prefix("## form ")).map(|words| words.split(' ').collect()).collect();
+    assert!(commands.len() > 35, "{}", commands.len());
+    for command in commands {
+        for format in ["table", "wide", "json", "yaml", "name"] {
+            let run = setting.run(&[command.as_slice(), &["-o", format, "--help"]].concat());
+            assert_eq!(run.code, 0, "{command:?} -o {format}");
+        }
+        let refused = setting.run(&[command.as_slice(), &["-o", "xml"]].concat());
+        assert_eq!(refused.code, 2, "{command:?}");
+    }
+}

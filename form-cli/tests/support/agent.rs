@@ -1,0 +1,188 @@
+//! An agent that answers with what a test gives it, on a real Unix socket.
+
+use std::{path::PathBuf, sync::Arc};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{Path, Query, Request, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use form_api::{
+    ApiError, ErrorCode,
+    exec::{EXEC_HEADER, ExecRequest, Frame, HEADER},
+    server::{self, CancellationToken, Limits},
+    vm::LogsQuery,
+};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// A running agent; it ends when it is dropped.
+pub struct Agent {
+    pub socket: PathBuf,
+    shutdown: CancellationToken,
+    _directory: tempfile::TempDir,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+impl Agent {
+    pub fn start(vms: Vec<Value>) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("agent.sock");
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let shutdown = CancellationToken::new();
+        let _entered = runtime.enter();
+        server::unix(&socket, router(Arc::new(vms)), Limits::default(), shutdown.clone()).unwrap();
+        drop(_entered);
+        Self { socket, shutdown, _directory: directory, _runtime: runtime }
+    }
+
+    pub fn host(&self) -> String {
+        format!("unix:{}", self.socket.display())
+    }
+}
+
+pub const ID: &str = "00112233445566778899aabbccddeeff";
+
+pub fn vm(name: &str, state: &str) -> Value {
+    let digest = "ab".repeat(32);
+    json!({
+        "id": ID, "name": name, "host": ID, "host_name": "den", "image": format!("{name}:1"), "image_digest": digest, "state": state,
+        "ready": state == "running", "health": "none", "ipv4": "10.0.0.7", "ipv6": null, "dns_name": format!("{name}.default.form.internal"),
+        "ports": [{"port": 80, "protocol": "tcp", "host_port": 8080}], "vcpus": 1, "memory_mib": 512, "disk_gib": 5, "labels": {},
+        "created_at": "2026-01-01T00:00:00Z", "started_at": null, "restarts": 0, "fault": if state == "failed" { json!("it broke") } else { json!(null) }
+    })
+}
+
+fn detail(vm: &Value) -> Value {
+    let digest = "ab".repeat(32);
+    let spec = json!({
+        "name": vm["name"], "description": null, "from": "scratch", "args": {}, "steps": [],
+        "resources": {"vcpus": 1, "memory_mib": 512, "disk_gib": 5, "gpus": []}, "users": [], "run_as": null, "env": [], "workdir": null,
+        "entrypoint": ["/app"], "cmd": [], "ports": [], "volumes": [], "networks": ["default"], "replicas": 1,
+        "restart": {"policy": "always", "max_retries": null}, "healthcheck": null, "labels": {}, "model": null
+    });
+    json!({"vm": vm, "desired": {"spec": spec, "passwd_hashes": {}, "image": digest, "kernel": digest}, "guest": null})
+}
+
+fn operation(kind: &str, subject: &str, status: &str) -> Value {
+    let error =
+        json!({"code": "no-room", "message": "no memory is left", "hint": "stop another VM", "retryable": false, "operation": null});
+    json!({
+        "id": ID, "kind": kind, "subject": subject, "actor": "local:0", "idempotency_key": ID, "status": status,
+        "error": if status == "failed" { error } else { json!(null) }, "created_at": "2026-01-01T00:00:00Z", "started_at": null, "finished_at": null
+    })
+}
+
+type Vms = State<Arc<Vec<Value>>>;
+
+fn router(vms: Arc<Vec<Value>>) -> Router {
+    Router::new()
+        .route("/v1/vms", get(|State(vms): Vms| async move { axum::Json(Value::Array(vms.to_vec())) }))
+        .route("/v1/vms/{name}", get(show).delete(destroy))
+        .route("/v1/vms/{name}/start", post(start))
+        .route("/v1/vms/{name}/logs", get(logs))
+        .route("/v1/vms/{name}/exec", get(exec))
+        .route("/v1/operations/{id}", get(wait))
+        .route("/v1/events", get(events))
+        .with_state(vms)
+}
+
+fn find(vms: &[Value], name: &str) -> Result<Value, ApiError> {
+    let found = vms.iter().find(|vm| vm["name"] == name).cloned();
+    found.ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("there is no vm/{name}")).hint("list them with `form ps`"))
+}
+
+async fn show(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    Ok(axum::Json(detail(&find(&vms, &name)?)))
+}
+
+async fn destroy(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    find(&vms, &name)?;
+    Ok(axum::Json(operation("vm-destroy", &format!("vm/{name}"), "completed")))
+}
+
+/// Starting depends on the state that the VM is in: a stopped one fails, a pending one goes on for ever.
+async fn start(State(vms): Vms, Path(name): Path<String>) -> Result<Response, ApiError> {
+    let subject = format!("vm/{name}");
+    match find(&vms, &name)?["state"].as_str() {
+        Some("stopped") => Ok(axum::Json(operation("vm-start", &subject, "failed")).into_response()),
+        Some("pending") => Ok((StatusCode::ACCEPTED, axum::Json(operation("vm-start", &subject, "executing"))).into_response()),
+        Some("failed") => Err(ApiError::new(ErrorCode::NotAllowed, "not yours")),
+        _ => Ok(axum::Json(operation("vm-start", &subject, "completed")).into_response()),
+    }
+}
+
+async fn wait() -> axum::Json<Value> {
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    axum::Json(operation("vm-start", "vm/slow", "executing"))
+}
+
+async fn events() -> Response {
+    let event = json!({"cursor": 1, "at": "2026-01-01T00:00:00Z", "kind": "operation-step", "vm": "slow", "operation": ID, "message": "making the root disk"});
+    server::ndjson(futures_util::stream::iter([Ok::<_, ApiError>(event)]))
+}
+
+async fn logs(State(vms): Vms, Path(name): Path<String>, Query(query): Query<LogsQuery>) -> Result<Response, ApiError> {
+    find(&vms, &name)?;
+    let line = |number: usize| json!({"at": "2026-01-01T00:00:00Z", "stream": "stdout", "line": format!("line {number}\u{1b}[31m")});
+    let count = if query.follow { usize::MAX } else { 3 };
+    let from = 3usize.saturating_sub(query.tail.unwrap_or(3));
+    Ok(server::ndjson(futures_util::stream::iter((from..count).map(move |number| Ok::<_, ApiError>(line(number))))))
+}
+
+/// Runs nothing: says what it was asked, and gives standard input back.
+async fn exec(State(vms): Vms, Path(name): Path<String>, mut request: Request<Body>) -> Result<Response, ApiError> {
+    find(&vms, &name)?;
+    let asked = request.headers().get(EXEC_HEADER).unwrap().clone();
+    let (response, upgraded) = server::upgrade(&mut request, "form-exec")?;
+    tokio::spawn(async move {
+        let asked: ExecRequest = serde_json::from_slice(&base64_url(asked.as_bytes())).unwrap();
+        let Ok(mut tunnel) = upgraded.await else { return };
+        if asked.command[0] == "broken" {
+            let _ = tunnel.write_all(&Frame::Error("the guest does not answer".to_owned()).encode()).await;
+            return;
+        }
+        let said = format!("{:?} as {:?}\n", asked.command, asked.user);
+        let _ = tunnel.write_all(&Frame::Stderr(said.into_bytes()).encode()).await;
+        loop {
+            let mut header = [0; HEADER];
+            tunnel.read_exact(&mut header).await.unwrap();
+            let (kind, length) = Frame::parse_header(&header).unwrap();
+            let mut payload = vec![0; length];
+            tunnel.read_exact(&mut payload).await.unwrap();
+            match Frame::decode(kind, payload).unwrap() {
+                Frame::Stdin(bytes) => tunnel.write_all(&Frame::Stdout(bytes).encode()).await.unwrap(),
+                Frame::StdinClosed => break,
+                _ => {}
+            }
+        }
+        let _ = tunnel.write_all(&Frame::Exit { code: 42 }.encode()).await;
+        let _ = tunnel.shutdown().await;
+    });
+    Ok(response)
+}
+
+fn base64_url(text: &[u8]) -> Vec<u8> {
+    let value = |byte: u8| match byte {
+        b'A'..=b'Z' => byte - b'A',
+        b'a'..=b'z' => byte - b'a' + 26,
+        b'0'..=b'9' => byte - b'0' + 52,
+        b'-' => 62,
+        _ => 63,
+    };
+    let mut bytes = Vec::new();
+    for group in text.chunks(4) {
+        let bits = group.iter().fold(0u32, |bits, byte| bits << 6 | u32::from(value(*byte))) << (6 * (4 - group.len()));
+        bytes.extend_from_slice(&bits.to_be_bytes()[1..group.len()]);
+    }
+    bytes
+}
