@@ -163,7 +163,7 @@ impl Manifest {
             return Err(ManifestError::RootfsType(self.rootfs.media_type.chars().take(100).collect()));
         }
         let size = self.rootfs.blocks.size();
-        if size == 0 || size % BLOCK_SIZE as u64 != 0 {
+        if size == 0 || !size.is_multiple_of(BLOCK_SIZE as u64) {
             return Err(ManifestError::RootfsSize(size));
         }
         if self.history.len() > MAX_HISTORY {
