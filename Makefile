@@ -31,7 +31,7 @@ check:
 
 ## build: the programs, laid out as they are installed, below $(DIST)
 build: packages
-	cargo build --profile $(PROFILE) -p form-cli -p form-agent -p form-vmm --bins
+	cargo build --profile $(PROFILE) --workspace --bins
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --profile $(PROFILE) -p form-guest --bin form-guest --target $(STATIC)
 	@install -d $(DIST)/bin $(DIST)/lib/formation
 	@install -C -m 755 $(TARGET)/$(CARGO_PROFILE_DIR)/form $(TARGET)/$(CARGO_PROFILE_DIR)/form-agent $(DIST)/bin/
