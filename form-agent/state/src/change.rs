@@ -133,10 +133,16 @@ impl SignedChange {
             change: self.change.clone(),
             hash: self.hash,
         };
-        let mut bytes = borsh::to_vec(&body).map_err(|error| DecodeError::Malformed(error.to_string()))?;
-        let signature = key.sign(&signed_message(&bytes));
-        bytes.extend_from_slice(signature.as_bytes());
+        let body = borsh::to_vec(&body).map_err(|error| DecodeError::Malformed(error.to_string()))?;
+        let bytes = Self::sign_bytes(body, key);
         if bytes.len() > MAX_SIGNED_CHANGE { Err(DecodeError::TooLarge(bytes.len())) } else { Ok(bytes) }
+    }
+
+    /// Puts the signature behind an encoded body.
+    pub(crate) fn sign_bytes(mut body: Vec<u8>, key: &SecretKey) -> Vec<u8> {
+        let signature = key.sign(&signed_message(&body));
+        body.extend_from_slice(signature.as_bytes());
+        body
     }
 
     /// Reads a change without looking at its signature: for bytes from this host's own log.

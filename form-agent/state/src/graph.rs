@@ -85,6 +85,36 @@ impl Replica {
         SignedChange::decode_trusted(bytes).map_err(|error| self.log().corrupt(error.to_string()))
     }
 
+    /// Reads the whole log again: signatures, hashes, numbers, causes before effects. Says how many changes there are.
+    ///
+    /// # Errors
+    /// [`StateError::Corrupt`] names the first thing that is wrong.
+    pub fn verify(&self) -> Result<u64, StateError> {
+        let mut count = 0;
+        for document in self.documents() {
+            let mut clock: BTreeMap<PublicKey, u64> = BTreeMap::new();
+            let mut from = 0;
+            while let Some((position, bytes)) = self.log().next(document, from)? {
+                let wrong = |what: &str| self.log().corrupt(format!("change {position} of the {document} document: {what}"));
+                let change = SignedChange::decode(&bytes).map_err(|error| wrong(&error.to_string()))?;
+                let seq = clock.entry(change.author).or_default();
+                *seq += 1;
+                let node = self.log().node(&change.hash)?.ok_or_else(|| wrong("the index lacks it"))?;
+                if change.document != document || change.seq != *seq || node.position != position || node.deps != change.deps {
+                    return Err(wrong("it does not agree with the index"));
+                }
+                for dep in &change.deps {
+                    if self.log().node(dep)?.is_none_or(|dep| dep.position >= position) {
+                        return Err(wrong("it comes before what it depends on"));
+                    }
+                }
+                count += 1;
+                from = position + 1;
+            }
+        }
+        Ok(count)
+    }
+
     pub fn clock(&self) -> Clock {
         let state = self.state();
         let entries = state

@@ -12,11 +12,17 @@
 
 mod admit;
 mod change;
+#[cfg(test)]
+mod crash_tests;
 mod document;
 mod error;
 mod graph;
+#[cfg(test)]
+mod hostile_tests;
 mod load;
 mod log;
+#[cfg(test)]
+mod memory_tests;
 mod refused;
 mod replica;
 mod rules;

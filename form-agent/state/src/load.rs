@@ -12,7 +12,7 @@ use crate::{
     document::{DocumentError, DocumentState, Last},
     error::StateError,
     log::Log,
-    replica::State,
+    replica::{SNAPSHOT_EVERY, State},
     write::Document,
 };
 
@@ -44,27 +44,34 @@ fn load_document(log: &Log, document: Document) -> Result<DocumentState, StateEr
 }
 
 fn replay(log: &Log, document: Document, mut content: DocumentState, mut from: u64) -> Result<DocumentState, StateError> {
-    while let Some((position, bytes)) = log.next(document, from)? {
-        let damaged = |reason: String| log.corrupt(format!("change {position} of the {document} document: {reason}"));
-        let signed = SignedChange::decode_trusted(&bytes).map_err(|error| damaged(error.to_string()))?;
-        guarded(|| {
-            let change = Change::from_bytes(signed.change).map_err(|_| DocumentError::NotApplied)?;
-            if ChangeHash::from_automerge(change.hash()) != signed.hash {
-                return Err(DocumentError::NotApplied);
-            }
-            content.apply_unindexed(change, signed.author)
-        })
-        .map_err(damaged)?;
-        from = position + 1;
+    let garbled = |reason: String| log.corrupt(format!("the {document} document: {reason}"));
+    loop {
+        let mut changes = Vec::new();
+        while changes.len() < SNAPSHOT_EVERY
+            && let Some((position, bytes)) = log.next(document, from)?
+        {
+            let change = read(&bytes).map_err(|reason| log.corrupt(format!("change {position} of the {document} document: {reason}")))?;
+            changes.push(change);
+            from = position + 1;
+        }
+        if changes.is_empty() {
+            break;
+        }
+        guarded(|| content.replay(changes)).map_err(garbled)?;
     }
-    let heads = content.heads.clone();
-    for head in heads {
-        if !log.node(&head)?.is_some_and(|node| node.is_of(document)) {
-            return Err(log.corrupt(format!("the {document} document has a head that the log lacks")));
+    for head in &content.heads {
+        if !log.node(head)?.is_some_and(|node| node.is_of(document)) {
+            return Err(garbled("it has a head that the log lacks".to_owned()));
         }
     }
-    guarded(|| content.index()).map_err(|reason| log.corrupt(format!("the {document} document: {reason}")))?;
+    guarded(|| content.index()).map_err(garbled)?;
     Ok(content)
+}
+
+fn read(bytes: &[u8]) -> Result<Change, String> {
+    let signed = SignedChange::decode_trusted(bytes).map_err(|error| error.to_string())?;
+    let change = guarded(|| Change::from_bytes(signed.change).map_err(|_| DocumentError::NotApplied))?;
+    if ChangeHash::from_automerge(change.hash()) == signed.hash { Ok(change) } else { Err("its hash is another".to_owned()) }
 }
 
 /// Runs `work`; automerge may panic on bytes that the disk has garbled.

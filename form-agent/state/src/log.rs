@@ -20,8 +20,9 @@ const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const LOG: TableDefinition<(&[u8; 33], u64), &[u8]> = TableDefinition::new("log");
 /// Hash to [`Node`].
 const NODES: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("nodes");
+type AuthorKey = (&'static [u8; 33], &'static [u8; 32], u64);
 /// (document, author, seq) to hash.
-const AUTHORS: TableDefinition<(&[u8; 33], &[u8; 32], u64), &[u8; 32]> = TableDefinition::new("authors");
+const AUTHORS: TableDefinition<AuthorKey, &[u8; 32]> = TableDefinition::new("authors");
 /// Document to the position it stands for (exclusive) and automerge's saved bytes.
 const SNAPSHOTS: TableDefinition<&[u8; 33], (u64, &[u8])> = TableDefinition::new("snapshots");
 /// (document, author) to [`Proof`].

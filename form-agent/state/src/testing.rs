@@ -119,3 +119,15 @@ impl Rules for NoRules {
 pub(crate) fn id(number: u8) -> RecordId {
     RecordId([number; 16])
 }
+
+/// A small generator (xorshift64*), so that a seed tells the whole story.
+pub(crate) struct Dice(pub u64);
+
+impl Dice {
+    pub fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % sides
+    }
+}

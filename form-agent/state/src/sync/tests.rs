@@ -10,20 +10,8 @@ use proptest::prelude::*;
 use super::{Event, Session, Time};
 use crate::{
     Document, Scalar, Table, Write,
-    testing::{Host, id, key, request},
+    testing::{Dice, Host, id, key, request},
 };
-
-/// A small generator (xorshift64*), so that a seed tells the whole story.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % sides
-    }
-}
 
 /// How bad the network is, in percent.
 #[derive(Clone, Copy, Debug)]
@@ -36,11 +24,13 @@ struct Weather {
 const FAIR: Weather = Weather { lost: 0, doubled: 0, garbled: 0 };
 const FOUL: Weather = Weather { lost: 30, doubled: 20, garbled: 0 };
 
+/// Arrival time, a number to break ties, from, to, message.
+type Parcel = (Time, u64, usize, usize, Vec<u8>);
+
 struct World {
     hosts: Vec<Host>,
     sessions: BTreeMap<(usize, usize), Session>,
-    /// Arrival time, a number to break ties, from, to, message.
-    wire: BinaryHeap<Reverse<(Time, u64, usize, usize, Vec<u8>)>>,
+    wire: BinaryHeap<Reverse<Parcel>>,
     dice: Dice,
     weather: Weather,
     now: Time,
