@@ -50,6 +50,8 @@ pub struct Server {
     consoles: Consoles,
     /// Standard input, while it types on the console.
     stdin: Option<File>,
+    /// Who asked for the end, and what to answer once the exit record is written.
+    farewell: Option<(Arc<Channel>, ControlReply)>,
     born: Instant,
 }
 
@@ -60,7 +62,15 @@ impl Server {
     /// A VM process that listens for its daemon, and, on its own, types standard input into the console.
     #[must_use]
     pub fn new(listener: Option<OwnedFd>, stdin: Option<File>) -> Self {
-        Server { listener, connections: Vec::new(), machine: None, consoles: Consoles::default(), stdin, born: Instant::now() }
+        Server {
+            listener,
+            connections: Vec::new(),
+            machine: None,
+            consoles: Consoles::default(),
+            stdin,
+            farewell: None,
+            born: Instant::now(),
+        }
     }
 
     /// Boots the VM and starts its vCPUs.
@@ -106,6 +116,9 @@ impl Server {
         }
         if let Err(error) = exit::record(reason, message) {
             eprintln!("form-vmm: cannot write the exit record: {error}");
+        }
+        if let Some((channel, last)) = self.farewell.take() {
+            requests::reply(&channel, &last, &[]);
         }
         exit::status(reason)
     }

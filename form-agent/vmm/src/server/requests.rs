@@ -30,15 +30,14 @@ impl Server {
                         crate::machine::MachineError::Kvm { .. } | crate::machine::MachineError::Io { .. } => ErrorKind::System,
                         _ => ErrorKind::Invalid,
                     };
-                    reply(channel, &error(kind, message.clone()), &[]);
+                    self.farewell = Some((Arc::clone(channel), error(kind, message.clone())));
                     Served::End((ExitReason::Failed, Some(message)))
                 }
             },
             (ControlRequest::Boot { .. }, Some(_)) => refuse(channel, state),
             (ControlRequest::Status, _) => reply(channel, &ControlReply::Status { state, pid: std::process::id() }, &[]),
             (ControlRequest::Stop, _) => {
-                // Whoever asked may rely on the record being written: the connection closes only after that.
-                reply(channel, &DONE, &[]);
+                self.farewell = Some((Arc::clone(channel), DONE));
                 Served::End((ExitReason::Stopped, None))
             }
             (_, None) => refuse(channel, state),

@@ -15,8 +15,8 @@ use form_vmm::log_ring;
 
 use crate::guest;
 
-/// What a guest may take for anything, under software emulation.
-const PATIENCE: Duration = Duration::from_secs(150);
+/// What a guest may take for anything, under software emulation on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 #[derive(Clone)]
 pub struct Shape {
