@@ -59,7 +59,7 @@ const GUEST_REQUIRED: &[&str] =
     &["virtio_pci", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport", "virtio_balloon", "virtio_rng", "virtio_console", "ext4"];
 
 /// Taken when the kernel has them.
-const GUEST_WANTED: &[&str] = &["virtiofs", "overlay"];
+const GUEST_WANTED: &[&str] = &["virtiofs", "overlay", "button", "evdev"];
 
 const HOST_REQUIRED: &[&str] = &[
     "kvm_amd",
@@ -96,6 +96,12 @@ const HOST_WANTED: &[&str] = &[
 
 impl ModuleSet {
     pub const ALL: [Self; 2] = [Self::Guest, Self::Host];
+
+    /// A short name of what the sets look for: a bundle that an earlier version made for other sets has another.
+    pub fn recipe() -> String {
+        let names = Self::ALL.into_iter().flat_map(|set| set.names().chain([("/", false)])).map(|(name, _)| name);
+        Digest::of(names.collect::<Vec<_>>().join(" ").as_bytes()).short()
+    }
 
     /// The names to look for, and whether a kernel without them is refused.
     fn names(self) -> impl Iterator<Item = (&'static str, bool)> {

@@ -79,9 +79,14 @@ impl KernelBundle {
     }
 }
 
+/// Names the newest bundle with the modules that this version wants.
+fn current(paths: &CachePaths) -> PathBuf {
+    paths.kernels().join(format!("current-{}", ModuleSet::recipe()))
+}
+
 /// The newest bundle in the cache; `None` when none was made yet.
 pub fn cached(paths: &CachePaths) -> Option<KernelBundle> {
-    let name = fs::read_to_string(paths.kernels().join("current")).ok()?;
+    let name = fs::read_to_string(current(paths)).ok()?;
     let digest: Digest = name.trim().parse().ok()?;
     KernelBundle::open(&paths.kernels().join(digest.to_string())).ok().filter(|bundle| bundle.digest == digest)
 }
@@ -125,7 +130,7 @@ pub fn ensure(paths: &CachePaths, refresh: bool, cancel: &Cancel, observer: &mut
         fs::remove_dir_all(&target).during("remove", &target)?;
     }
     fs::rename(&bundle, &target).during("rename", &target)?;
-    write_whole(&paths.kernels().join("current"), digest.to_string().as_bytes())?;
+    write_whole(&current(paths), digest.to_string().as_bytes())?;
     KernelBundle::open(&target)
 }
 
