@@ -5,7 +5,7 @@ use std::{
     os::fd::AsRawFd,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -142,7 +142,7 @@ impl VirtioDevice for Balloon {
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let (session, rings) = rings("balloon", &self.id, activation, 2)?;
         self.shared.set_interrupt(Some(Arc::clone(&session.interrupt)));
-        let worker = BalloonWorker { session, rings, shared: Arc::clone(&self.shared) };
+        let worker = BalloonWorker { session, rings, shared: Arc::clone(&self.shared), complained: AtomicBool::new(false) };
         let task = Task::start(WorkerKind::Balloon, &self.id, move |exit| worker.run(exit)).map_err(|source| DeviceError::Io {
             device: "balloon",
             context: "could not start the thread",
@@ -176,6 +176,7 @@ struct BalloonWorker {
     session: Session,
     rings: Vec<Ring>,
     shared: Arc<Shared>,
+    complained: AtomicBool,
 }
 
 impl BalloonWorker {
@@ -251,8 +252,12 @@ impl BalloonWorker {
             Ok(freed) => {
                 self.shared.freed.fetch_add(freed, Relaxed);
             }
-            // The guest may go on: only the host has less memory than it could.
-            Err(error) => eprintln!("{}: could not give {} bytes back: {error}", self.session.id, range.length),
+            // The guest may go on: only the host has less memory than it could. Said once, for it will not be the last.
+            Err(error) => {
+                if !self.complained.swap(true, Relaxed) {
+                    eprintln!("{}: could not give {} bytes back to the host: {error}", self.session.id, range.length);
+                }
+            }
         }
     }
 }

@@ -312,7 +312,10 @@ impl BlockWorker {
             Request::Perform(operation) => match self.execute(memory, chain, &operation) {
                 Ok(data) => (Status::Ok, data),
                 Err(error) => {
-                    eprintln!("{}: {operation:?} failed: {error}", self.session.id);
+                    // A full disk fails every write: the first is told, and then ever fewer.
+                    if (self.counters.errors.load(Relaxed) + 1).is_power_of_two() {
+                        eprintln!("{}: {operation:?} failed: {error}", self.session.id);
+                    }
                     (Status::IoError, 0)
                 }
             },
