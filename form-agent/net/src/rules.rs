@@ -221,9 +221,11 @@ impl Table {
             self.publish(commands, attachment);
         }
         let masquerade = || json!({"masquerade": null});
-        // A connection to 127.0.0.1 on the host keeps that source through DNAT; the VM could not answer it.
+        // A connection to 127.0.0.1 on the host keeps that source through DNAT; the VM could not answer it. The gateway's address, and
+        // not what masquerade would choose: that needs an address of global scope, and a host without a network has none.
         let loopback = matches("==", payload("ip", "saddr"), prefix("127.0.0.0", 8));
-        self.rule(commands, "postrouting", vec![Self::taps(context, "oifname"), loopback, masquerade()]);
+        let gateway = json!({"snat": {"family": "ip", "addr": crate::address::GATEWAY_V4.to_string()}});
+        self.rule(commands, "postrouting", vec![Self::taps(context, "oifname"), loopback, gateway]);
         let range = prefix(&context.ipv4_range.base().to_string(), context.ipv4_range.prefix());
         let from4 = matches("==", payload("ip", "saddr"), "@vms4".into());
         let outside4 = matches("!=", payload("ip", "daddr"), range);
