@@ -137,13 +137,15 @@ fn kill(pid: Pid, pid_file: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Child, Command};
+    use std::process::{Child, Command, Stdio};
 
     use super::*;
 
     /// A process with the command line of a QEMU of this directory.
     fn pretend(directory: &Path) -> Child {
-        let child = Command::new("sh").args(["-c", "sleep 60; :", "qemu", "-pidfile"]).arg(directory.join(PID_FILE)).spawn().unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", "read forever", "qemu", "-pidfile"]).arg(directory.join(PID_FILE)).stdin(Stdio::piped());
+        let child = command.spawn().unwrap();
         // Until it is the program, its command line is ours.
         while !is_ours(Pid::from_child(&child), &directory.join(PID_FILE)) {
             std::thread::sleep(Duration::from_millis(5));
