@@ -114,6 +114,35 @@ fn exec_gives_the_commands_own_code() {
 }
 
 #[test]
+fn exec_on_a_terminal_passes_every_key() {
+    let setting = Setting::new();
+    let form = env!("CARGO_BIN_EXE_form");
+    // script(1) gives the program a terminal of its own.
+    let line = format!("stty rows 33 cols 77; TERM=vt220 {form} exec -it web -- sh; echo code $?; stty -a");
+    let mut command = std::process::Command::new("script");
+    command.args(["-qec", &line, "/dev/null"]).env("FORM_HOST", setting.agent.host()).env("HOME", setting.place.path("home"));
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut said = String::new();
+    out.read_line(&mut said).unwrap();
+    assert!(said.contains("[\"sh\"] as None on vt220 of 77x33"), "{said}");
+    let mut keys = child.stdin.take().unwrap();
+    // Ctrl-C and Ctrl-Z go through as keys, Ctrl-D ends the other side.
+    keys.write_all(b"a\x03\x1ab").unwrap();
+    keys.flush().unwrap();
+    let mut seen = [0; 4];
+    out.read_exact(&mut seen).unwrap();
+    assert_eq!(&seen, b"a\x03\x1ab");
+    keys.write_all(b"\x04").unwrap();
+    let mut rest = String::new();
+    out.read_to_string(&mut rest).unwrap();
+    // The terminal is as it was before.
+    assert!(rest.contains("code 42") && rest.contains(" icanon") && rest.contains(" echo "), "{rest}");
+    drop(keys);
+    child.wait().unwrap();
+}
+
+#[test]
 fn waiting_ends_when_it_never_will_be() {
     let setting = Setting::new();
     let run = setting.run(&["wait", "vm/web", "--for=ready"]);

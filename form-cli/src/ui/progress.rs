@@ -54,20 +54,14 @@ impl Step<'_> {
     pub fn done(self, result: &str) {
         self.bar.finish_and_clear();
         let took = self.begun.elapsed();
-        let result = match (result, took < Duration::from_millis(500)) {
-            ("", true) => String::new(),
-            ("", false) => format!("({})", span(took)),
-            (result, true) => printable(result),
-            (result, false) => format!("{} ({})", printable(result), span(took)),
-        };
-        if self.terminal.progress.is_hidden() {
-            // The step was said when it began; only what came of it is new.
-            if !result.is_empty() {
-                self.terminal.note(format!("  {result}"));
-            }
-        } else {
+        let time = if took < Duration::from_millis(500) { String::new() } else { format!(" ({})", span(took)) };
+        if !self.terminal.progress.is_hidden() {
             let mark = self.terminal.paint(Paint::Green, "✓");
-            self.terminal.note(format!("{mark} {} {result}", self.text).trim_end());
+            let blank = if result.is_empty() { "" } else { " " };
+            self.terminal.note(format!("{mark} {}{blank}{}{time}", self.text, printable(result)));
+        } else if !result.is_empty() {
+            // The step was said when it began; only what came of it is new.
+            self.terminal.note(format!("  {}{time}", printable(result)));
         }
     }
 }

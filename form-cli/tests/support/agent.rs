@@ -151,7 +151,9 @@ async fn exec(State(vms): Vms, Path(name): Path<String>, mut request: Request<Bo
             let _ = tunnel.write_all(&Frame::Error("the guest does not answer".to_owned()).encode()).await;
             return;
         }
-        let said = format!("{:?} as {:?}\n", asked.command, asked.user);
+        let tty =
+            asked.terminal.map(|terminal| format!(" on {} of {}x{}", terminal.kind, terminal.columns, terminal.rows)).unwrap_or_default();
+        let said = format!("{:?} as {:?}{tty}\n", asked.command, asked.user);
         let _ = tunnel.write_all(&Frame::Stderr(said.into_bytes()).encode()).await;
         loop {
             let mut header = [0; HEADER];
@@ -160,6 +162,8 @@ async fn exec(State(vms): Vms, Path(name): Path<String>, mut request: Request<Bo
             let mut payload = vec![0; length];
             tunnel.read_exact(&mut payload).await.unwrap();
             match Frame::decode(kind, payload).unwrap() {
+                // As a terminal line would: Ctrl-D ends it.
+                Frame::Stdin(bytes) if !tty.is_empty() && bytes.contains(&4) => break,
                 Frame::Stdin(bytes) => tunnel.write_all(&Frame::Stdout(bytes).encode()).await.unwrap(),
                 Frame::StdinClosed => break,
                 _ => {}

@@ -12,7 +12,7 @@ use std::{
 
 use axum::Router;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore},
 };
@@ -144,11 +144,13 @@ impl AsyncWrite for Counted {
     }
 }
 
-/// Says no in HTTP, without waiting for the request.
+/// Says no in HTTP to whatever is asked.
 async fn refuse(mut stream: UnixStream) {
     let error = ApiError::new(ErrorCode::Unavailable, "the agent has too many connections").hint("try again in a moment");
     let answer = reply::raw(&error);
     let _ = tokio::time::timeout(Duration::from_secs(1), async {
+        // An answer before the question is none: clients take it for a broken connection.
+        let _ = stream.read(&mut [0; 1024]).await?;
         stream.write_all(&answer).await?;
         stream.shutdown().await?;
         // Closing with the request unread would reset the connection before the client has read the answer.
