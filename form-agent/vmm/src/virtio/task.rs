@@ -27,7 +27,8 @@ pub struct Task<T> {
     stop: Arc<AtomicBool>,
     wake: EventFd,
     answer: mpsc::Receiver<T>,
-    thread: JoinHandle<()>,
+    /// `None` once it was joined.
+    thread: Option<JoinHandle<()>>,
 }
 
 /// The worker's side of [`Task::stop`].
@@ -67,17 +68,32 @@ impl<T: Send + 'static> Task<T> {
             // The receiver is gone only when the device was dropped without being stopped: then nobody wants the answer.
             let _ = answers.send(work(&exit));
         })?;
-        Ok(Self { stop, wake, answer, thread })
+        Ok(Self { stop, wake, answer, thread: Some(thread) })
     }
 
     /// Tells the worker to stop and waits for what it gives back. `None` when it panicked.
-    pub fn stop(self) -> Option<T> {
-        self.stop.store(true, Ordering::Release);
-        // The counter of an eventfd is full after 2^64 - 2 writes only.
-        let _ = self.wake.write(1);
-        let answer = self.answer.recv().ok();
-        let _ = self.thread.join();
-        answer
+    pub fn stop(mut self) -> Option<T> {
+        self.finish();
+        self.answer.try_recv().ok()
+    }
+}
+
+impl<T> Task<T> {
+    fn finish(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.stop.store(true, Ordering::Release);
+            // The counter of an eventfd is full after 2^64 - 2 writes only.
+            let _ = self.wake.write(1);
+            // A panic shows in the missing answer.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A device that is dropped while it runs leaves no thread behind, and nothing unflushed.
+impl<T> Drop for Task<T> {
+    fn drop(&mut self) {
+        self.finish();
     }
 }
 
@@ -157,6 +173,21 @@ mod tests {
         })
         .unwrap();
         assert_eq!(task.stop(), Some(42));
+    }
+
+    #[test]
+    fn a_dropped_task_has_ended() {
+        let ended = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&ended);
+        let task = Task::start(WorkerKind::Rng, "rng", move |exit| {
+            while !exit.requested() {
+                std::thread::yield_now();
+            }
+            seen.store(true, Ordering::SeqCst);
+        })
+        .unwrap();
+        drop(task);
+        assert!(ended.load(Ordering::SeqCst));
     }
 
     #[test]
