@@ -107,7 +107,8 @@ impl Default for Config {
             max_vms: 250,
             memory_reserve_mib: 256,
             vcpu_overcommit: 16,
-            vm_uid_base: 1_879_048_192,
+            // Behind the ids of the build sandbox (1879048192 to 1879113727), so that a build never has a VM's uid.
+            vm_uid_base: 1_879_113_728,
             dns_upstreams: Vec::new(),
             library: None,
             boot_timeout_seconds: 180,

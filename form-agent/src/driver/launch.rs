@@ -94,19 +94,35 @@ fn prepare_files(agent: &Agent, desired: &DesiredVm) -> Result<Files, LaunchErro
     })
 }
 
-/// The root disk: made from the image when it is not there, or when another image or a smaller disk is asked for.
+/// The root disk: made from the image when there is none, or when another image or a smaller disk is asked for. Whatever else keeps
+/// it from being opened is an error: what a VM has written is removed only when the plan said so.
 fn prepare_disk(agent: &Agent, desired: &DesiredVm, size: u64) -> Result<(), LaunchError> {
     let made_from = agent.vm_directory(&desired.id).join("made-from.json");
-    let before = fs::read(&made_from).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    let fits = before.as_ref().is_some_and(|before| !plan::replaces_disk(before, &desired.request));
-    if fits && agent.store.open_disk(&desired.id).is_ok() {
-        agent.store.grow_disk(&desired.id, size)?;
-    } else {
-        agent.store.remove_disk(&desired.id)?;
-        agent.store.create_disk(&desired.id, &desired.request.image, size)?;
+    match agent.store.open_disk(&desired.id) {
+        Ok(_) => {
+            let before = fs::read(&made_from).map_err(io_error("the VM's record of its disk"))?;
+            let before = serde_json::from_slice(&before).map_err(|error| LaunchError::Settings(error.to_string()))?;
+            if plan::replaces_disk(&before, &desired.request) {
+                agent.store.remove_disk(&desired.id)?;
+                agent.store.create_disk(&desired.id, &desired.request.image, size)?;
+            } else {
+                agent.store.grow_disk(&desired.id, size)?;
+            }
+        }
+        Err(StoreError::NoDisk(_)) => {
+            // Written first: a disk without its record could not be told from one that has to be replaced.
+            fs::create_dir_all(agent.vm_directory(&desired.id)).map_err(io_error("the VM's directory"))?;
+            record_disk(&made_from, desired)?;
+            agent.store.create_disk(&desired.id, &desired.request.image, size)?;
+        }
+        Err(error) => return Err(error.into()),
     }
+    record_disk(&made_from, desired)
+}
+
+fn record_disk(path: &std::path::Path, desired: &DesiredVm) -> Result<(), LaunchError> {
     let json = serde_json::to_vec(&desired.request).map_err(|error| LaunchError::Settings(error.to_string()))?;
-    crate::identity::write_atomically(&made_from, 0o600, &json).map_err(io_error("the VM's record of its disk"))
+    crate::identity::write_atomically(path, 0o600, &json).map_err(io_error("the VM's record of its disk"))
 }
 
 /// What holds secrets (password hashes) never touches a disk.
