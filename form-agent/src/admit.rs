@@ -38,6 +38,9 @@ pub fn check_supported(request: &DeployRequest) -> Result<(), ApiError> {
     if let Some(gpu) = spec.resources.gpus.first() {
         return unsupported(&format!("this host has no GPU {}", gpu.model), "remove the GPU instruction");
     }
+    if spec.healthcheck.is_some() && spec.entrypoint.is_empty() && spec.cmd.is_empty() {
+        return unsupported("HEALTHCHECK without ENTRYPOINT or CMD is not supported by this version", "remove the HEALTHCHECK instruction");
+    }
     if spec.model.as_ref().is_some_and(|model| model.required) {
         return unsupported("MODEL required:… is not supported by this version", "use MODEL preferred:…, or remove it");
     }

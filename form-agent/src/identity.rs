@@ -63,14 +63,13 @@ impl Identity {
     pub fn open(paths: &Paths, owner: Option<PublicKey>) -> Result<Self, IdentityError> {
         let key = Self::open_key(&paths.host_key())?;
         let path = paths.database().join("identity.json");
-        let membership = match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|source| IdentityError::Json { path: path.clone(), source })?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Membership {
+        let membership = match Self::read_membership(&path)? {
+            Some(membership) => membership,
+            None => Membership {
                 cluster: ClusterId::random().map_err(|error| IdentityError::Entropy(error.to_string()))?,
                 owner: None,
                 claim_secret: None,
             },
-            Err(source) => return Err(IdentityError::Io { path, source }),
         };
         let mut identity = Self { key, membership, path };
         if identity.membership.owner.is_none() {
@@ -78,6 +77,14 @@ impl Identity {
         }
         identity.save()?;
         Ok(identity)
+    }
+
+    fn read_membership(path: &Path) -> Result<Option<Membership>, IdentityError> {
+        match fs::read(path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|source| IdentityError::Json { path: path.to_owned(), source }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(IdentityError::Io { path: path.to_owned(), source }),
+        }
     }
 
     fn open_key(path: &Path) -> Result<SecretKey, IdentityError> {
@@ -132,6 +139,8 @@ impl Identity {
     /// # Errors
     /// When the identity cannot be saved.
     pub fn claim(&mut self, key: PublicKey, secret: &str) -> Result<bool, IdentityError> {
+        // `form-agent init` may have written a new token while this agent runs.
+        self.membership = Self::read_membership(&self.path)?.unwrap_or_else(|| self.membership.clone());
         if self.membership.owner == Some(key) {
             return Ok(true);
         }
@@ -167,6 +176,17 @@ mod tests {
         let again = Identity::open(&paths, None).unwrap();
         assert_eq!((again.key().public(), again.cluster(), again.owner()), (key, cluster, Some(first)));
         assert_eq!(fs::metadata(paths.host_key()).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_running_agent_takes_the_token_of_a_later_init() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = Paths::new(directory.path());
+        paths.create_all().unwrap();
+        let mut running = Identity::open(&paths, None).unwrap();
+        let token = Identity::open(&paths, None).unwrap().new_token().unwrap();
+        let (_, secret) = token.split_once('.').unwrap();
+        assert!(running.claim(SecretKey::from_bytes([1; 32]).public(), secret).unwrap());
     }
 
     #[test]

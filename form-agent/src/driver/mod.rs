@@ -57,6 +57,13 @@ struct Ending {
     success: bool,
 }
 
+/// What is kept on disk of a VM that ended for good.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Ended {
+    boot: Digest,
+    fault: Option<String>,
+}
+
 impl Ending {
     fn of(status: &StatusReport) -> Option<Self> {
         let service = status.service.as_ref().filter(|service| service.phase == ServicePhase::Ended)?;
@@ -104,6 +111,7 @@ impl Driver {
 
     pub async fn run(mut self) {
         self.adopt().await;
+        self.remember_ending();
         loop {
             match self.next() {
                 Next::Remove => {
@@ -239,8 +247,39 @@ impl Driver {
         self.running = Some(Running { process, session, updates, deadline: Some(deadline), service_ended: None });
     }
 
+    /// What ended for good before the agent was restarted stays ended.
+    fn remember_ending(&mut self) {
+        if self.running.is_some() {
+            return;
+        }
+        let ended = std::fs::read(self.ended_file()).ok().and_then(|bytes| serde_json::from_slice::<Ended>(&bytes).ok());
+        let Some(ended) = ended else { return };
+        self.finished = Some(ended.boot);
+        self.agent.fleet.update(&self.id, |observed| {
+            observed.state = if ended.fault.is_some() { VmState::Failed } else { VmState::Stopped };
+            observed.boot = Some(ended.boot);
+            observed.fault = ended.fault;
+            observed.gave_up = true;
+        });
+    }
+
+    fn ended_file(&self) -> std::path::PathBuf {
+        self.agent.vm_directory(&self.id).join("ended.json")
+    }
+
+    fn keep_ending(&self, boot: Digest, fault: Option<String>) {
+        let written = serde_json::to_vec(&Ended { boot, fault })
+            .map_err(std::io::Error::from)
+            .and_then(|json| crate::identity::write_atomically(&self.ended_file(), 0o600, &json));
+        if let Err(error) = written {
+            tracing::warn!(vm = %self.id, "a restarted agent will start it again: {error}");
+        }
+    }
+
     async fn start(&mut self, desired: &DesiredVm) {
         let boot = desired.boot_digest();
+        // Not there for most: only a VM that has ended leaves it.
+        let _ = std::fs::remove_file(self.ended_file());
         self.agent.fleet.update(&self.id, |observed| {
             observed.state = VmState::Starting;
             observed.boot = Some(boot);
@@ -400,6 +439,7 @@ impl Driver {
             self.finished = Some(boot);
             self.emit(EventKind::VmExited, &reason);
             let ok = clean && running.service_ended.as_ref().is_none_or(|ending| ending.success);
+            self.keep_ending(boot, (!ok).then(|| reason.clone()));
             self.agent.fleet.update(&self.id, |observed| {
                 observed.state = if ok { VmState::Stopped } else { VmState::Failed };
                 observed.ready = false;
