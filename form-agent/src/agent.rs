@@ -66,6 +66,8 @@ pub struct Agent {
     pub programs: Programs,
     /// Held from the look at what is free until it is taken, so that two deploys do not both get the last of it.
     admission: Mutex<()>,
+    /// Held from the look for a free uid until the process that has it is on record.
+    starting: Mutex<()>,
     /// Held while the firewall is replaced.
     rules: tokio::sync::Mutex<()>,
     log_changes: Mutex<BTreeMap<VmId, watch::Sender<u64>>>,
@@ -93,6 +95,7 @@ impl Agent {
             fleet: Fleet::new(),
             programs: parts.programs,
             admission: Mutex::default(),
+            starting: Mutex::default(),
             rules: tokio::sync::Mutex::default(),
             log_changes: Mutex::default(),
         }
@@ -128,6 +131,10 @@ impl Agent {
 
     pub fn admission(&self) -> MutexGuard<'_, ()> {
         self.admission.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn starting(&self) -> MutexGuard<'_, ()> {
+        self.starting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn view(&self) -> Arc<View> {
@@ -208,21 +215,17 @@ impl Agent {
         }
     }
 
-    /// Puts the firewall and the names in force that the VMs with a VM process, and `also`, need.
+    /// Puts the firewall and the names in force that the VMs with a runtime directory need.
     ///
     /// # Errors
     /// What `nft` says.
-    pub async fn apply_rules(&self, also: Option<&DesiredVm>) -> Result<(), form_net::NetError> {
+    pub async fn apply_rules(&self) -> Result<(), form_net::NetError> {
         let _one_at_a_time = self.rules.lock().await;
-        let mut attachments: BTreeMap<VmId, Attachment> = desired::vms(&self.view())
+        let attachments: Vec<Attachment> = desired::vms(&self.view())
             .into_values()
             .filter(|vm| self.paths.vm_runtime().join(vm.id.to_string()).exists())
-            .map(|vm| (vm.id, self.attachment(&vm)))
+            .map(|vm| self.attachment(&vm))
             .collect();
-        if let Some(vm) = also {
-            attachments.insert(vm.id, self.attachment(vm));
-        }
-        let attachments: Vec<Attachment> = attachments.into_values().collect();
         self.network.names().set(attachments.iter().map(|attachment| NameEntry {
             name: attachment.name.clone(),
             network: attachment.network.clone(),

@@ -48,7 +48,7 @@ async fn serve_until_told(paths: Paths) -> Result<(), Failure> {
     let agent = Arc::new(open(paths).await?);
     agent.network.ensure_host().await?;
     agent.network.serve_dns().await?;
-    agent.apply_rules(None).await?;
+    agent.apply_rules().await?;
     agent.events.emit(EventKind::HostStarted, None, None, format!("form-agent {} started", env!("CARGO_PKG_VERSION")));
     // Drivers first: they adopt what runs. Then what was asked for and not finished.
     agent.fleet.reconcile(&agent);

@@ -67,7 +67,10 @@ pub async fn launch(agent: &Arc<Agent>, desired: &DesiredVm) -> Result<Process, 
         let (agent, desired) = (Arc::clone(agent), desired.clone());
         tokio::task::spawn_blocking(move || prepare_files(&agent, &desired)).await.map_err(|_| LaunchError::Stopping)??
     };
-    agent.apply_rules(Some(desired)).await?;
+    // The rules are for every VM with a runtime directory: from here on another VM's change keeps this one's.
+    let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), &desired.id);
+    fs::create_dir_all(directory.path()).map_err(io_error("the VM's runtime directory"))?;
+    agent.apply_rules().await?;
     let tap = agent.network.attach(&agent.attachment(desired)).await?;
     let (agent, desired) = (Arc::clone(agent), desired.clone());
     tokio::task::spawn_blocking(move || start(&agent, &desired, &files, &tap)).await.map_err(|_| LaunchError::Stopping)?
@@ -134,6 +137,7 @@ fn in_memory(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
 
 fn start(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd) -> Result<Process, LaunchError> {
     let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), &desired.id);
+    let turn = agent.starting();
     let uid = free_uid(agent);
     let group =
         cgroup::create(&agent.host_id().mark(), &desired.id, &desired.request.spec.resources).map_err(io_error("the VM's cgroup"))?;
@@ -146,6 +150,8 @@ fn start(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd) -> Re
         cgroup: group.as_deref(),
     };
     let mut process = Process::start(&launch, &directory)?;
+    // Its record holds the uid now.
+    drop(turn);
     let booted = boot(agent, desired, files, tap, uid, &mut process);
     if let Err(error) = booted {
         process.kill();
@@ -205,7 +211,7 @@ pub async fn clean_up(agent: &Arc<Agent>, id: &VmId, directory: &RuntimeDirector
     if let Err(error) = cgroup::remove(&agent.host_id().mark(), id).await {
         complain("cgroup", &error);
     }
-    if let Err(error) = agent.apply_rules(None).await {
+    if let Err(error) = agent.apply_rules().await {
         complain("firewall rules", &error);
     }
 }
