@@ -1,6 +1,6 @@
 //! The daemon: opens everything, adopts what runs, serves until it is told to stop. VMs outlive it.
 
-use std::{error::Error, future::Future, sync::Arc, time::Duration};
+use std::{error::Error, sync::Arc, time::Duration};
 
 use form_api::{
     ApiError, ErrorCode,
@@ -68,15 +68,13 @@ async fn serve_until_told(paths: Paths) -> Result<(), Failure> {
     Ok(())
 }
 
-fn told_to_stop() -> impl Future<Output = Result<(), Failure>> {
-    async {
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        Ok(())
+async fn told_to_stop() -> Result<(), Failure> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
     }
+    Ok(())
 }
 
 async fn open(paths: Paths) -> Result<Agent, Failure> {
