@@ -64,6 +64,7 @@ fn busybox() -> PathBuf {
     String::from_utf8(found.stdout).unwrap().trim().into()
 }
 
+/// The kernel takes `-` and `_` in the name of a module as the same, and so do those who store them.
 fn find(directory: &Path, name: &str) -> Option<PathBuf> {
     for entry in fs::read_dir(directory).ok()?.flatten() {
         let path = entry.path();
@@ -71,7 +72,7 @@ fn find(directory: &Path, name: &str) -> Option<PathBuf> {
             if let Some(found) = find(&path, name) {
                 return Some(found);
             }
-        } else if entry.file_name() == name {
+        } else if entry.file_name().to_string_lossy().replace('-', "_") == name.replace('-', "_") {
             return Some(path);
         }
     }
