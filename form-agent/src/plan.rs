@@ -1,7 +1,10 @@
 //! What a deploy would change. Pure: desired before, desired after, a plan.
 
 use form_api::deploy::{DeployRequest, FieldChange, Plan, PlanAction, PlannedVm};
-use form_types::{Spec, spec::Protocol};
+use form_types::{
+    Spec,
+    spec::{Command, Env, EnvScope, Healthcheck, HealthcheckKind, Protocol, Restart, RestartPolicy},
+};
 
 /// The plan that leads from `before` (nothing for a new VM) to `after`.
 pub fn plan(before: Option<&DeployRequest>, after: &DeployRequest) -> Plan {
@@ -62,7 +65,6 @@ fn changes(before: &DeployRequest, after: &DeployRequest) -> Vec<FieldChange> {
 fn described(request: &DeployRequest) -> Vec<(&'static str, String)> {
     let spec = &request.spec;
     let json = |value: serde_json::Result<String>| value.unwrap_or_default();
-    let list = |words: &[String]| if words.is_empty() { String::new() } else { json(serde_json::to_string(words)) };
     vec![
         ("image", request.image.short()),
         ("kernel", request.kernel.short()),
@@ -70,16 +72,51 @@ fn described(request: &DeployRequest) -> Vec<(&'static str, String)> {
         ("memory", format!("{} MiB", spec.resources.memory_mib)),
         ("disk", format!("{} GiB", spec.resources.disk_gib)),
         ("ports", ports(spec)),
-        ("entrypoint", list(&spec.entrypoint)),
-        ("cmd", list(&spec.cmd)),
+        ("entrypoint", words(&spec.entrypoint)),
+        ("cmd", words(&spec.cmd)),
         ("workdir", spec.workdir.clone().unwrap_or_default()),
         ("run-as", spec.run_as.clone().unwrap_or_default()),
-        ("env", if spec.env.is_empty() { String::new() } else { json(serde_json::to_string(&spec.env)) }),
+        ("env", environment(&spec.env)),
         ("users", if spec.users.is_empty() { String::new() } else { json(serde_json::to_string(&spec.users)) }),
-        ("restart", json(serde_json::to_string(&spec.restart))),
-        ("healthcheck", spec.healthcheck.as_ref().map(|check| json(serde_json::to_string(check))).unwrap_or_default()),
-        ("labels", if spec.labels.is_empty() { String::new() } else { json(serde_json::to_string(&spec.labels)) }),
+        ("restart", restart(&spec.restart)),
+        ("healthcheck", spec.healthcheck.as_ref().map(healthcheck).unwrap_or_default()),
+        ("labels", spec.labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(", ")),
     ]
+}
+
+/// As in a Formfile: JSON, so that blanks in a word show.
+fn words(words: &[String]) -> String {
+    if words.is_empty() { String::new() } else { serde_json::to_string(words).unwrap_or_default() }
+}
+
+fn environment(env: &[Env]) -> String {
+    let one = |env: &Env| match &env.scope {
+        EnvScope::System => format!("{}={:?}", env.key, env.value),
+        scope => format!("{} {}={:?}", String::from(scope.clone()), env.key, env.value),
+    };
+    env.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+fn restart(restart: &Restart) -> String {
+    match (restart.policy, restart.max_retries) {
+        (RestartPolicy::Always, _) => "always".to_owned(),
+        (RestartPolicy::Never, _) => "never".to_owned(),
+        (RestartPolicy::OnFailure, None) => "on-failure".to_owned(),
+        (RestartPolicy::OnFailure, Some(retries)) => format!("on-failure:{retries}"),
+    }
+}
+
+fn healthcheck(check: &Healthcheck) -> String {
+    let port = check.port.unwrap_or_default();
+    let what = match (&check.kind, &check.command) {
+        (HealthcheckKind::Http, _) => format!("http {port} {}", check.path.as_deref().unwrap_or("/")),
+        (HealthcheckKind::Tcp, _) => format!("tcp {port}"),
+        (HealthcheckKind::Command, Some(Command::Shell(text))) => text.clone(),
+        (HealthcheckKind::Command, Some(Command::Exec(words_of_it))) => words(words_of_it),
+        (HealthcheckKind::Command, None) => String::new(),
+    };
+    let Healthcheck { interval_ms, timeout_ms, retries, start_period_ms, .. } = check;
+    format!("{what} (every {interval_ms} ms, {timeout_ms} ms each, {retries} failures, {start_period_ms} ms to start)")
 }
 
 fn ports(spec: &Spec) -> String {
@@ -112,6 +149,28 @@ mod tests {
         let mut rebuilt = web.clone();
         rebuilt.image = form_types::Digest::of(b"another");
         assert_eq!(plan(Some(&web), &rebuilt).vms[0].loses, ["everything written to its root disk"]);
+    }
+
+    #[test]
+    fn a_plan_reads_like_a_formfile() {
+        let mut web = request("web");
+        web.spec.env = vec![Env { scope: EnvScope::System, key: "A".to_owned(), value: "b c".to_owned() }];
+        web.spec.healthcheck = Some(Healthcheck {
+            kind: HealthcheckKind::Http,
+            port: Some(80),
+            path: Some("/up".to_owned()),
+            command: None,
+            interval_ms: 5000,
+            timeout_ms: 1000,
+            retries: 3,
+            start_period_ms: 0,
+        });
+        let changes = &plan(None, &web).vms[0].changes;
+        let shown = |field: &str| changes.iter().find(|change| change.field == field).and_then(|change| change.to.clone()).unwrap();
+        assert_eq!(shown("env"), r#"A="b c""#);
+        assert_eq!(shown("healthcheck"), "http 80 /up (every 5000 ms, 1000 ms each, 3 failures, 0 ms to start)");
+        assert_eq!(shown("restart"), "always");
+        assert_eq!(shown("ports"), "8080:80");
     }
 
     #[test]
