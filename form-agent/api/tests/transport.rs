@@ -221,3 +221,29 @@ async fn a_socket_is_taken_over_only_when_nobody_answers() {
     assert!(matches!(bind(&file), Err(ServerError::NoSocket(_))));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
 }
+
+#[test]
+fn a_killed_agent_is_found_again_at_once() {
+    let life = |bind: std::net::SocketAddr, agent: support::Agent| {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let key = host_key();
+        let serving = runtime.block_on(async move {
+            let config = server::QuicConfig { bind, key: &key, limits: Limits::default() };
+            server::quic(&config, support::router(agent), server::CancellationToken::new()).unwrap()
+        });
+        (runtime, serving.address().unwrap())
+    };
+    let clients = tokio::runtime::Runtime::new().unwrap();
+    let agent = support::agent();
+    let (first, address) = life("127.0.0.1:0".parse().unwrap(), agent.clone());
+    let client = Client::quic(&address.to_string(), host_key().public(), &user_key(), Timeouts::default());
+    clients.block_on(client.doctor()).unwrap();
+    // No task says goodbye: as under SIGKILL.
+    first.shutdown_background();
+    std::thread::sleep(Duration::from_millis(300));
+    let (_second, _) = life(address, agent.clone());
+    let begun = std::time::Instant::now();
+    clients.block_on(client.doctor()).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert_eq!(agent.asked.load(Ordering::SeqCst), 2);
+}

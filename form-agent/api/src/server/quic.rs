@@ -1,10 +1,15 @@
 //! QUIC: each bidirectional stream carries one HTTP/1.1 exchange.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::Router;
 use form_types::SecretKey;
-use quinn::{Connection, Endpoint, Incoming, ServerConfig, TransportConfig, VarInt};
+use quinn::{
+    Connection, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime, TransportConfig,
+    VarInt,
+    crypto::{CryptoError, HmacKey},
+};
+use rustix::net::sockopt;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -29,10 +34,79 @@ pub fn quic(config: &QuicConfig<'_>, router: Router, shutdown: CancellationToken
     server.transport_config(Arc::new(transport(&config.limits)));
     server.max_incoming(config.limits.connections);
     let bind_error = |source| ServerError::Bind { address: config.bind, source };
-    let endpoint = Endpoint::server(server, config.bind).map_err(bind_error)?;
+    let socket = std::net::UdpSocket::bind(config.bind).map_err(bind_error)?;
+    enlarge(&socket);
+    let endpoint = Endpoint::new(endpoint(config.key), Some(server), socket, Arc::new(TokioRuntime)).map_err(bind_error)?;
     let address = endpoint.local_addr().map_err(bind_error)?;
     let task = tokio::spawn(accept(endpoint, router, config.limits, shutdown));
     Ok(Serving { address: Some(address), task })
+}
+
+/// Bytes of datagrams that may wait for the agent: what a thousand clients send when they connect at once. The kernel's default holds
+/// less than a hundred, and who is not heard tries again after ever longer pauses.
+const RECEIVE_BUFFER: usize = 4 << 20;
+
+fn enlarge(socket: &std::net::UdpSocket) {
+    // The first goes past the system's limit and needs the right to; with neither the default has to do.
+    let _ = sockopt::set_socket_recv_buffer_size_force(socket, RECEIVE_BUFFER)
+        .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, RECEIVE_BUFFER));
+}
+
+/// An agent that was killed and runs again tells clients of its former life so at once (RFC 9000, section 10.3, stateless reset), instead
+/// of letting them wait for their idle time-out: the key that proves the reset is the same in every life.
+fn endpoint(key: &SecretKey) -> EndpointConfig {
+    let reset_key = blake3::derive_key("formation 2026 quic stateless reset", &key.to_bytes());
+    let mut config = EndpointConfig::new(Arc::new(ResetKey(reset_key)));
+    // The library's own ids hold a checksum under a key of the process, and packets with another's are dropped without a reset.
+    config.cid_generator(|| Box::new(RandomIds));
+    config
+}
+
+struct ResetKey([u8; 32]);
+
+impl ResetKey {
+    fn tag(&self, data: &[u8]) -> [u8; 32] {
+        *blake3::keyed_hash(&self.0, data).as_bytes()
+    }
+}
+
+impl HmacKey for ResetKey {
+    fn sign(&self, data: &[u8], signature_out: &mut [u8]) {
+        let tag = self.tag(data);
+        let length = tag.len().min(signature_out.len());
+        signature_out[..length].copy_from_slice(&tag[..length]);
+    }
+
+    fn signature_len(&self) -> usize {
+        32
+    }
+
+    fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), CryptoError> {
+        // blake3's comparison takes the same time whatever differs.
+        match signature.try_into() {
+            Ok(signature) if blake3::Hash::from_bytes(self.tag(data)) == blake3::Hash::from_bytes(signature) => Ok(()),
+            _ => Err(CryptoError),
+        }
+    }
+}
+
+struct RandomIds;
+
+impl ConnectionIdGenerator for RandomIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let mut bytes = [0; 8];
+        // Without entropy the id repeats; the library then asks for another, and no handshake could succeed anyhow.
+        let _ = getrandom::fill(&mut bytes);
+        ConnectionId::new(&bytes)
+    }
+
+    fn cid_len(&self) -> usize {
+        8
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
 }
 
 fn transport(limits: &Limits) -> TransportConfig {

@@ -56,11 +56,15 @@ pub struct Running {
     _directory: tempfile::TempDir,
 }
 
+pub fn agent() -> Agent {
+    Agent { owner: user_key().public(), asked: Arc::default() }
+}
+
 impl Running {
     pub fn start(limits: Limits) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("agent.sock");
-        let agent = Agent { owner: user_key().public(), asked: Arc::default() };
+        let agent = agent();
         let shutdown = CancellationToken::new();
         let config = QuicConfig { bind: "127.0.0.1:0".parse().unwrap(), key: &host_key(), limits };
         let quic = server::quic(&config, router(agent.clone()), shutdown.clone()).unwrap();
