@@ -32,7 +32,7 @@ fn wanted() {
 
 #[test]
 #[ignore = "boots a guest: FORM_TEST_KVM=1"]
-fn a_guest_with_one_vcpu_boots_and_powers_off() {
+fn kvm_a_guest_with_one_vcpu_boots_and_powers_off() {
     wanted();
     let vm = Vm::boot(&shape("echo CPUS=$(grep -c ^processor /proc/cpuinfo) MEM=$(awk '/MemTotal/{print $2}' /proc/meminfo); poweroff -f"));
     let (status, record) = vm.wait();
@@ -43,7 +43,7 @@ fn a_guest_with_one_vcpu_boots_and_powers_off() {
 
 #[test]
 #[ignore = "boots a guest: FORM_TEST_KVM=1"]
-fn eight_vcpus_and_memory_on_both_sides_of_the_hole_are_used() {
+fn kvm_eight_vcpus_and_memory_on_both_sides_of_the_hole_are_used() {
     wanted();
     let script = "echo CPUS=$(grep -c ^processor /proc/cpuinfo) MEM=$(awk '/MemTotal/{print $2}' /proc/meminfo)
         free() { awk '/^Node/{zone=$4} /nr_free_pages/{print zone, $2}' /proc/zoneinfo | awk '/Normal/{print $2}'; }; before=$(free)
@@ -59,7 +59,7 @@ fn eight_vcpus_and_memory_on_both_sides_of_the_hole_are_used() {
 
 #[test]
 #[ignore = "boots guests: FORM_TEST_KVM=1"]
-fn every_way_to_restart_is_seen_as_a_reset() {
+fn kvm_every_way_to_restart_is_seen_as_a_reset() {
     wanted();
     for how in ["", "reboot=a", "reboot=k", "reboot=t"] {
         let vm = Vm::boot(&Shape { cmdline: how, ..shape("reboot -f") });
@@ -70,7 +70,7 @@ fn every_way_to_restart_is_seen_as_a_reset() {
 
 #[test]
 #[ignore = "boots a guest: FORM_TEST_KVM=1"]
-fn the_guest_hears_the_power_button() {
+fn kvm_the_guest_hears_the_power_button() {
     wanted();
     let script = "insmod button; insmod evdev; while [ ! -e /dev/input/event0 ]; do sleep 0.1; done; echo LISTENING
         dd if=/dev/input/event0 of=/tmp/event bs=24 count=1 2>/dev/null; echo PRESSED; poweroff -f";
@@ -86,7 +86,7 @@ fn the_guest_hears_the_power_button() {
 
 #[test]
 #[ignore = "boots a guest: FORM_TEST_KVM=1"]
-fn a_paused_guest_stands_still_and_goes_on() {
+fn kvm_a_paused_guest_stands_still_and_goes_on() {
     wanted();
     let script = "insmod_virtio virtio_blk
         (n=0; while :; do dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null || echo BROKEN; done) &
@@ -116,7 +116,7 @@ fn a_paused_guest_stands_still_and_goes_on() {
 
 #[test]
 #[ignore = "boots a guest: FORM_TEST_KVM=1"]
-fn devices_work_from_inside_a_full_jail() {
+fn kvm_devices_work_from_inside_a_full_jail() {
     wanted();
     let script = "for m in virtio_blk virtio_net virtio-rng virtio_balloon; do insmod_virtio $m; done
         echo SERIAL=$(cat /sys/block/vda/serial)
@@ -143,7 +143,7 @@ fn devices_work_from_inside_a_full_jail() {
 
 #[test]
 #[ignore = "boots a guest: FORM_TEST_KVM=1"]
-fn an_attached_console_reads_and_types() {
+fn kvm_an_attached_console_reads_and_types() {
     wanted();
     let vm = Vm::boot(&shape("echo READY; read line; echo TYPED=$line; poweroff -f"));
     vm.await_line("READY");
@@ -157,7 +157,7 @@ fn an_attached_console_reads_and_types() {
 
 #[test]
 #[ignore = "starts VM processes: FORM_TEST_KVM=1"]
-fn what_cannot_boot_says_why_and_leaves_a_record() {
+fn kvm_what_cannot_boot_says_why_and_leaves_a_record() {
     wanted();
     let vm = Vm::spawn();
     assert_eq!(vm.client().status().unwrap().0, VmState::Empty);
@@ -177,7 +177,7 @@ fn what_cannot_boot_says_why_and_leaves_a_record() {
 
 #[test]
 #[ignore = "boots a guest: FORM_TEST_KVM=1"]
-fn a_killed_process_leaves_its_log_and_an_empty_record() {
+fn kvm_a_killed_process_leaves_its_log_and_an_empty_record() {
     wanted();
     let vm = Vm::boot(&shape("echo READY; sleep 1000"));
     vm.await_line("READY");
@@ -192,7 +192,7 @@ fn a_killed_process_leaves_its_log_and_an_empty_record() {
 
 #[test]
 #[ignore = "boots a guest: FORM_TEST_KVM=1"]
-fn a_paused_vm_can_be_saved_and_its_vcpus_set_up_again() {
+fn kvm_a_paused_vm_can_be_saved_and_its_vcpus_set_up_again() {
     wanted();
     let (config, fds) =
         vm::standalone_parts(&Shape { vcpus: 2, disk_mib: Some(8), ..shape("insmod_virtio virtio_blk; echo READY; sleep 1000") });
