@@ -36,7 +36,7 @@ const LOG: &str = "qemu.log";
 const QEMU_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long the host may take to answer when no `--timeout` is given; software emulation on a busy machine is slow.
-const HOST_PATIENCE: Duration = Duration::from_secs(5 * 60);
+const HOST_PATIENCE: Duration = Duration::from_secs(10 * 60);
 
 /// How much of a log is shown with a failure.
 const TAIL_LINES: usize = 20;
