@@ -7,7 +7,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -40,6 +40,13 @@ const BATCH: usize = 32;
 
 /// How often an upload that breaks is taken up again.
 const ATTEMPTS: u32 = 4;
+
+/// What went over the wire, repetitions after a break included.
+#[derive(Default)]
+struct Sent {
+    blocks: AtomicUsize,
+    bytes: AtomicU64,
+}
 
 /// Where blocks come from.
 trait Blocks: Send + Sync + 'static {
@@ -111,8 +118,7 @@ fn text(manifest: Result<Vec<u8>, serde_json::Error>) -> Result<String, Failure>
 /// Sends the blocks that are missing. When the connection breaks, what has arrived has arrived: the rest is asked for anew.
 async fn send(session: &Session, client: &Client, what: &str, digests: Vec<Digest>, source: Arc<dyn Blocks>) -> Result<(), Failure> {
     let step = session.terminal.step(format!("sending {what}"));
-    let sent = Arc::new(AtomicU64::new(0));
-    let mut moved = 0;
+    let sent = Arc::new(Sent::default());
     let mut attempt = 1;
     loop {
         let missing = missing(client, &digests).await?;
@@ -120,10 +126,7 @@ async fn send(session: &Session, client: &Client, what: &str, digests: Vec<Diges
             break;
         }
         match send_missing(session, client, &missing, &source, &sent).await {
-            Ok(()) => {
-                moved += missing.len();
-                break;
-            }
+            Ok(()) => break,
             Err(error) if error.is_unreachable() && attempt < ATTEMPTS => {
                 session.terminal.note(format!("{error}; going on with what is missing"));
                 tokio::time::sleep(std::time::Duration::from_secs(1) * attempt).await;
@@ -132,11 +135,8 @@ async fn send(session: &Session, client: &Client, what: &str, digests: Vec<Diges
             Err(error) => return Err(error.into()),
         }
     }
-    let result = if moved == 0 {
-        "all blocks are there".to_owned()
-    } else {
-        format!("{}, {}", count(moved, "block"), bytes(sent.load(Ordering::Relaxed)))
-    };
+    let (blocks, moved) = (sent.blocks.load(Ordering::Relaxed), sent.bytes.load(Ordering::Relaxed));
+    let result = if blocks == 0 { "all blocks are there".to_owned() } else { format!("{}, {}", count(blocks, "block"), bytes(moved)) };
     step.done(&result);
     Ok(())
 }
@@ -154,7 +154,7 @@ async fn send_missing(
     client: &Client,
     missing: &[Digest],
     source: &Arc<dyn Blocks>,
-    sent: &Arc<AtomicU64>,
+    sent: &Arc<Sent>,
 ) -> Result<(), ClientError> {
     let bar = session.terminal.bar((missing.len() * BLOCK_SIZE) as u64);
     for part in missing.chunks(SEND) {
@@ -168,7 +168,7 @@ fn frames(
     digests: Vec<Digest>,
     source: Arc<dyn Blocks>,
     bar: ProgressBar,
-    sent: Arc<AtomicU64>,
+    sent: Arc<Sent>,
 ) -> impl Stream<Item = io::Result<bytes::Bytes>> + Send + 'static {
     stream::unfold((digests.into_iter(), source), move |(mut digests, source)| {
         let (bar, sent) = (bar.clone(), Arc::clone(&sent));
@@ -183,7 +183,8 @@ fn frames(
             let piece = read.unwrap_or_else(|error| Err(io::Error::other(error)));
             if let Ok(piece) = &piece {
                 bar.inc((length * BLOCK_SIZE) as u64);
-                sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
+                sent.blocks.fetch_add(length, Ordering::Relaxed);
+                sent.bytes.fetch_add(piece.len() as u64, Ordering::Relaxed);
             }
             Some((piece, (digests, source)))
         }
@@ -218,10 +219,10 @@ mod tests {
     #[tokio::test]
     async fn frames_follow_each_other() {
         let digests: Vec<Digest> = (0..BATCH as u32 + 3).map(|number| Digest::of(&number.to_le_bytes())).collect();
-        let sent = Arc::new(AtomicU64::new(0));
+        let sent = Arc::new(Sent::default());
         let pieces: Vec<_> = frames(digests.clone(), Arc::new(Fixed), ProgressBar::hidden(), Arc::clone(&sent)).collect().await;
         let wire: Vec<u8> = pieces.into_iter().flat_map(|piece| piece.unwrap().to_vec()).collect();
-        assert_eq!(sent.load(Ordering::Relaxed), wire.len() as u64);
+        assert_eq!(sent.bytes.load(Ordering::Relaxed), wire.len() as u64);
         let mut rest = wire.as_slice();
         for expected in digests {
             let (header, body) = rest.split_first_chunk::<{ BlockFrame::HEADER }>().unwrap();
