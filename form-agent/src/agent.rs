@@ -11,7 +11,7 @@ use form_api::{ApiError, ErrorCode, host::Host, vm::Vm};
 use form_net::{Attachment, NameEntry, Network, PublishedPort};
 use form_state::{Replica, View};
 use form_store::Store;
-use form_types::{ClusterId, HostId, ImageReference, Name, SecretKey, VmId};
+use form_types::{ClusterId, Digest, HostId, ImageReference, Name, SecretKey, VmId};
 use jiff::Timestamp;
 use tokio::sync::watch;
 
@@ -158,6 +158,11 @@ impl Agent {
     /// What is kept of a VM, on disk: its root disk, and what it was made from.
     pub fn vm_directory(&self, vm: &VmId) -> PathBuf {
         self.paths.vms().join(vm.to_string())
+    }
+
+    /// The file system of an image: images with the same one differ only in how they run. An image that is gone has its own.
+    pub fn root_of(&self, image: &Digest) -> Digest {
+        self.store.manifest(image).ok().and_then(|manifest| manifest.rootfs.digest().ok()).unwrap_or(*image)
     }
 
     pub fn log_directory(&self, vm: &VmId) -> PathBuf {

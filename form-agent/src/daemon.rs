@@ -1,6 +1,6 @@
 //! The daemon: opens everything, adopts what runs, serves until it is told to stop. VMs outlive it.
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{error::Error, io::IsTerminal, sync::Arc, time::Duration};
 
 use form_api::{
     ApiError, ErrorCode,
@@ -40,7 +40,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
 /// What keeps the agent from running.
 pub fn run(paths: Paths) -> Result<(), Failure> {
     let filter = tracing_subscriber::EnvFilter::try_from_env("FORM_LOG").unwrap_or_else(|_| "info,form_net=info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).init();
     runtime()?.block_on(serve_until_told(paths))
 }
 

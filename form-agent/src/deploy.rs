@@ -52,7 +52,7 @@ pub fn make_plan(agent: &Agent, request: &DeployRequest) -> Result<Plan, ApiErro
     admit::check_supported(request)?;
     let before = desired::vm_named(&agent.view(), &request.spec.name);
     admit::admit(request, before.is_none(), &agent.capacity(Some(&request.spec.name))?)?;
-    let mut plan = plan::plan(before.as_ref().map(|vm| &vm.request), request);
+    let mut plan = plan::plan(before.as_ref().map(|vm| &vm.request), request, &|image| agent.root_of(image));
     let state = before.and_then(|vm| agent.fleet.observed(&vm.id)).map(|observed| observed.state);
     if plan.is_unchanged() && state == Some(VmState::Failed) {
         plan::try_again(&mut plan);

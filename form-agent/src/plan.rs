@@ -2,19 +2,20 @@
 
 use form_api::deploy::{DeployRequest, FieldChange, Plan, PlanAction, PlannedVm};
 use form_types::{
-    Spec,
+    Digest, Spec,
     spec::{Command, Env, EnvScope, Healthcheck, HealthcheckKind, Protocol, Restart, RestartPolicy},
 };
 
-/// The plan that leads from `before` (nothing for a new VM) to `after`.
-pub fn plan(before: Option<&DeployRequest>, after: &DeployRequest) -> Plan {
+/// The plan that leads from `before` (nothing for a new VM) to `after`. `root` names the file system of an image: an image's own digest
+/// covers how it runs as well, and more memory is no reason to lose a disk.
+pub fn plan(before: Option<&DeployRequest>, after: &DeployRequest, root: &impl Fn(&Digest) -> Digest) -> Plan {
     let name = after.spec.name.clone();
     let Some(before) = before else {
-        let planned = PlannedVm { name, action: PlanAction::Create, changes: created(after), restarts: false, loses: Vec::new() };
+        let planned = PlannedVm { name, action: PlanAction::Create, changes: created(after, root), restarts: false, loses: Vec::new() };
         return Plan { vms: vec![planned] };
     };
-    let changes = changes(before, after);
-    let replaces_disk = replaces_disk(before, after);
+    let changes = changes(before, after, root);
+    let replaces_disk = replaces_disk(before, after, root);
     let action = if changes.is_empty() { PlanAction::Unchanged } else { PlanAction::Update };
     let loses = if replaces_disk { vec!["everything written to its root disk".to_owned()] } else { Vec::new() };
     Plan { vms: vec![PlannedVm { name, action, restarts: !changes.is_empty(), changes, loses }] }
@@ -30,20 +31,20 @@ pub fn try_again(plan: &mut Plan) {
 }
 
 /// Whether the root disk is made anew from its image.
-pub fn replaces_disk(before: &DeployRequest, after: &DeployRequest) -> bool {
-    before.image != after.image || after.spec.resources.disk_gib < before.spec.resources.disk_gib
+pub fn replaces_disk(before: &DeployRequest, after: &DeployRequest, root: &impl Fn(&Digest) -> Digest) -> bool {
+    root(&before.image) != root(&after.image) || after.spec.resources.disk_gib < before.spec.resources.disk_gib
 }
 
-fn created(after: &DeployRequest) -> Vec<FieldChange> {
-    described(after)
+fn created(after: &DeployRequest, root: &impl Fn(&Digest) -> Digest) -> Vec<FieldChange> {
+    described(after, root)
         .into_iter()
         .filter(|(_, value)| !value.is_empty())
         .map(|(field, to)| FieldChange { field: field.to_owned(), from: None, to: Some(to) })
         .collect()
 }
 
-fn changes(before: &DeployRequest, after: &DeployRequest) -> Vec<FieldChange> {
-    let (old, new) = (described(before), described(after));
+fn changes(before: &DeployRequest, after: &DeployRequest, root: &impl Fn(&Digest) -> Digest) -> Vec<FieldChange> {
+    let (old, new) = (described(before, root), described(after, root));
     let mut changes: Vec<FieldChange> = old
         .into_iter()
         .zip(new)
@@ -62,11 +63,11 @@ fn changes(before: &DeployRequest, after: &DeployRequest) -> Vec<FieldChange> {
 }
 
 /// Every part of a request that changes what runs, in words. What only describes the build is in the image's digest.
-fn described(request: &DeployRequest) -> Vec<(&'static str, String)> {
+fn described(request: &DeployRequest, root: &impl Fn(&Digest) -> Digest) -> Vec<(&'static str, String)> {
     let spec = &request.spec;
     let json = |value: serde_json::Result<String>| value.unwrap_or_default();
     vec![
-        ("image", request.image.short()),
+        ("image", root(&request.image).short()),
         ("kernel", request.kernel.short()),
         ("vcpus", spec.resources.vcpus.to_string()),
         ("memory", format!("{} MiB", spec.resources.memory_mib)),
@@ -132,15 +133,20 @@ mod tests {
     use super::*;
     use crate::testing::request;
 
+    /// Every image has a file system of its own.
+    fn own(image: &Digest) -> Digest {
+        *image
+    }
+
     #[test]
     fn new_unchanged_changed() {
         let web = request("web");
-        assert_eq!(plan(None, &web).vms[0].action, PlanAction::Create);
-        assert!(plan(Some(&web), &web).is_unchanged());
+        assert_eq!(plan(None, &web, &own).vms[0].action, PlanAction::Create);
+        assert!(plan(Some(&web), &web, &own).is_unchanged());
 
         let mut larger = web.clone();
         larger.spec.resources.memory_mib = 1024;
-        let planned = &plan(Some(&web), &larger).vms[0];
+        let planned = &plan(Some(&web), &larger, &own).vms[0];
         assert_eq!(planned.action, PlanAction::Update);
         assert!(planned.restarts && planned.loses.is_empty());
         let change = &planned.changes[0];
@@ -148,7 +154,20 @@ mod tests {
 
         let mut rebuilt = web.clone();
         rebuilt.image = form_types::Digest::of(b"another");
-        assert_eq!(plan(Some(&web), &rebuilt).vms[0].loses, ["everything written to its root disk"]);
+        assert_eq!(plan(Some(&web), &rebuilt, &own).vms[0].loses, ["everything written to its root disk"]);
+    }
+
+    #[test]
+    fn the_same_file_system_keeps_the_disk() {
+        let web = request("web");
+        let mut larger = web.clone();
+        larger.spec.resources.memory_mib = 1024;
+        // The manifest holds the Formfile's meaning, so its digest changes too.
+        larger.image = Digest::of(b"another manifest");
+        let one_root = |_: &Digest| Digest::of(b"root");
+        let planned = &plan(Some(&web), &larger, &one_root).vms[0];
+        assert_eq!(planned.changes.iter().map(|change| change.field.as_str()).collect::<Vec<_>>(), ["memory"]);
+        assert!(planned.loses.is_empty() && !replaces_disk(&web, &larger, &one_root));
     }
 
     #[test]
@@ -165,7 +184,7 @@ mod tests {
             retries: 3,
             start_period_ms: 0,
         });
-        let changes = &plan(None, &web).vms[0].changes;
+        let changes = &plan(None, &web, &own).vms[0].changes;
         let shown = |field: &str| changes.iter().find(|change| change.field == field).and_then(|change| change.to.clone()).unwrap();
         assert_eq!(shown("env"), r#"A="b c""#);
         assert_eq!(shown("healthcheck"), "http 80 /up (every 5000 ms, 1000 ms each, 3 failures, 0 ms to start)");
@@ -177,7 +196,7 @@ mod tests {
     fn a_password_is_never_shown() {
         let mut web = request("web");
         web.passwd_hashes.insert("ada".to_owned(), "$6$salt$secret".to_owned());
-        let planned = plan(Some(&request("web")), &web);
+        let planned = plan(Some(&request("web")), &web, &own);
         assert_eq!(planned.vms[0].changes[0].field, "passwords");
         assert!(!serde_json::to_string(&planned).unwrap().contains("secret"));
     }

@@ -74,12 +74,14 @@ fn system_a_sandbox_host_runs_an_app_and_leaves_nothing_behind() {
     let unchanged = deploy().ok();
     assert!(format!("{}{}", unchanged.stdout, unchanged.stderr).contains("unchanged"));
 
-    // A new greeting is a change of its environment: it restarts and keeps its address.
+    // A new greeting is a change of its environment: it restarts, and keeps its address and its disk.
+    let _ = form.form(["exec", "greeter", "--", "touch", "/root/kept"]).ok();
     let address = vms[0]["ipv4"].clone();
     write_app(app.path(), "Good evening", r#"["python3", "-u", "/app/app.py"]"#);
     let _ = form.form(["plan", file.to_str().unwrap()]).exits(8);
     let _ = deploy().ok();
     assert!(answer(18080).contains("Good evening"));
+    let _ = form.form(["exec", "greeter", "--", "test", "-e", "/root/kept"]).ok();
     assert_eq!(form.form(["ps", "-o", "json"]).ok().json()[0]["ipv4"], address);
 
     // A version that does not work is taken back, and says why.

@@ -105,7 +105,7 @@ fn prepare_disk(agent: &Agent, desired: &DesiredVm, size: u64) -> Result<(), Lau
         Ok(_) => {
             let before = fs::read(&made_from).map_err(io_error("the VM's record of its disk"))?;
             let before = serde_json::from_slice(&before).map_err(|error| LaunchError::Settings(error.to_string()))?;
-            if plan::replaces_disk(&before, &desired.request) {
+            if plan::replaces_disk(&before, &desired.request, &|image| agent.root_of(image)) {
                 agent.store.remove_disk(&desired.id)?;
                 agent.store.create_disk(&desired.id, &desired.request.image, size)?;
             } else {

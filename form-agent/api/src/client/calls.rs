@@ -19,6 +19,9 @@ use crate::{
     vm::{ForwardQuery, LogLine, LogsQuery, Vm, VmDetail},
 };
 
+/// An import writes and hashes the whole image: on a host in software emulation that takes a minute, on a busy one several.
+const IMPORT: Duration = Duration::from_secs(10 * 60);
+
 /// The longest that one question for an operation's end stays open.
 const LONG_POLL: Duration = Duration::from_secs(20);
 
@@ -64,6 +67,7 @@ fn fresh_key() -> Result<IdempotencyKey, ClientError> {
 
 /// # Errors
 /// Every method fails with a [`ClientError`]: `Api` when the agent says no, the others when it could not be asked.
+
 impl Client {
     pub async fn host(&self) -> Result<Host, ClientError> {
         self.read(&Call::get("/v1/host")).await
@@ -172,7 +176,7 @@ impl Client {
     }
 
     pub async fn import(&self, request: &ImportRequest) -> Result<Image, ClientError> {
-        self.read(&Call::post("/v1/images").json(request)?.signed(fresh_key()?)).await
+        self.read(&Call::post("/v1/images").json(request)?.signed(fresh_key()?).limit(IMPORT)).await
     }
 
     pub async fn kernel(&self, digest: &Digest) -> Result<Kernel, ClientError> {
@@ -181,7 +185,7 @@ impl Client {
 
     /// Makes a kernel bundle of blocks that are all there.
     pub async fn import_kernel(&self, request: &ImportRequest) -> Result<Kernel, ClientError> {
-        self.read(&Call::post("/v1/kernels").json(request)?.signed(fresh_key()?)).await
+        self.read(&Call::post("/v1/kernels").json(request)?.signed(fresh_key()?).limit(IMPORT)).await
     }
 
     pub async fn operations(&self, query: &OperationsQuery) -> Result<Vec<Operation>, ClientError> {
