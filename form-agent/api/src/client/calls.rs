@@ -67,7 +67,6 @@ fn fresh_key() -> Result<IdempotencyKey, ClientError> {
 
 /// # Errors
 /// Every method fails with a [`ClientError`]: `Api` when the agent says no, the others when it could not be asked.
-
 impl Client {
     pub async fn host(&self) -> Result<Host, ClientError> {
         self.read(&Call::get("/v1/host")).await
