@@ -261,16 +261,16 @@ fn later_steps_see_earlier_ones_and_copies_follow_links_of_the_image() {
         chmod: Some("750".to_owned()),
     }));
     let env = vec![("GREETING".to_owned(), "a b".to_owned())];
-    project.step(StepAction::Run { command: Command::Exec(vec!["/usr/lib/tool".to_owned()]), env, workdir: Some("/work/here".to_owned()) });
+    project.step(StepAction::Run { command: Command::Exec(vec!["/usr/lib/tool".to_owned()]), env, workdir: Some("/opt/here".to_owned()) });
     project.spec.workdir = Some("/srv/www".to_owned());
     let (_, seen) = project.build();
-    assert_eq!(seen.output, ["tool runs as 0 in /work/here with a b"]);
+    assert_eq!(seen.output, ["tool runs as 0 in /opt/here with a b"]);
     let disk = project.disk();
     assert_eq!(cat(&disk, "/usr/lib/conf"), "inline\n");
     let stat = debugfs(&disk, "stat /usr/lib/tool");
     assert!(stat.contains("Mode:  0750") && stat.contains("User:  1001") && stat.contains("Group:  1002"), "{stat}");
     assert!(debugfs(&disk, "stat /lib").contains("symlink"));
-    assert!(debugfs(&disk, "stat /srv/www").contains("directory") && debugfs(&disk, "stat /work/here").contains("directory"));
+    assert!(debugfs(&disk, "stat /srv/www").contains("directory") && debugfs(&disk, "stat /opt/here").contains("directory"));
 }
 
 #[test]
