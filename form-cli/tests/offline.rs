@@ -284,6 +284,15 @@ fn deploy_refuses_what_it_cannot_do_before_it_builds() {
 }
 
 #[test]
+fn deploy_and_plan_speak_of_the_formfile_before_they_look_for_a_host() {
+    let place = Place::new();
+    for verb in ["deploy", "plan"] {
+        let run = place.run(&[verb, "-y", "--context", "none"]);
+        assert!(run.code == 3 && run.err.contains("cannot read Formfile"), "{run:?}");
+    }
+}
+
+#[test]
 fn completion_scripts_ask_the_program() {
     let place = Place::new();
     for shell in ["bash", "zsh", "fish"] {

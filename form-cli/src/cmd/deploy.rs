@@ -29,8 +29,7 @@ pub struct Args {
 const PATIENCE: Duration = Duration::from_secs(10 * 60);
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
-    let client = session.client()?;
-    let prepared = prepare(session, &client, &args.build).await?;
+    let (client, prepared) = prepare(session, &args.build).await?;
     let request = &prepared.request;
     let name = &request.spec.name;
     let plan = client.plan(request).await?;

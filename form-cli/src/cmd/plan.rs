@@ -16,8 +16,7 @@ pub struct Args {
 const CHANGES: u8 = 8;
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
-    let client = session.client()?;
-    let prepared = prepare(session, &client, &args.build).await?;
+    let (client, prepared) = prepare(session, &args.build).await?;
     let plan = client.plan(&prepared.request).await?;
     let terminal = &session.terminal;
     match terminal.format() {

@@ -44,7 +44,7 @@ pub fn resolve(config: &Config, context: Option<&Name>, host: Option<&str>, loca
         },
         None if local.exists() => Ok(Target::Local(local.to_owned())),
         None => Err(Failure::new(ErrorCode::Unavailable, "there is no host to talk to")
-            .hint("add one with `form host add ADDRESS --token TOKEN`; `form-agent init` on the host prints the token")),
+            .hint("`form sandbox up` makes a throw-away one here; `form host add ADDRESS --token TOKEN` adds one that runs `form-agent`, whose `form-agent init` prints the token")),
     }
 }
 

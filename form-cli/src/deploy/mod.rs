@@ -26,21 +26,23 @@ pub struct Prepared {
     pub request: DeployRequest,
 }
 
-/// Builds what is needed and asks the host for what runs there now.
+/// Builds what is needed and asks the host for what runs there now; gives the way to that host too.
 ///
 /// # Errors
-/// When the Formfile asks for what this version cannot do, the host does not answer, or the build fails.
-pub async fn prepare(session: &Session, client: &Client, args: &build::BuildArgs) -> Result<Prepared, Failure> {
+/// When the Formfile has faults or asks for what this version cannot do, the host does not answer, or the build fails.
+pub async fn prepare(session: &Session, args: &build::BuildArgs) -> Result<(Client, Prepared), Failure> {
+    // A fault of the file is the user's next step whether or not there is a host.
     let (source, spec) = args.load(session)?;
     refuse(&spec)?;
+    let client = session.client()?;
     // A host that is away, or not ours, is better known before a long build than after it.
-    let before = existing(client, &spec).await?;
+    let before = existing(&client, &spec).await?;
     let image = build::image(session, args, &source, &spec).await?;
     let kernel = build::kernel(session).await?;
     let old = before.map(|detail| detail.desired.passwd_hashes).unwrap_or_default();
     let passwd_hashes = passwords::hashes(&spec, &old)?;
     let request = DeployRequest { spec, passwd_hashes, image: image.digest, kernel: kernel.digest };
-    Ok(Prepared { image, kernel, request })
+    Ok((client, Prepared { image, kernel, request }))
 }
 
 async fn existing(client: &Client, spec: &Spec) -> Result<Option<VmDetail>, Failure> {
