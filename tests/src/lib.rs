@@ -1,3 +1,4 @@
 //! Tests of Formation as a whole: of the workspace's shape, and of the built programs.
 
+pub mod host;
 pub mod programs;

@@ -1,0 +1,137 @@
+//! Every example, as a reader meets it: checked, laid out, built, deployed to a host and looked at.
+//!
+//! Building needs the mirrors and no KVM, running needs KVM and no mirrors: the first test fills the build cache that the second uses.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use form_tests::{
+    host::{Host, get, wait},
+    programs::Programs,
+};
+use serde_json::Value;
+
+/// Those that are deployed; the host of the sandbox is built and run by `form sandbox up`.
+const DEPLOYED: [&str; 5] = ["hello", "scratch", "static-site", "systemd", "worker"];
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples").canonicalize().unwrap()
+}
+
+fn formfile(example: &str) -> String {
+    folder().join(example).join("Formfile").to_str().unwrap().to_owned()
+}
+
+/// As the example's own first lines say.
+fn compile_scratch() {
+    let mut compile = Command::new("cc");
+    compile.args(["-O2", "-static", "-o", "server", "server.c"]).current_dir(folder().join("scratch"));
+    assert!(compile.status().unwrap().success());
+}
+
+#[test]
+fn system_every_example_is_checked_formatted_and_built() {
+    let home = tempfile::tempdir().unwrap();
+    let form = Programs::new(home.path());
+    compile_scratch();
+    let mut found: Vec<String> =
+        std::fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    found.retain(|name| folder().join(name).join("Formfile").exists());
+    found.sort();
+    let mut known = DEPLOYED.to_vec();
+    known.push("sandbox-host");
+    known.sort_unstable();
+    assert_eq!(found, known, "an example that no test deploys");
+    for example in &found {
+        let _ = form.form(["check", &formfile(example)]).ok();
+        let _ = form.form(["fmt", "--check", &formfile(example)]).ok();
+    }
+    for example in DEPLOYED {
+        let built = form.form(["build", &formfile(example), "-o", "json"]).ok().json();
+        let again = form.form(["build", &formfile(example), "-o", "json"]).ok();
+        assert!(!again.stderr.contains("changed ("), "nothing is built twice: {}", again.stderr);
+        assert_eq!((&again.json()["digest"], &again.json()["unchanged"]), (&built["digest"], &Value::Bool(true)));
+        let verified = form.form(["image", "verify", example, "-o", "json"]).ok().json();
+        assert_eq!(verified["bad"], Value::Array(vec![]), "{verified}");
+    }
+}
+
+/// What a command in the VM prints.
+fn inside(host: &Host, vm: &str, user: Option<&str>, command: &str) -> String {
+    let mut words = vec!["exec", vm];
+    words.extend(user.iter().flat_map(|user| ["--user", user]));
+    words.extend(["--", "sh", "-c", command]);
+    host.form(&words).ok().stdout.trim_end().to_owned()
+}
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_every_example_does_what_it_is_for() {
+    let host = Host::start();
+    for example in DEPLOYED {
+        let _ = host.form(&["deploy", &formfile(example), "-y", "--timeout", "300s"]).ok();
+        assert!(host.form(&["deploy", &formfile(example), "-y"]).ok().stderr.contains("unchanged"));
+    }
+    for example in DEPLOYED {
+        let vm = host.vm(example);
+        assert_eq!((&vm["state"], &vm["ready"]), (&"running".into(), &true.into()), "{vm}");
+    }
+    assert!(get(8080, "/").unwrap().ends_with("Hello from a microVM, hello!\n"));
+    let page = std::fs::read_to_string(folder().join("static-site/site/index.html")).unwrap();
+    assert!(get(8081, "/").unwrap().ends_with(&page));
+    assert!(get(8081, "/style.css").unwrap().contains("text/css"));
+    assert!(get(8081, "/nothing").unwrap().starts_with("HTTP/1.1 404"));
+    assert!(get(8082, "/").unwrap().ends_with("Hello from scratch!\n"));
+    worker(&host);
+    systemd(&host);
+    for example in DEPLOYED {
+        let _ = host.form(&["destroy", example, "-y"]).ok();
+        let _ = host.form(&["image", "rm", &format!("{example}:1"), "-y"]).ok();
+    }
+    host.is_clean();
+    assert_eq!(host.form(&["image", "ls", "-o", "json"]).ok().json(), Value::Array(vec![]));
+}
+
+/// It runs as its own user, reports once a minute and is healthy for that reason.
+fn worker(host: &Host) {
+    let ticks = || host.form(&["logs", "worker"]).ok().stdout.matches("report written: load").count();
+    let before = ticks();
+    assert!(before >= 1);
+    assert_eq!(host.vm("worker")["health"], "healthy");
+    assert_eq!(inside(host, "worker", None, "stat -c %U /var/lib/worker/latest"), "worker");
+    // The pid of its shell is not known; whose the process is, is.
+    assert_eq!(inside(host, "worker", None, "ps -o user= -C worker | sort -u"), "worker");
+    wait("the worker reports again", || ticks() > before);
+}
+
+/// systemd is process 1, its service runs, and the users are those of the Formfile.
+fn systemd(host: &Host) {
+    let run = |user: Option<&str>, command: &str| inside(host, "systemd", user, command);
+    assert_eq!(run(None, "cat /proc/1/comm"), "systemd");
+    wait("systemd has started everything", || {
+        let state = host.form(&["exec", "systemd", "--", "systemctl", "is-system-running"]);
+        state.stdout.trim() == "running"
+    });
+    assert_eq!(run(None, "systemctl list-units --failed --no-legend --plain"), "");
+    assert_eq!(run(None, "systemctl is-active clock.service"), "active");
+    assert!(run(None, "journalctl --unit clock --output cat --no-pager").contains("UTC 20"), "the service's output is in the journal");
+
+    assert_eq!(run(Some("alice"), "id -un; id -gn; echo $HOME; pwd"), "alice\nalice\n/home/alice\n/home/alice");
+    assert_eq!(run(Some("alice"), "id -Gn | tr ' ' '\\n' | sort"), "adm\nalice");
+    assert_eq!(run(None, "getent passwd alice | cut -d: -f6-"), "/home/alice:/bin/bash");
+    assert_eq!(run(Some("alice"), "sudo -n id -un"), "root", "alice has no password to ask for");
+    assert!(run(None, "cat /home/alice/.ssh/authorized_keys").contains("alice@example.com"));
+    assert_eq!(run(None, "stat -c '%a %U' /home/alice/.ssh /home/alice/.ssh/authorized_keys"), "700 alice\n600 alice");
+
+    assert_eq!(run(Some("bob"), "id -Gn"), "bob");
+    assert_eq!(run(None, "getent passwd bob | cut -d: -f7"), "/bin/sh");
+    let _ = host.form(&["exec", "systemd", "--user", "bob", "--", "sudo", "-n", "true"]).exits(1);
+    // The password is the Formfile's, as crypt(3) of the guest sees it; it must be changed at the first login.
+    assert_eq!(run(None, "getent shadow bob | cut -d: -f3"), "0");
+    let check = r#"field=$(getent shadow bob | cut -d: -f2); perl -e 'print crypt($ARGV[0], $ARGV[1]) eq $ARGV[1] ? "fits" : "differs"' change-me "$field""#;
+    assert_eq!(run(None, check), "fits");
+    assert!(run(None, "getent shadow root | cut -d: -f2").starts_with(['!', '*']), "nobody logs in as root");
+    assert!(!run(None, "grep -rs change-me /etc /var/lib /run || true").contains("change-me"), "no clear text anywhere");
+}
