@@ -94,6 +94,28 @@ fn kvm_every_example_does_what_it_is_for() {
     assert_eq!(host.form(&["image", "ls", "-o", "json"]).ok().json(), Value::Array(vec![]));
 }
 
+/// An image of one program, without any account of its own.
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_an_image_from_scratch_has_its_users() {
+    let host = Host::start();
+    let file = host.app("lonely", r#"["/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/www"]"#, 18086);
+    let text = std::fs::read_to_string(&file).unwrap();
+    let users = "USER username:ada passwd:secret shell:/bin/sh groups:operators chpasswd_expire:no\nCOPY --chown=ada:operators index.html /home/ada/\nENTRYPOINT";
+    std::fs::write(&file, text.replacen("ENTRYPOINT", users, 1)).unwrap();
+    let _ = host.form(&["deploy", &file, "-y", "--timeout", "300s"]).ok();
+    let run = |user: Option<&str>, command: &str| inside(&host, "lonely", user, command);
+    assert_eq!(run(Some("ada"), "busybox id"), "uid=1000(ada) gid=1000(ada) groups=100(operators),1000(ada)");
+    assert_eq!(run(None, "busybox stat -c '%U %G %a' /home/ada /home/ada/index.html"), "ada ada 700\nada operators 644");
+    let shadow = run(None, "busybox cat /etc/shadow");
+    assert!(shadow.starts_with("ada:$6$"), "{shadow}");
+    let hash = shadow.split(':').nth(1).unwrap();
+    let salt = hash.split('$').nth(2).unwrap();
+    assert_eq!(run(None, &format!("busybox mkpasswd -m sha512 -S '{salt}' secret")), hash);
+    let _ = host.form(&["destroy", "lonely", "-y"]).ok();
+    host.is_clean();
+}
+
 /// It runs as its own user, reports once a minute and is healthy for that reason.
 fn worker(host: &Host) {
     let ticks = || host.form(&["logs", "worker"]).ok().stdout.matches("report written: load").count();

@@ -314,8 +314,14 @@ impl<'a> Work<'a> {
             Action::Accounts => {
                 let key = self.key("accounts", &accounts::essence(&self.spec.users))?;
                 self.layer(key, step, observer, |work, observer| {
-                    let words = accounts::words(&work.spec.users, work.index()?)?;
-                    work.program(&words, &[], None, step, observer)
+                    accounts::check(&work.spec.users)?;
+                    if accounts::has_tools(work.index()?) {
+                        return work.program(&accounts::words(&work.spec.users), &[], None, step, observer);
+                    }
+                    let spool = work.spool()?;
+                    let parent = work.top()?.clone();
+                    let diff = accounts::written(&work.spec.users, work.index()?, &parent, &spool)?;
+                    Ok((diff, spool))
                 })
             }
             Action::Step(StepAction::Install { packages }) => {

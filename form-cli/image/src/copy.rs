@@ -135,7 +135,7 @@ fn directory(path: TreePath, mode: u32, uid: u32, gid: u32) -> Entry {
 }
 
 /// A layer's tree is laid over its parents', so it holds every directory above its files, with the attributes these have already.
-fn add_parents(entries: &mut BTreeMap<TreePath, Entry>, index: &Index) -> Result<(), String> {
+pub(crate) fn add_parents(entries: &mut BTreeMap<TreePath, Entry>, index: &Index) -> Result<(), String> {
     let paths: Vec<TreePath> = entries.keys().cloned().collect();
     for path in paths {
         for above in path.ancestors().into_iter().filter(|above| !above.is_root()) {

@@ -148,6 +148,22 @@ fn cat(disk: &Path, path: &str) -> String {
         .into_owned()
 }
 
+fn user(name: &str, shell: &str, groups: &[&str]) -> User {
+    User {
+        name: name.to_owned(),
+        sudo: false,
+        shell: shell.to_owned(),
+        groups: groups.iter().map(|group| (*group).to_owned()).collect(),
+        ssh_authorized_keys: vec![],
+        lock_passwd: false,
+        ssh_pwauth: true,
+        disable_root: true,
+        chpasswd_expire: true,
+        has_passwd: false,
+        passwd: None,
+    }
+}
+
 /// A root file system with a shell and some programs: one static busybox.
 fn busybox_root(project: &Project) {
     for directory in ["root/bin", "root/etc", "root/sbin", "root/usr/lib"] {
@@ -274,6 +290,46 @@ fn later_steps_see_earlier_ones_and_copies_follow_links_of_the_image() {
 }
 
 #[test]
+fn an_image_without_account_tools_gets_its_users_all_the_same() {
+    let mut project = Project::new("scratch");
+    project.spec.users = vec![user("ada", "/server", &["operators"]), user("bob", "/server", &["ada"])];
+    project.write("server", "x");
+    project.step(StepAction::Copy(Copy {
+        sources: vec![CopySource::Path("server".to_owned())],
+        to: "/home/ada/".to_owned(),
+        chown: Some("ada:operators".to_owned()),
+        chmod: None,
+    }));
+    let first = project.build().0;
+    let disk = project.disk();
+    assert_eq!(
+        cat(&disk, "/etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nada:x:1000:1000::/home/ada:/server\nbob:x:1001:1001::/home/bob:/server\n"
+    );
+    assert_eq!(cat(&disk, "/etc/group"), "root:x:0:\nada:x:1000:bob\noperators:x:100:ada\nbob:x:1001:\n");
+    for (path, mode, uid, gid) in [("/home/ada", "0700", 1000, 1000), ("/home", "0755", 0, 0), ("/home/ada/server", "0644", 1000, 100)] {
+        let found = debugfs(&disk, &format!("stat {path}")).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(found.contains(&format!("Mode: {mode}")), "{path}: {found}");
+        assert!(found.contains(&format!("User: {uid} Group: {gid} ")), "{path}: {found}");
+    }
+    assert_eq!(project.build().0.digest, first.digest);
+
+    // A base that has accounts keeps them with their numbers; new ones get the next.
+    let mut project = Project::new("./root");
+    busybox_root(&project);
+    project.spec.users = vec![user("web", "/bin/cat", &[]), user("ada", "/bin/sh", &["web"])];
+    project.run("id -u ada; stat -c %u:%g /home/ada");
+    assert_eq!(project.build().1.output, ["1002", "1002:1003"]);
+    let disk = project.disk();
+    assert!(cat(&disk, "/etc/passwd").contains("web:x:1001:1002::/:/bin/cat\n"));
+    assert!(cat(&disk, "/etc/group").contains("web:x:1002:ada\n"));
+
+    project.spec.users = vec![user("a:b", "/bin/sh", &[])];
+    let error = project.try_build().0.unwrap_err().to_string();
+    assert!(error.contains("`a:b` is no name of a user or group"), "{error}");
+}
+
+#[test]
 fn a_failing_step_names_its_line_and_leaves_nothing() {
     let mut project = Project::new("./root");
     busybox_root(&project);
@@ -397,19 +453,7 @@ fn hello() -> Project {
     project.write("app.py", "print('hello from the image')\n");
     project.copy("app.py", "/srv/app.py");
     project.run("python3 /srv/app.py && id web && stat -c %U /home/web");
-    project.spec.users.push(User {
-        name: "web".to_owned(),
-        sudo: true,
-        shell: "/bin/bash".to_owned(),
-        groups: vec!["sudo".to_owned(), "operators".to_owned()],
-        ssh_authorized_keys: vec![],
-        lock_passwd: false,
-        ssh_pwauth: true,
-        disable_root: true,
-        chpasswd_expire: true,
-        has_passwd: false,
-        passwd: None,
-    });
+    project.spec.users.push(User { sudo: true, ..user("web", "/bin/bash", &["sudo", "operators"]) });
     project
 }
 
