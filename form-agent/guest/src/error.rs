@@ -18,6 +18,10 @@ pub enum Error {
     BadMac { text: String },
     #[error("{device} holds no ext4 file system: make one on it, or name another disk")]
     NotExt4 { device: String },
+    #[error("{device} holds something that is no ext4 file system, and is left as it is: attach it without a path, or use another volume")]
+    NotBlank { device: String },
+    #[error("{device} holds no file system, and none is made on a volume that is attached read-only: attach it for writing once")]
+    BlankReadOnly { device: String },
     #[error("{path} is not an absolute path without `..`")]
     BadPath { path: String },
     #[error("the settings cannot be read: {source}. The host's agent and form-guest must be of one version")]

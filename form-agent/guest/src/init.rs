@@ -46,7 +46,7 @@ pub fn run() -> ! {
     if let Err(error) = root::enter(&settings, &mut report) {
         cannot_start("root", &error, settings, report)
     }
-    volumes::mount_all(&settings.volumes, &mut report);
+    volumes::attach_all(&settings.volumes, &mut report);
     let init = handoff::image_init().filter(|_| settings.service.is_none());
     configure(&settings, init == Some(handoff::ImageInit::Systemd), &mut report);
     if let Some(init) = init {

@@ -25,12 +25,16 @@ use crate::{
 const BATCH: usize = 32;
 
 /// The store's errors in the words of the API.
-fn store_error(error: &StoreError) -> ApiError {
+pub(crate) fn store_error(error: &StoreError) -> ApiError {
     let code = match error {
         StoreError::NoRoom { .. } => ErrorCode::NoRoom,
         StoreError::NoImage(_) | StoreError::NoImageDigest(_) | StoreError::NoKernel(_) | StoreError::NoDisk(_) => ErrorCode::NotFound,
+        StoreError::NoPool(_) | StoreError::NoVolume(_) => ErrorCode::NotFound,
         StoreError::Manifest(_) | StoreError::Kernel(_) | StoreError::Block(_) | StoreError::DiskTooSmall { .. } => ErrorCode::Invalid,
+        StoreError::VolumeSize(_) | StoreError::VolumeShrinks { .. } => ErrorCode::Invalid,
         StoreError::MissingBlocks(_) | StoreError::ImageInUse { .. } | StoreError::DiskExists(_) => ErrorCode::Conflict,
+        StoreError::VolumeExists(_) | StoreError::VolumeInUse { .. } => ErrorCode::Conflict,
+        StoreError::VolumeGone { .. } => ErrorCode::Failed,
         StoreError::Io { .. } | StoreError::Locked(_) | StoreError::Initramfs(_) | StoreError::Damaged { .. } => ErrorCode::Internal,
     };
     ApiError::new(code, error.to_string())

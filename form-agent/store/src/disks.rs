@@ -195,7 +195,7 @@ const fn file_name(format: DiskFormat) -> &'static str {
     }
 }
 
-fn create(path: &Path) -> io::Result<File> {
+pub fn create(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
     file.set_permissions(Permissions::from_mode(0o600))?;
     Ok(file)

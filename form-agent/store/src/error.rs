@@ -6,7 +6,7 @@ use std::{
 };
 
 use form_bundle::{blocks::BlockError, initramfs::InitramfsError, kernel::KernelError, manifest::ManifestError};
-use form_types::{Digest, ImageReference, Name, VmId};
+use form_types::{Digest, ImageReference, Name, VmId, VolumeId, volume::VolumeSizeError};
 
 pub type Result<T, E = StoreError> = std::result::Result<T, E>;
 
@@ -39,6 +39,22 @@ pub enum StoreError {
     NoDisk(VmId),
     #[error("VM {} has a root disk already", .0.short())]
     DiskExists(VmId),
+    #[error("there is no pool `{0}` on this host: list them with `form pool ls`")]
+    NoPool(Name),
+    #[error("there is no volume with id {}", .0.short())]
+    NoVolume(VolumeId),
+    #[error("volume {} exists already", .0.short())]
+    VolumeExists(VolumeId),
+    /// It was made here, and its file is not where it was.
+    #[error("the volume's file {path} is gone: bring it back (is the file system of its pool mounted?), or remove the volume")]
+    VolumeGone { id: VolumeId, path: PathBuf },
+    /// Another open file holds the lock, be it a VM of ours or a foreign program.
+    #[error("{path} is in use: {user} has it open")]
+    VolumeInUse { path: PathBuf, user: String },
+    #[error("a volume is never made smaller: it has {has} bytes, and {wanted} were asked for")]
+    VolumeShrinks { has: u64, wanted: u64 },
+    #[error(transparent)]
+    VolumeSize(#[from] VolumeSizeError),
     #[error("image `{image}` is used by {}", list(.users))]
     ImageInUse { image: ImageReference, users: Vec<String> },
     #[error("{what} was changed on disk: {reason}. Run `form image verify`, or remove it and deploy again")]

@@ -1,4 +1,4 @@
-//! What of a host is on disk: images, kernels, and the disks of VMs.
+//! What of a host is on disk: images, kernels, the disks of VMs, and volumes.
 //!
 //! Everything here blocks. Whatever has a name is whole: it is made in a directory without one, flushed, and named in one
 //! step, so that a crash at any point leaves only what the next [`Store::open`] removes.
@@ -9,16 +9,18 @@ mod durable;
 mod error;
 mod images;
 mod kernels;
+mod lock;
+mod volumes;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use form_types::Digest;
+use form_types::{Digest, Name};
 
 use crate::blocks::{Assembler, Incoming, Stored};
 pub use crate::{
@@ -27,6 +29,7 @@ pub use crate::{
     error::{Result, StoreError},
     images::ImageEntry,
     kernels::KernelEntry,
+    volumes::{OpenVolume, Pool, VolumeEntry},
 };
 
 /// The store of one agent. It can be shared between threads; changes take turns.
@@ -36,6 +39,7 @@ pub struct Store {
     kernels: PathBuf,
     vms: PathBuf,
     incoming: Incoming,
+    pools: BTreeMap<Name, Pool>,
     locks: Locks,
     /// Held for the store's life.
     _lock: File,
@@ -66,22 +70,46 @@ pub struct Space {
 
 impl Store {
     /// Opens the store below `root`, makes its directories, and removes what an agent that was killed left half made, and
-    /// blocks of uploads that were given up.
+    /// blocks of uploads that were given up. It has one pool, [`LOCAL_POOL`].
     ///
     /// # Errors
     /// [`StoreError::Locked`] when another agent has it; else those of the file system.
     pub fn open(root: &Path) -> Result<Self> {
-        let [images, kernels, vms] = ["vm-images", "kernel", "vms"].map(|name| root.join(name));
-        for directory in [&images.join("versions"), &kernels, &vms] {
+        let [images, kernels, vms, volumes] = ["vm-images", "kernel", "vms", "volumes"].map(|name| root.join(name));
+        for directory in [&images.join("versions"), &kernels, &vms, &volumes] {
             durable::make_dir(directory)?;
         }
-        let lock = lock(&images)?;
+        let lock = lock_store(&images)?;
         for directory in [&images, &kernels, &vms] {
             durable::clear_temporary(directory)?;
         }
         let incoming = Incoming::open(&images)?;
         incoming.remove_stale(STALE_AFTER)?;
-        Ok(Self { root: root.to_owned(), images, kernels, vms, incoming, locks: Locks::default(), _lock: lock })
+        let mut store =
+            Self { root: root.to_owned(), images, kernels, vms, incoming, pools: BTreeMap::new(), locks: Locks::default(), _lock: lock };
+        store.add_pool(local_pool(), volumes)?;
+        Ok(store)
+    }
+
+    /// Adds a pool of volumes in a directory. That the directory is not there now is no error: it may be mounted later.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn add_pool(&mut self, name: Name, directory: PathBuf) -> Result<()> {
+        let made = self.root.join("volumes-made").join(name.as_str());
+        self.pools.insert(name.clone(), Pool::open(name, directory, made)?);
+        Ok(())
+    }
+
+    /// # Errors
+    /// [`StoreError::NoPool`].
+    pub fn pool(&self, name: &Name) -> Result<&Pool> {
+        self.pools.get(name).ok_or_else(|| StoreError::NoPool(name.clone()))
+    }
+
+    /// By name.
+    pub fn pools(&self) -> impl Iterator<Item = &Pool> {
+        self.pools.values()
     }
 
     /// Which of these blocks have to be sent: neither uploaded nor part of a stored image or kernel. Each is named once, in the
@@ -121,9 +149,7 @@ impl Store {
     /// # Errors
     /// Those of statvfs(3).
     pub fn space(&self) -> Result<Space> {
-        let figures = rustix::fs::statvfs(&self.root).map_err(|error| StoreError::io("look at", &self.root)(error.into()))?;
-        let bytes = |blocks: u64| blocks.saturating_mul(figures.f_frsize);
-        Ok(Space { total: bytes(figures.f_blocks), free: bytes(figures.f_bavail) })
+        space_of(&self.root)
     }
 
     /// Knows where each of these blocks is, as far as it is here.
@@ -156,7 +182,24 @@ impl Store {
     }
 }
 
-fn lock(directory: &Path) -> Result<File> {
+/// The pool that every store has.
+pub const LOCAL_POOL: &str = "local";
+
+/// The name of [`LOCAL_POOL`].
+///
+/// # Panics
+/// Never: it is a name.
+pub fn local_pool() -> Name {
+    LOCAL_POOL.parse().expect("a constant that is a name")
+}
+
+fn space_of(path: &Path) -> Result<Space> {
+    let figures = rustix::fs::statvfs(path).map_err(|error| StoreError::io("look at", path)(error.into()))?;
+    let bytes = |blocks: u64| blocks.saturating_mul(figures.f_frsize);
+    Ok(Space { total: bytes(figures.f_blocks), free: bytes(figures.f_bavail) })
+}
+
+fn lock_store(directory: &Path) -> Result<File> {
     let path = directory.join("lock");
     let file = File::create(&path).map_err(StoreError::io("open", &path))?;
     match file.try_lock() {

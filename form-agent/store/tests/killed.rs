@@ -11,12 +11,13 @@ use std::{
 };
 
 use fixture::{image, kernel, rootfs};
-use form_store::Store;
-use form_types::VmId;
+use form_store::{Store, local_pool};
+use form_types::{VmId, VolumeFormat, VolumeId};
 
 /// Set in the process that is to be killed: the root of its store.
 const VICTIM: &str = "FORM_STORE_VICTIM";
 const KILLS: u64 = 12;
+const VOLUME_BYTES: u64 = 16 << 20;
 
 /// Makes and removes things until it is killed.
 fn work(root: &Path) {
@@ -27,6 +28,7 @@ fn work(root: &Path) {
         let (manifest, blocks) = image("web", &rootfs(&[Some(round % 7), None, Some(round % 3), Some(50)]));
         blocks.upload(&store);
         let entry = store.import(&manifest).unwrap();
+        churn_volumes(&store, u8::try_from(round % 5).unwrap());
         let vm = VmId::from_bytes([u8::try_from(round % 5).unwrap(); 16]);
         store.remove_disk(&vm).unwrap();
         store.create_disk(&vm, &entry.digest, 8 << 20).unwrap();
@@ -45,13 +47,27 @@ fn work(root: &Path) {
     }
 }
 
+/// Makes, grows, clones and removes volumes; those that are not removed are found by the next round.
+fn churn_volumes(store: &Store, number: u8) {
+    let pool = store.pool(&local_pool()).unwrap();
+    let (id, copy) = (VolumeId::from_bytes([number; 16]), VolumeId::from_bytes([number + 100; 16]));
+    let format = if number.is_multiple_of(2) { VolumeFormat::Raw } else { VolumeFormat::Qcow2 };
+    let entry = pool.ensure(&id, format, VOLUME_BYTES).unwrap();
+    pool.grow(&id, entry.size_bytes + (1 << 20)).unwrap();
+    pool.remove(&copy).unwrap();
+    pool.clone_volume(&id, &copy).unwrap();
+    if number.is_multiple_of(3) {
+        pool.remove(&id).unwrap();
+    }
+}
+
 #[test]
 fn a_killed_store_opens_whole() {
     if let Ok(root) = std::env::var(VICTIM) {
         return work(Path::new(&root));
     }
     let root = tempfile::tempdir().unwrap();
-    let mut seen = 0;
+    let (mut seen, mut volumes) = (0, 0);
     for kill in 0..KILLS {
         let mut victim = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "a_killed_store_opens_whole"])
@@ -68,7 +84,7 @@ fn a_killed_store_opens_whole() {
         victim.wait().unwrap();
 
         let store = Store::open(root.path()).unwrap();
-        for place in ["vm-images", "kernel", "vms", "vm-images/incoming"] {
+        for place in ["vm-images", "kernel", "vms", "volumes", "volumes-made/local", "vm-images/incoming"] {
             assert!(!root.path().join(place).join(".tmp").exists(), "{place}");
         }
         for image in store.images().unwrap() {
@@ -80,10 +96,20 @@ fn a_killed_store_opens_whole() {
             store.check_kernel_sealed(&kernel.digest).unwrap();
             store.initramfs(&kernel.digest, Path::new("/bin/sh")).unwrap();
         }
+        let pool = store.pool(&local_pool()).unwrap();
+        for id in pool.volumes().unwrap() {
+            let volume = pool.open_volume(&id, false).unwrap();
+            assert!(volume.is_blank && volume.size_bytes >= VOLUME_BYTES);
+            drop(volume);
+            // What was interrupted can be done again.
+            pool.grow(&id, 1 << 40).unwrap();
+            volumes += 1;
+            pool.remove(&id).unwrap();
+        }
         for vm in store.disks().unwrap() {
             let disk = store.open_disk(&vm).unwrap();
             assert!(disk.path.exists() && disk.backing.iter().all(|path| path.exists()));
         }
     }
-    assert!(seen > 0, "no image was ever made: the test shows nothing");
+    assert!(seen > 0 && volumes > 0, "{seen} images and {volumes} volumes were found: the test shows nothing");
 }

@@ -76,6 +76,10 @@ id!(
     VmId
 );
 id!(
+    /// A volume, for its whole life, whatever it is attached to.
+    VolumeId
+);
+id!(
     /// One asked-for change.
     OperationId
 );
@@ -108,6 +112,13 @@ impl VmId {
     /// The id of the VM called `name` that `actor` asked for under `key`.
     pub fn derive(actor: &PublicKey, key: &IdempotencyKey, name: &str) -> Self {
         Self(derive("formation 2026 vm id", actor, key, name.as_bytes()))
+    }
+}
+
+impl VolumeId {
+    /// The id of the volume called `name` that `actor` asked for under `key`, by itself or in a deploy.
+    pub fn derive(actor: &PublicKey, key: &IdempotencyKey, name: &str) -> Self {
+        Self(derive("formation 2026 volume id", actor, key, name.as_bytes()))
     }
 }
 

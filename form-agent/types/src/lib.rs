@@ -10,10 +10,12 @@ pub mod settings;
 pub mod signed;
 pub mod size;
 pub mod spec;
+pub mod volume;
 
 pub use digest::Digest;
-pub use id::{ClusterId, HostId, IdempotencyKey, OperationId, VmId};
+pub use id::{ClusterId, HostId, IdempotencyKey, OperationId, VmId, VolumeId};
 pub use key::{PublicKey, SecretKey, Signature};
 pub use name::{ImageReference, Name};
 pub use signed::{Signed, SignedError, Verified};
 pub use spec::Spec;
+pub use volume::VolumeFormat;

@@ -97,9 +97,13 @@ pub struct File {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VolumeMount {
+    /// `VIRTIO_BLK_ID`: the device is found by it.
     pub serial: String,
-    pub path: String,
+    /// Where to mount it; `None`: its device is reported, and left to the image.
+    pub path: Option<String>,
     pub read_only: bool,
+    /// The host knows that nothing was ever written to it: a file system may be made on it.
+    pub is_blank: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,11 +2,9 @@
 //!
 //! Fields of the superblock: kernel documentation, `filesystems/ext4/super.rst`.
 
-use std::{
-    fs::File,
-    io::{Read, Seek, SeekFrom},
-    path::Path,
-};
+mod make;
+
+use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
 use rustix::mount::{MountFlags, mount};
 
@@ -15,6 +13,7 @@ use crate::{
     error::{Context, Error},
     sys,
 };
+pub use make::{Identity, LEAST_BYTES, is_interrupted, make};
 
 const SUPERBLOCK_OFFSET: u64 = 1024;
 const SUPERBLOCK_BYTES: usize = 1024;
@@ -43,14 +42,12 @@ impl Superblock {
         Some(Self { block_bytes: 1024 << shift, blocks: high << 32 | u64::from(u32_at(4)?) })
     }
 
-    fn read(device: &Path) -> Result<Option<Self>, Error> {
-        let mut file = File::open(device).at("open", device)?;
+    fn read(device: &File) -> io::Result<Option<Self>> {
         let mut bytes = [0; SUPERBLOCK_BYTES];
-        file.seek(SeekFrom::Start(SUPERBLOCK_OFFSET)).at("read", device)?;
-        match file.read_exact(&mut bytes) {
+        match device.read_exact_at(&mut bytes, SUPERBLOCK_OFFSET) {
             Ok(()) => Ok(Self::parse(&bytes)),
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
-            Err(error) => Err(error).at("read", device),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
@@ -61,13 +58,24 @@ impl Superblock {
     }
 }
 
+/// Whether an ext4 file system is on the device.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn is_ext4(device: &File) -> io::Result<bool> {
+    Ok(Superblock::read(device)?.is_some())
+}
+
 /// Mounts the file system of `device` on `target`, and with `grow` makes it as large as the device.
 ///
 /// # Errors
 /// When it is no ext4 or cannot be mounted. That it could not grow is given back beside: the file system works as it is.
 pub fn mount_device(device: &BlockDevice, target: &Path, read_only: bool, grow: bool) -> Result<Option<Error>, Error> {
     let path = device.path();
-    let superblock = Superblock::read(&path)?.ok_or_else(|| Error::NotExt4 { device: path.display().to_string() })?;
+    let superblock = File::open(&path)
+        .and_then(|file| Superblock::read(&file))
+        .at("read", &path)?
+        .ok_or_else(|| Error::NotExt4 { device: path.display().to_string() })?;
     let flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     mount(&path, target, "ext4", flags | MountFlags::RELATIME, None).doing(format!("mount {} on {}", path.display(), target.display()))?;
     let Some(blocks) = superblock.growth(device.size_bytes).filter(|_| grow && !read_only) else { return Ok(None) };

@@ -128,7 +128,9 @@ fn serve(machine: &Arc<Machine>, channel: &Channel, request: Result<Request, ser
         Request::Forward { port } => forward::forward(channel, port),
         Request::CopyIn { path, mode, owner } => copy::copy_in(channel, &path, mode, owner.as_deref()),
         Request::CopyOut { path } => copy::copy_out(channel, &path),
-        Request::Mount { serial, path, read_only } => mount(machine, channel, VolumeMount { serial, path, read_only }),
+        Request::Mount { serial, path, read_only } => {
+            mount(machine, channel, &VolumeMount { serial, path: Some(path), read_only, is_blank: false })
+        }
         Request::Unmount { path } => {
             let result = volumes::unmount(&path);
             if result.is_ok() {
@@ -196,8 +198,8 @@ fn sync_time(unix_ns: u64) -> Result<(), String> {
     clock_settime(ClockId::Realtime, time).map_err(|error| format!("cannot set the clock: {error}"))
 }
 
-fn mount(machine: &Machine, channel: &Channel, volume: VolumeMount) -> io::Result<()> {
-    match volumes::mount(&volume) {
+fn mount(machine: &Machine, channel: &Channel, volume: &VolumeMount) -> io::Result<()> {
+    match volumes::attach(volume) {
         Ok((device, warning)) => {
             let mut report = lock(&machine.report);
             if let Some(warning) = warning {

@@ -1,0 +1,78 @@
+//! Locks on the files of volumes: one writer, or any number of readers, of whatever program.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt,
+    path::Path,
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, fcntl},
+    libc,
+};
+
+use crate::error::{Result, StoreError};
+
+/// Takes an open-file-description lock (fcntl(2)) on the whole file. It belongs to the open file: whoever gets a copy of the
+/// descriptor holds it too, and it ends with the last copy. QEMU and its tools lock in the same way and so keep out, and are kept out.
+///
+/// # Errors
+/// [`StoreError::VolumeInUse`], with the process that has it as far as that can be seen.
+pub fn take(file: &File, path: &Path, write: bool) -> Result<()> {
+    let kind = if write { libc::F_WRLCK } else { libc::F_RDLCK };
+    let lock = libc::flock { l_type: kind as libc::c_short, l_whence: libc::SEEK_SET as libc::c_short, l_start: 0, l_len: 0, l_pid: 0 };
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+        Ok(_) => Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(StoreError::VolumeInUse { path: path.to_owned(), user: user_of(file) }),
+        // A file system without locks: the state still knows one VM for each volume.
+        Err(Errno::ENOLCK | Errno::EOPNOTSUPP) => Ok(()),
+        Err(error) => Err(StoreError::io("lock", path)(io::Error::from(error))),
+    }
+}
+
+/// A process that has the file open, for people: `form-vmm (pid 4711)`.
+fn user_of(file: &File) -> String {
+    let find = || -> io::Result<Option<String>> {
+        let wanted = file.metadata()?;
+        let own = std::process::id().to_string();
+        for process in fs::read_dir("/proc")?.flatten() {
+            let name = process.file_name();
+            let Some(pid) = name.to_str().filter(|pid| pid.bytes().all(|byte| byte.is_ascii_digit()) && **pid != own) else { continue };
+            let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
+            let has_it = descriptors.flatten().any(|descriptor| {
+                fs::metadata(descriptor.path()).is_ok_and(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()))
+            });
+            if has_it {
+                let program = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+                return Ok(Some(format!("{} (pid {pid})", program.trim())));
+            }
+        }
+        Ok(None)
+    };
+    find().ok().flatten().unwrap_or_else(|| "another program".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(file.path()).unwrap();
+        let (first, second, third) = (open(), open(), open());
+        take(&first, file.path(), false).unwrap();
+        take(&second, file.path(), false).unwrap();
+        assert!(matches!(take(&third, file.path(), true), Err(StoreError::VolumeInUse { .. })));
+        drop((first, second));
+        take(&third, file.path(), true).unwrap();
+        let copy = third.try_clone().unwrap();
+        drop(third);
+        let late = open();
+        assert!(matches!(take(&late, file.path(), false), Err(StoreError::VolumeInUse { .. })), "a copy holds it too");
+        drop(copy);
+        take(&late, file.path(), false).unwrap();
+    }
+}

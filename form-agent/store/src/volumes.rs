@@ -1,0 +1,372 @@
+//! Pools and the volumes in them: `<pool>/<id>/{volume.json, volume.raw or volume.qcow2}`.
+//!
+//! What was made here is also noted beside the store, so that a volume whose file is gone (its pool is not mounted) is never taken for
+//! one that was not made yet, and made anew.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use form_types::{Name, VolumeFormat, VolumeId, volume};
+use imago::{
+    DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Mapping,
+    file::File as ImageFile,
+    format::{PreallocateMode, drivers::FormatDriverInstance},
+    qcow2::Qcow2,
+};
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Space,
+    blocks::read_dir,
+    disks::create,
+    durable::{Draft, clear_temporary, make_dir, read_json, replace_file, retire, sync_dir, to_json, write_file},
+    error::{Result, StoreError},
+    hold, lock, space_of,
+};
+
+const RECORD: &str = "volume.json";
+
+/// A directory that volumes live in.
+pub struct Pool {
+    name: Name,
+    directory: PathBuf,
+    /// Names of the volumes that were made in it by this store.
+    made: PathBuf,
+    /// Changes take turns.
+    turn: Mutex<()>,
+}
+
+/// A volume as it is on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeEntry {
+    pub id: VolumeId,
+    pub format: VolumeFormat,
+    pub path: PathBuf,
+    /// What a guest sees.
+    pub size_bytes: u64,
+    /// What its file takes of the pool.
+    pub allocated_bytes: u64,
+}
+
+/// A volume that nobody else can write to as long as the file, or a copy of its descriptor, is open.
+#[derive(Debug)]
+pub struct OpenVolume {
+    pub file: File,
+    pub format: VolumeFormat,
+    pub size_bytes: u64,
+    /// Nothing was ever written to it, or all of it was discarded.
+    pub is_blank: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record {
+    format: VolumeFormat,
+    size_bytes: u64,
+}
+
+impl Pool {
+    /// Opens the pool in `directory`, which has to be there, and removes what a killed agent left half made.
+    pub(crate) fn open(name: Name, directory: PathBuf, made: PathBuf) -> Result<Self> {
+        make_dir(&made)?;
+        // A pool that is not there now may be mounted later.
+        if directory.is_dir() {
+            clear_temporary(&directory)?;
+        }
+        clear_temporary(&made)?;
+        Ok(Self { name, directory, made, turn: Mutex::default() })
+    }
+
+    pub const fn name(&self) -> &Name {
+        &self.name
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// # Errors
+    /// When the directory is not there, or cannot be asked.
+    pub fn space(&self) -> Result<Space> {
+        space_of(&self.directory)
+    }
+
+    fn place(&self, id: &VolumeId) -> PathBuf {
+        self.directory.join(id.to_string())
+    }
+
+    fn file(&self, id: &VolumeId, format: VolumeFormat) -> PathBuf {
+        self.place(id).join(file_name(format))
+    }
+
+    fn mark(&self, id: &VolumeId) -> PathBuf {
+        self.made.join(id.to_string())
+    }
+
+    fn record(&self, id: &VolumeId) -> Result<Record> {
+        let path = self.place(id).join(RECORD);
+        match path.try_exists() {
+            Ok(true) => read_json(&path),
+            Ok(false) if self.mark(id).exists() => Err(StoreError::VolumeGone { id: *id, path: self.place(id) }),
+            Ok(false) => Err(StoreError::NoVolume(*id)),
+            Err(source) => Err(StoreError::io("look at", &path)(source)),
+        }
+    }
+
+    /// Makes an empty volume.
+    ///
+    /// # Errors
+    /// [`StoreError::VolumeExists`], [`StoreError::VolumeGone`], [`StoreError::VolumeSize`], [`StoreError::NoRoom`]. Nothing is left
+    /// behind then.
+    pub fn create(&self, id: &VolumeId, format: VolumeFormat, size_bytes: u64) -> Result<VolumeEntry> {
+        volume::check_size(size_bytes)?;
+        let _turn = hold(&self.turn);
+        self.make(id, &Record { format, size_bytes }, |path| {
+            let file = create(path)?;
+            match format {
+                VolumeFormat::Raw => file.set_len(size_bytes)?,
+                VolumeFormat::Qcow2 => {
+                    let storage = ImageFile::try_from(file.try_clone()?)?;
+                    Qcow2::<ImageFile>::create_builder(storage).size(size_bytes).create()?;
+                }
+            }
+            file.sync_all()
+        })
+    }
+
+    /// Makes what is not there yet. A volume that was made before and is gone is an error, never made anew.
+    ///
+    /// # Errors
+    /// As [`Pool::create`].
+    pub fn ensure(&self, id: &VolumeId, format: VolumeFormat, size_bytes: u64) -> Result<VolumeEntry> {
+        match self.volume(id) {
+            Ok(entry) => {
+                self.note(id)?;
+                Ok(entry)
+            }
+            Err(StoreError::NoVolume(_)) => self.create(id, format, size_bytes),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn make(&self, id: &VolumeId, record: &Record, write: impl FnOnce(&Path) -> io::Result<()>) -> Result<VolumeEntry> {
+        match self.record(id) {
+            Err(StoreError::NoVolume(_)) => {}
+            Ok(_) => return Err(StoreError::VolumeExists(*id)),
+            Err(error) => return Err(error),
+        }
+        if !self.directory.is_dir() {
+            return Err(StoreError::io("find the pool's directory", &self.directory)(io::ErrorKind::NotFound.into()));
+        }
+        let draft = Draft::new(&self.directory)?;
+        let path = draft.path().join(file_name(record.format));
+        write(&path).map_err(StoreError::io("write", &path))?;
+        let entry = draft.path().join(RECORD);
+        write_file(&entry, &to_json(&entry, record)?, 0o600)?;
+        draft.publish(&self.place(id))?;
+        self.note(id)?;
+        self.volume(id)
+    }
+
+    /// Notes that it was made.
+    fn note(&self, id: &VolumeId) -> Result<()> {
+        let mark = self.mark(id);
+        if mark.exists() {
+            return Ok(());
+        }
+        write_file(&mark, b"", 0o600)?;
+        sync_dir(&self.made)
+    }
+
+    /// # Errors
+    /// [`StoreError::NoVolume`], [`StoreError::VolumeGone`].
+    pub fn volume(&self, id: &VolumeId) -> Result<VolumeEntry> {
+        let Record { format, size_bytes } = self.record(id)?;
+        let path = self.file(id, format);
+        let meta = match fs::metadata(&path) {
+            Ok(meta) => meta,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(StoreError::VolumeGone { id: *id, path }),
+            Err(error) => return Err(StoreError::io("look at", &path)(error)),
+        };
+        if format == VolumeFormat::Raw && meta.len() < size_bytes {
+            let reason = format!("it has {} of its {size_bytes} bytes", meta.len());
+            return Err(StoreError::Damaged { what: path.display().to_string(), reason });
+        }
+        Ok(VolumeEntry { id: *id, format, path, size_bytes, allocated_bytes: meta.blocks().saturating_mul(512) })
+    }
+
+    /// The volumes that are in the pool, known or not.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn volumes(&self) -> Result<Vec<VolumeId>> {
+        let named = |path: &PathBuf| path.file_name()?.to_str()?.parse().ok();
+        let mut found: Vec<VolumeId> =
+            read_dir(&self.directory)?.iter().filter(|path| path.join(RECORD).exists()).filter_map(named).collect();
+        found.sort();
+        Ok(found)
+    }
+
+    /// Opens a volume for a VM, and locks it: against everybody when it may be written, else against writers.
+    ///
+    /// # Errors
+    /// [`StoreError::VolumeInUse`], [`StoreError::NoVolume`], [`StoreError::VolumeGone`].
+    pub fn open_volume(&self, id: &VolumeId, read_only: bool) -> Result<OpenVolume> {
+        let entry = self.volume(id)?;
+        let file = File::options().read(true).write(!read_only).open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
+        lock::take(&file, &entry.path, !read_only)?;
+        let is_blank = is_blank(&file, entry.format).map_err(StoreError::io("read", &entry.path))?;
+        Ok(OpenVolume { file, format: entry.format, size_bytes: entry.size_bytes, is_blank })
+    }
+
+    /// Makes a volume that nobody uses larger; that it has the size already is fine. Guests grow what they keep on it when they start.
+    ///
+    /// # Errors
+    /// [`StoreError::VolumeShrinks`], [`StoreError::VolumeInUse`], and those of [`Pool::volume`].
+    pub fn grow(&self, id: &VolumeId, size_bytes: u64) -> Result<VolumeEntry> {
+        volume::check_size(size_bytes)?;
+        let _turn = hold(&self.turn);
+        let entry = self.volume(id)?;
+        if size_bytes < entry.size_bytes {
+            return Err(StoreError::VolumeShrinks { has: entry.size_bytes, wanted: size_bytes });
+        }
+        if size_bytes == entry.size_bytes {
+            return Ok(entry);
+        }
+        let file = File::options().read(true).write(true).open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
+        lock::take(&file, &entry.path, true)?;
+        let grow = || {
+            match entry.format {
+                VolumeFormat::Raw => file.set_len(size_bytes)?,
+                VolumeFormat::Qcow2 => {
+                    let storage = ImageFile::try_from(file.try_clone()?)?;
+                    let image = Qcow2::<ImageFile>::builder(storage).backing(None).write(true).open(DenyImplicitOpenGate::default())?;
+                    // A try that was interrupted may have come so far.
+                    if image.size() < size_bytes {
+                        image.resize_grow(size_bytes, PreallocateMode::None)?;
+                    }
+                    image.flush()?;
+                }
+            }
+            file.sync_all()
+        };
+        grow().map_err(StoreError::io("grow", &entry.path))?;
+        let record = self.place(id).join(RECORD);
+        replace_file(&self.directory, &record, &to_json(&record, &Record { format: entry.format, size_bytes })?, 0o600)?;
+        self.volume(id)
+    }
+
+    /// Makes a volume `new` with what `id` holds now: blocks are shared where the file system can, else copied.
+    ///
+    /// # Errors
+    /// [`StoreError::VolumeInUse`] while somebody may write to it, [`StoreError::VolumeExists`], [`StoreError::NoRoom`].
+    pub fn clone_volume(&self, id: &VolumeId, new: &VolumeId) -> Result<VolumeEntry> {
+        let _turn = hold(&self.turn);
+        let entry = self.volume(id)?;
+        let source = File::open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
+        lock::take(&source, &entry.path, false)?;
+        self.make(new, &Record { format: entry.format, size_bytes: entry.size_bytes }, |path| {
+            let target = create(path)?;
+            match rustix::fs::ioctl_ficlone(&target, &source) {
+                Ok(()) => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => return Err(error.into()),
+                // Every file system has its own word for "cannot".
+                Err(_) => copy_sparse(&source, &target)?,
+            }
+            target.sync_all()
+        })
+    }
+
+    /// Removes a volume with all it holds; that there is none is fine.
+    ///
+    /// # Errors
+    /// [`StoreError::VolumeInUse`], and those of the file system.
+    pub fn remove(&self, id: &VolumeId) -> Result<()> {
+        let _turn = hold(&self.turn);
+        let held = match self.volume(id) {
+            Ok(entry) => {
+                let file = File::options().read(true).write(true).open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
+                lock::take(&file, &entry.path, true)?;
+                Some(file)
+            }
+            // What is damaged or half gone may go altogether.
+            Err(_) => None,
+        };
+        // The note first: a crash in between leaves a whole volume, not one that seems to be lost.
+        match fs::remove_file(self.mark(id)) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(StoreError::io("remove", self.mark(id))(source)),
+            _ => sync_dir(&self.made)?,
+        }
+        if self.directory.is_dir() {
+            retire(&self.place(id), &self.directory)?;
+        }
+        drop(held);
+        Ok(())
+    }
+}
+
+const fn file_name(format: VolumeFormat) -> &'static str {
+    match format {
+        VolumeFormat::Raw => "volume.raw",
+        VolumeFormat::Qcow2 => "volume.qcow2",
+    }
+}
+
+/// Copies what is not a hole.
+fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
+    let length = source.metadata()?.len();
+    target.set_len(length)?;
+    let mut at = 0;
+    while at < length {
+        let begin = match seek(source, SeekFrom::Data(at)) {
+            Ok(begin) => begin,
+            Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(source, SeekFrom::Hole(begin))?;
+        let (mut from, mut to) = (begin, begin);
+        while from < end {
+            let count = usize::try_from((end - from).min(1 << 30)).unwrap_or(1 << 30);
+            if rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), count)? == 0 {
+                // It became shorter meanwhile, which the lock rules out for all who heed it.
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+fn is_blank(file: &File, format: VolumeFormat) -> io::Result<bool> {
+    match format {
+        VolumeFormat::Raw => match seek(file, SeekFrom::Data(0)) {
+            Err(Errno::NXIO) => Ok(true),
+            // A file system that knows no holes says that all is data.
+            Ok(_) => Ok(file.metadata()?.blocks() == 0),
+            Err(error) => Err(error.into()),
+        },
+        VolumeFormat::Qcow2 => {
+            let storage = ImageFile::try_from(file.try_clone()?)?;
+            let image = Qcow2::<ImageFile>::builder(storage).backing(None).write(false).open(DenyImplicitOpenGate::default())?;
+            let image: FormatAccess<ImageFile> = FormatAccess::new(image);
+            let (mut at, size) = (0, image.size());
+            while at < size {
+                let (mapping, length) = image.get_mapping(at, size - at)?;
+                if !matches!(mapping, Mapping::Zero { .. }) || length == 0 {
+                    return Ok(false);
+                }
+                at += length;
+            }
+            Ok(true)
+        }
+    }
+}
