@@ -107,9 +107,15 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
         tracing::info!(operation = %operation.id, "going on with {} {}", operation.kind.as_str(), operation.subject);
         match operation.kind {
             OperationKind::Deploy => deploy::resume(agent, &record),
-            OperationKind::VmStart | OperationKind::VmStop | OperationKind::VmRestart | OperationKind::VmDestroy => {
-                lifecycle::resume(agent, operation.id, &operation.subject, operation.kind);
-            }
+            OperationKind::VmStart
+            | OperationKind::VmStop
+            | OperationKind::VmRestart
+            | OperationKind::VmPause
+            | OperationKind::VmResume
+            | OperationKind::VmReset
+            | OperationKind::VmRename
+            | OperationKind::VmSet
+            | OperationKind::VmDestroy => lifecycle::resume(agent, &record),
             OperationKind::ImageImport | OperationKind::ImageRemove | OperationKind::Claim | OperationKind::DoctorFix => {
                 let error =
                     ApiError::new(ErrorCode::Failed, "the agent was stopped in the middle of it").hint("run the same command again");

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::{
+    action::{self, Action},
     admit,
     agent::{Agent, internal},
     authorise::{Caller, SignedRequest},
@@ -44,6 +45,9 @@ struct Progress {
 struct Previous {
     request: SignedRequest,
     boot: Digest,
+    /// What was set since (`form vm set`), in order: going back to the deploy goes back to these as well.
+    #[serde(default)]
+    changes: Vec<SignedRequest>,
 }
 
 /// # Errors
@@ -68,6 +72,10 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, request: &DeployRequest) -> Re
     admit::check_supported(request)?;
     check_parts(agent, request)?;
     let name = &request.spec.name;
+    if let Some(vm) = desired::vm_named(&agent.view(), name) {
+        let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
+        action::check(Action::Deploy, state, name)?;
+    }
     let opening = Opening {
         kind: OperationKind::Deploy,
         vm: Some(name.clone()),
@@ -136,19 +144,35 @@ fn record(agent: &Agent, caller: &Caller, request: &DeployRequest, id: Operation
     Ok(Target { vm, name: name.clone(), boot: after.boot_digest(), request: caller.signed.clone(), previous })
 }
 
-/// The last deploy of this VM that became healthy, as its user signed it.
+/// The last deploy of this VM that became healthy, as its user signed it. A signed request holds for the name that it was made for, so
+/// what a VM had under another name is no way back.
 fn previous_of(agent: &Agent, vm: &DesiredVm) -> Option<Previous> {
     let kept = std::fs::read(agent.vm_directory(&vm.id).join("deployed.json")).ok()?;
-    serde_json::from_slice(&kept).ok()
+    let previous: Previous = serde_json::from_slice(&kept).ok()?;
+    let request: DeployRequest = serde_json::from_str(&previous.request.body).ok()?;
+    (request.spec.name == *vm.name()).then_some(previous)
 }
 
 fn keep_deployed(agent: &Agent, target: &Target) {
-    let previous = Previous { request: target.request.clone(), boot: target.boot };
-    let path = agent.vm_directory(&target.vm).join("deployed.json");
+    keep(agent, &target.vm, &Previous { request: target.request.clone(), boot: target.boot, changes: Vec::new() });
+}
+
+fn keep(agent: &Agent, vm: &VmId, previous: &Previous) {
+    let path = agent.vm_directory(vm).join("deployed.json");
     let kept =
-        serde_json::to_vec(&previous).map_err(std::io::Error::from).and_then(|json| crate::identity::write_atomically(&path, 0o600, &json));
+        serde_json::to_vec(previous).map_err(std::io::Error::from).and_then(|json| crate::identity::write_atomically(&path, 0o600, &json));
     if let Err(error) = kept {
-        tracing::warn!("a later deploy of {} could not be taken back: {error}", target.name);
+        tracing::warn!(vm = %vm, "a later deploy of it could not be taken back: {error}");
+    }
+}
+
+/// Remembers what was set after the last deploy, so that it is not lost when a later deploy is taken back.
+pub fn keep_change(agent: &Agent, vm: &VmId, change: &SignedRequest) {
+    let Some(desired) = agent.desired(vm) else { return };
+    if let Some(mut previous) = previous_of(agent, &desired) {
+        previous.boot = desired.boot_digest();
+        previous.changes.push(change.clone());
+        keep(agent, vm, &previous);
     }
 }
 
@@ -197,9 +221,11 @@ async fn finish(agent: &Arc<Agent>, id: OperationId, target: Target) {
 }
 
 async fn put_back(agent: &Arc<Agent>, target: &Target, previous: &Previous) -> Result<(), ApiError> {
-    let request = previous.request.clone();
+    let requests: Vec<SignedRequest> = std::iter::once(&previous.request).chain(&previous.changes).cloned().collect();
     let task_agent = Arc::clone(agent);
-    tokio::task::spawn_blocking(move || task_agent.submit(&request)).await.map_err(|error| internal(&error))??;
+    tokio::task::spawn_blocking(move || requests.iter().try_for_each(|request| task_agent.submit(request)))
+        .await
+        .map_err(|error| internal(&error))??;
     let desired = agent.vm_named(&target.name)?;
     agent.fleet.reconcile(agent);
     let back =

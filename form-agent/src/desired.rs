@@ -5,18 +5,38 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{Ipv4Addr, Ipv6Addr},
+    sync::LazyLock,
 };
 
-use form_api::{deploy::DeployRequest, sign};
+use form_api::{
+    deploy::DeployRequest,
+    sign,
+    vm::{RenameRequest, SetRequest},
+};
 use form_net::{Ipv4Range, Ipv6Prefix, Mac};
 use form_state::{Claim, Record, RecordId, Refusal, Rules, Scalar, SignedRequest, Table, View, Write};
-use form_types::{ClusterId, Digest, HostId, Name, PublicKey, VmId};
+use form_types::{
+    ClusterId, Digest, HostId, Name, PublicKey, VmId,
+    spec::{EnvScope, Restart, RestartPolicy},
+};
 use jiff::Timestamp;
+
+/// As [`form_vmm::config::VmConfig`] has them.
+const MAX_VCPUS: u32 = 128;
+const MIN_MEMORY_MIB: u64 = 128;
+
+/// The longest name of a label, in bytes.
+const MAX_LABEL: usize = 256;
+
+/// Stands for the name where a name must not matter.
+static BOOT_NAME: LazyLock<Name> = LazyLock::new(|| "vm".parse().expect("a constant that is a name"));
 
 /// Whether a VM should run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Run {
     Running,
+    /// Started, and standing still.
+    Paused,
     Stopped,
 }
 
@@ -24,6 +44,7 @@ impl Run {
     const fn as_str(self) -> &'static str {
         match self {
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopped => "stopped",
         }
     }
@@ -39,6 +60,8 @@ pub struct DesiredVm {
     pub run: Run,
     /// Grows when somebody asks for a start or restart.
     pub starts: u64,
+    /// Grows when somebody asks for a reset, together with `starts`: the guest is not asked to shut down then.
+    pub resets: u64,
     pub ipv4: Ipv4Addr,
     pub actor: PublicKey,
     pub created_at: Timestamp,
@@ -63,6 +86,15 @@ impl DesiredVm {
         boot_digest(&self.request, self.starts)
     }
 
+    /// The write that leads from one to the other; refused when the VM should be something else.
+    fn turn(&self, from: Run, to: Run) -> Result<Vec<Write>, Refusal> {
+        if self.run == from {
+            Ok(vec![Write::put(Table::Vms, self.id, "run", to.as_str())])
+        } else {
+            Err(Refusal::new(format!("vm/{} should be {}, not {}", self.name(), self.run.as_str(), from.as_str())))
+        }
+    }
+
     fn read(id: &RecordId, record: &Record) -> Option<Self> {
         let text = |field: &str| record.get(field).and_then(Scalar::as_text);
         let number = |field: &str| record.get(field).and_then(Scalar::as_uint);
@@ -74,8 +106,13 @@ impl DesiredVm {
             id: VmId::from_bytes(id.0),
             host: text("host")?.parse().ok()?,
             epoch: number("epoch")?,
-            run: if text("run")? == "running" { Run::Running } else { Run::Stopped },
+            run: match text("run")? {
+                "running" => Run::Running,
+                "paused" => Run::Paused,
+                _ => Run::Stopped,
+            },
             starts: number("starts")?,
+            resets: number("resets").unwrap_or(0),
             ipv4: text("ipv4")?.parse().ok()?,
             actor: text("actor")?.parse().ok()?,
             created_at: Timestamp::from_second(i64::try_from(number("created_at")?).ok()?).ok()?,
@@ -84,8 +121,58 @@ impl DesiredVm {
     }
 }
 
+/// What can be changed while the VM runs is left out.
 fn boot_digest(request: &DeployRequest, starts: u64) -> Digest {
-    Digest::of(format!("{starts} {}", serde_json::to_string(request).unwrap_or_default()).as_bytes())
+    let mut boot = renamed(request, &BOOT_NAME);
+    boot.spec.description = None;
+    boot.spec.labels.clear();
+    boot.spec.restart = Restart { policy: RestartPolicy::Always, max_retries: None };
+    Digest::of(format!("{starts} {}", serde_json::to_string(&boot).unwrap_or_default()).as_bytes())
+}
+
+/// The request of a VM that has got another name, with what refers to the old one.
+fn renamed(request: &DeployRequest, name: &Name) -> DeployRequest {
+    let mut renamed = request.clone();
+    let old = std::mem::replace(&mut renamed.spec.name, name.clone());
+    for env in &mut renamed.spec.env {
+        if matches!(&env.scope, EnvScope::Service(service) if service == old.as_str()) {
+            env.scope = EnvScope::Service(name.as_str().to_owned());
+        }
+    }
+    renamed
+}
+
+/// The request with what `set` changes.
+///
+/// # Errors
+/// In words, when a value makes no sense.
+pub fn with_set(request: &DeployRequest, set: &SetRequest) -> Result<DeployRequest, String> {
+    let mut changed = request.clone();
+    for (label, value) in &set.labels {
+        if label.is_empty() || label.len() > MAX_LABEL || label.contains(|letter: char| letter.is_whitespace() || letter.is_control()) {
+            return Err(format!("`{label}` is no label: 1 to {MAX_LABEL} letters without blanks"));
+        }
+        match value {
+            Some(value) => changed.spec.labels.insert(label.clone(), value.clone()),
+            None => changed.spec.labels.remove(label),
+        };
+    }
+    if let Some(restart) = &set.restart_policy {
+        changed.spec.restart = restart.clone();
+    }
+    if let Some(vcpus) = set.vcpus {
+        if !(1..=MAX_VCPUS).contains(&vcpus) {
+            return Err(format!("{vcpus} vCPUs: 1 to {MAX_VCPUS} are possible"));
+        }
+        changed.spec.resources.vcpus = vcpus;
+    }
+    if let Some(memory) = set.memory_mib {
+        if memory < MIN_MEMORY_MIB {
+            return Err(format!("{memory} MiB of memory: at least {MIN_MEMORY_MIB} are needed"));
+        }
+        changed.spec.resources.memory_mib = memory;
+    }
+    Ok(changed)
 }
 
 /// Every VM in the state, by id. A record that makes no sense is passed over: a host that lies harms only itself. Of two that
@@ -124,13 +211,38 @@ impl Rules for AgentRules {
         let words: Vec<&str> = path.split('/').skip(1).collect();
         match (envelope.method.as_str(), words.as_slice()) {
             ("POST", ["v1", "deploy"]) => {
-                let deploy: DeployRequest = serde_json::from_slice(&request.body).map_err(|error| Refusal::new(error.to_string()))?;
+                let deploy: DeployRequest = json(&request.body)?;
                 self.deploy(&deploy, &signer, &VmId::derive(&signer, &envelope.idempotency_key, deploy.spec.name.as_str()), claim, view)
             }
             ("POST", ["v1", "vms", name, "start" | "restart"]) => {
                 let vm = existing(name, view)?;
                 let starts = vm.starts.saturating_add(1);
                 Ok(vec![Write::put(Table::Vms, vm.id, "run", Run::Running.as_str()), Write::put(Table::Vms, vm.id, "starts", starts)])
+            }
+            ("POST", ["v1", "vms", name, "reset"]) => {
+                let vm = existing(name, view)?;
+                Ok(vec![
+                    Write::put(Table::Vms, vm.id, "run", Run::Running.as_str()),
+                    Write::put(Table::Vms, vm.id, "starts", vm.starts.saturating_add(1)),
+                    Write::put(Table::Vms, vm.id, "resets", vm.resets.saturating_add(1)),
+                ])
+            }
+            ("POST", ["v1", "vms", name, "pause"]) => existing(name, view)?.turn(Run::Running, Run::Paused),
+            ("POST", ["v1", "vms", name, "resume"]) => existing(name, view)?.turn(Run::Paused, Run::Running),
+            ("POST", ["v1", "vms", name, "rename"]) => {
+                let vm = existing(name, view)?;
+                let new: RenameRequest = json(&request.body)?;
+                if vm_named(view, &new.name).is_some() {
+                    return Err(Refusal::new(format!("there is a vm/{} already", new.name)));
+                }
+                let text = serde_json::to_string(&renamed(&vm.request, &new.name)).map_err(|error| Refusal::new(error.to_string()))?;
+                Ok(vec![Write::put(Table::Vms, vm.id, "name", new.name.as_str()), Write::put(Table::Vms, vm.id, "request", text)])
+            }
+            ("PATCH", ["v1", "vms", name]) => {
+                let vm = existing(name, view)?;
+                let changed = with_set(&vm.request, &json(&request.body)?).map_err(Refusal::new)?;
+                let text = serde_json::to_string(&changed).map_err(|error| Refusal::new(error.to_string()))?;
+                Ok(vec![Write::put(Table::Vms, vm.id, "request", text)])
             }
             ("POST", ["v1", "vms", name, "stop"]) => {
                 Ok(vec![Write::put(Table::Vms, existing(name, view)?.id, "run", Run::Stopped.as_str())])
@@ -177,7 +289,59 @@ impl AgentRules {
     }
 }
 
+fn json<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(body).map_err(|error| Refusal::new(error.to_string()))
+}
+
 fn existing(name: &str, view: &View) -> Result<DesiredVm, Refusal> {
     let name: Name = name.parse().map_err(|error: form_types::name::NameError| Refusal::new(error.to_string()))?;
     vm_named(view, &name).ok_or_else(|| Refusal::new(format!("there is no vm/{name}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::request;
+    use form_types::spec::Env;
+
+    #[test]
+    fn what_changes_in_a_running_vm_needs_no_start() {
+        let mut web = request("web");
+        let env = |scope| Env { scope, key: "A".to_owned(), value: "1".to_owned() };
+        web.spec.env = vec![env(EnvScope::Service("web".to_owned())), env(EnvScope::Service("nginx".to_owned()))];
+        let boot = boot_digest(&web, 1);
+        let app = renamed(&web, &"app".parse().unwrap());
+        assert_eq!(app.spec.env[0].scope, EnvScope::Service("app".to_owned()), "its service is still its service");
+        assert_eq!(app.spec.env[1].scope, EnvScope::Service("nginx".to_owned()));
+        assert_eq!(boot_digest(&app, 1), boot);
+
+        let set = SetRequest {
+            labels: [("tier".to_owned(), Some("front".to_owned()))].into(),
+            restart_policy: Some(Restart { policy: RestartPolicy::Never, max_retries: None }),
+            ..SetRequest::default()
+        };
+        let live = with_set(&web, &set).unwrap();
+        assert_eq!((live.spec.labels["tier"].as_str(), live.spec.restart.policy), ("front", RestartPolicy::Never));
+        assert_eq!(boot_digest(&live, 1), boot);
+        let gone = with_set(&live, &SetRequest { labels: [("tier".to_owned(), None)].into(), ..SetRequest::default() }).unwrap();
+        assert!(gone.spec.labels.is_empty());
+
+        let larger = with_set(&web, &SetRequest { memory_mib: Some(1024), ..SetRequest::default() }).unwrap();
+        assert_ne!(boot_digest(&larger, 1), boot);
+        assert_ne!(boot_digest(&web, 2), boot);
+    }
+
+    #[test]
+    fn a_set_that_makes_no_sense_is_refused() {
+        let label = |label: &str| SetRequest { labels: [(label.to_owned(), None)].into(), ..SetRequest::default() };
+        for bad in [
+            SetRequest { vcpus: Some(0), ..SetRequest::default() },
+            SetRequest { vcpus: Some(129), ..SetRequest::default() },
+            SetRequest { memory_mib: Some(1), ..SetRequest::default() },
+            label(""),
+            label("a b"),
+        ] {
+            assert!(with_set(&request("web"), &bad).is_err(), "{bad:?}");
+        }
+    }
 }

@@ -1,29 +1,90 @@
-//! Start, stop, restart and destroy: operations that record what should be and wait until it is.
+//! Start, stop, pause and the like: operations that record what should be and wait until it is.
 
 use std::{sync::Arc, time::Duration};
 
 use form_api::{
     ApiError, ErrorCode,
     operation::{Operation, OperationKind},
-    vm::VmState,
+    vm::{SetRequest, VmState},
 };
-use form_types::{Name, OperationId, VmId};
+use form_types::{Digest, Name, OperationId, VmId};
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::{
+    action::{self, Action},
+    admit,
     agent::{Agent, internal},
     authorise::Caller,
-    operation::{Begun, Opening},
+    deploy,
+    desired::{self, DesiredVm, Run},
+    driver::{live, process::RuntimeDirectory},
+    fleet::Observed,
+    operation::{Begun, Opening, Record},
 };
 
 /// How long the asked-for state may take: a stop includes the guest's own shutdown.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// What is asked of a VM that exists.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Change {
+    Start,
+    Stop,
+    Restart,
+    Pause,
+    Resume,
+    Reset,
+    Destroy,
+    Rename(Name),
+    Set(SetRequest),
+}
+
+impl Change {
+    const fn kind(&self) -> OperationKind {
+        match self {
+            Self::Start => OperationKind::VmStart,
+            Self::Stop => OperationKind::VmStop,
+            Self::Restart => OperationKind::VmRestart,
+            Self::Pause => OperationKind::VmPause,
+            Self::Resume => OperationKind::VmResume,
+            Self::Reset => OperationKind::VmReset,
+            Self::Destroy => OperationKind::VmDestroy,
+            Self::Rename(_) => OperationKind::VmRename,
+            Self::Set(_) => OperationKind::VmSet,
+        }
+    }
+
+    const fn action(&self) -> Action {
+        match self {
+            Self::Start => Action::Start,
+            Self::Stop => Action::Stop,
+            Self::Restart => Action::Restart,
+            Self::Pause => Action::Pause,
+            Self::Resume => Action::Resume,
+            Self::Reset => Action::Reset,
+            Self::Destroy => Action::Destroy,
+            Self::Rename(_) => Action::Rename,
+            Self::Set(set) if set.needs_start() => Action::Resize,
+            Self::Set(_) => Action::Set,
+        }
+    }
+}
+
+/// What is remembered of a change under way.
+#[derive(Serialize, Deserialize)]
+struct Progress {
+    vm: VmId,
+    change: Change,
+    /// What it was last started from before.
+    boot: Digest,
+}
+
 /// # Errors
-/// Not found, another operation under way, or the database's.
-pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, kind: OperationKind) -> Result<Operation, ApiError> {
+/// Not found, not in this state, another operation under way, or the database's.
+pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -> Result<Operation, ApiError> {
     let opening = Opening {
-        kind,
+        kind: change.kind(),
         vm: Some(name.clone()),
         subject: format!("vm/{name}"),
         actor: caller.actor.clone(),
@@ -32,21 +93,30 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, kind: OperationKi
         request: caller.request,
     };
     // A repeated request is answered even when the VM is gone by now: that may be what it asked for.
-    let vm = agent.vm_named(name);
-    if let Err(error) = &vm
-        && !is_known(agent, caller)
-    {
-        return Err(error.clone());
+    if is_known(agent, caller) {
+        if let Begun::Repeated(operation) = agent.operations.begin(opening)? {
+            return Ok(*operation);
+        }
+        return Err(internal(&"the operation of this key was forgotten just now"));
     }
+    let vm = agent.vm_named(name)?;
+    let needed = check(agent, &vm, &change)?;
     let id = match agent.operations.begin(opening)? {
         Begun::Repeated(operation) => return Ok(*operation),
         Begun::New(id) => id,
     };
-    match vm.and_then(|vm| record(agent, caller, &vm.id, kind).map(|()| vm.id)) {
-        Ok(vm) => {
+    let progress = Progress { vm: vm.id, boot: vm.boot_digest(), change };
+    match record(agent, caller, id, &progress, needed) {
+        Ok(()) => {
             agent.fleet.reconcile(agent);
-            let agent = Arc::clone(agent);
-            tokio::spawn(async move { agent.operations.finish(id, reached(&agent, &vm, kind).await) });
+            let (agent, signed) = (Arc::clone(agent), caller.signed.clone());
+            tokio::spawn(async move {
+                let result = reached(&agent, &progress).await;
+                if let (Ok(()), Change::Set(_)) = (&result, &progress.change) {
+                    deploy::keep_change(&agent, &progress.vm, &signed);
+                }
+                agent.operations.finish(id, result);
+            });
         }
         Err(error) => agent.operations.finish(id, Err(error)),
     }
@@ -57,38 +127,73 @@ fn is_known(agent: &Agent, caller: &Caller) -> bool {
     agent.operations.get(OperationId::derive(&caller.key, &caller.idempotency_key)).is_ok()
 }
 
-fn record(agent: &Agent, caller: &Caller, vm: &VmId, kind: OperationKind) -> Result<(), ApiError> {
-    let running = agent.fleet.observed(vm).is_some_and(|observed| matches!(observed.state, VmState::Running | VmState::Starting));
-    if kind == OperationKind::VmStart && running {
+/// Whether there is something to do.
+fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<bool, ApiError> {
+    let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
+    let needed = action::check(change.action(), state, vm.name())?;
+    match change {
+        Change::Rename(new) if new == vm.name() => return Ok(false),
+        Change::Rename(new) if desired::vm_named(&agent.view(), new).is_some() => {
+            return Err(ApiError::new(ErrorCode::Conflict, format!("there is a vm/{new} already")).hint("choose another name"));
+        }
+        Change::Set(set) => {
+            if set.is_empty() {
+                return Err(
+                    ApiError::new(ErrorCode::Invalid, "nothing is to be set").hint("say what: labels, restart policy, vcpus, memory")
+                );
+            }
+            let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
+            let resources = (&changed.spec.resources, &vm.request.spec.resources);
+            if resources.0 != resources.1 && !set.restart && matches!(state, VmState::Starting | VmState::Running) {
+                let name = vm.name();
+                return Err(ApiError::new(
+                    ErrorCode::Conflict,
+                    format!("vm/{name} is {}, and vCPUs and memory change with a start", state.as_str()),
+                )
+                .hint(format!("add --restart, or stop it before with `form vm stop {name}`")));
+            }
+            return Ok(changed != vm.request);
+        }
+        _ => {}
+    }
+    Ok(needed)
+}
+
+fn record(agent: &Agent, caller: &Caller, id: OperationId, progress: &Progress, needed: bool) -> Result<(), ApiError> {
+    agent.operations.remember(id, serde_json::to_value(progress).map_err(|error| internal(&error))?)?;
+    if !needed {
         return Ok(());
+    }
+    // Two that want one name, or the last free memory, do not both get it.
+    let _admission = agent.admission();
+    if let Change::Set(set) = &progress.change {
+        let vm = agent.desired(&progress.vm).ok_or_else(gone)?;
+        let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
+        admit::admit(&changed, false, &agent.capacity(Some(vm.name()))?)?;
     }
     agent.submit(&caller.signed)
 }
 
+fn gone() -> ApiError {
+    ApiError::new(ErrorCode::Conflict, "the VM was removed meanwhile")
+}
+
 /// Waits until the VM is as the operation wants it.
-async fn reached(agent: &Agent, vm: &VmId, kind: OperationKind) -> Result<(), ApiError> {
+async fn reached(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
+    let (vm, change) = (&progress.vm, &progress.change);
+    if matches!(change, Change::Rename(_)) {
+        agent.apply_rules().await.map_err(|error| internal(&error))?;
+    }
+    if matches!(change, Change::Rename(_) | Change::Set(_)) {
+        tell_guest(agent, vm).await;
+    }
     let mut changed = agent.fleet.subscribe();
     let deadline = Instant::now() + PATIENCE.max(Duration::from_secs(agent.config().boot_timeout_seconds));
     loop {
         let observed = agent.fleet.observed(vm);
-        let boot = agent.desired(vm).map(|desired| desired.boot_digest());
-        let done = match (kind, &observed) {
-            (OperationKind::VmDestroy, None) => true,
-            (OperationKind::VmStop, Some(observed)) => observed.state == VmState::Stopped,
-            (OperationKind::VmStart | OperationKind::VmRestart, Some(observed)) => {
-                if observed.boot == boot && observed.gave_up {
-                    let fault = observed.fault.clone().unwrap_or_else(|| "it has ended".to_owned());
-                    return Err(ApiError::new(ErrorCode::Failed, fault).hint("see `form logs`"));
-                }
-                observed.boot == boot && observed.state == VmState::Running && observed.ready
-            }
-            _ => false,
-        };
-        if done {
+        let desired = agent.desired(vm);
+        if is_reached(progress, desired.as_ref(), observed.as_ref())? {
             return Ok(());
-        }
-        if boot.is_none() && kind != OperationKind::VmDestroy {
-            return Err(ApiError::new(ErrorCode::Conflict, "the VM was removed meanwhile"));
         }
         if tokio::time::timeout_at(deadline, changed.changed()).await.is_err() {
             let state = observed.map_or("gone", |observed| observed.state.as_str());
@@ -97,22 +202,82 @@ async fn reached(agent: &Agent, vm: &VmId, kind: OperationKind) -> Result<(), Ap
     }
 }
 
-/// Goes on with what an earlier run of the agent left unfinished: what it recorded is what the drivers work towards already.
-pub fn resume(agent: &Arc<Agent>, id: OperationId, subject: &str, kind: OperationKind) {
-    let name: Option<Name> = subject.strip_prefix("vm/").and_then(|name| name.parse().ok());
-    let vm = name.and_then(|name| agent.vm_named(&name).ok());
-    match (vm, kind) {
-        (None, OperationKind::VmDestroy) => agent.operations.finish(id, Ok(())),
-        (None, _) => agent.operations.finish(id, Err(internal(&"the VM is gone"))),
-        // Not recorded: a recorded one would not be in the state any more.
-        (Some(_), OperationKind::VmDestroy) => {
-            let error =
-                ApiError::new(ErrorCode::Failed, "the agent was stopped before it changed anything").hint("run the same command again");
-            agent.operations.finish(id, Err(error));
+fn is_reached(progress: &Progress, desired: Option<&DesiredVm>, observed: Option<&Observed>) -> Result<bool, ApiError> {
+    let (desired, observed) = match (&progress.change, desired, observed) {
+        (Change::Destroy, _, observed) => return Ok(observed.is_none()),
+        (_, Some(desired), Some(observed)) => (desired, observed),
+        (_, Some(_), None) => return Ok(false),
+        (_, None, _) => return Err(gone()),
+    };
+    let boot = desired.boot_digest();
+    let runs = || {
+        if observed.boot == Some(boot) && observed.gave_up {
+            let fault = observed.fault.clone().unwrap_or_else(|| "it has ended".to_owned());
+            return Err(ApiError::new(ErrorCode::Failed, fault).hint("see `form logs`"));
         }
-        (Some(vm), _) => {
-            let agent = Arc::clone(agent);
-            tokio::spawn(async move { agent.operations.finish(id, reached(&agent, &vm.id, kind).await) });
+        Ok(observed.boot == Some(boot) && observed.state == VmState::Running && observed.ready)
+    };
+    match &progress.change {
+        Change::Destroy => Ok(false),
+        Change::Stop => Ok(observed.state == VmState::Stopped),
+        Change::Start | Change::Restart | Change::Reset => runs(),
+        Change::Pause if matches!(observed.state, VmState::Stopped | VmState::Failed) => {
+            let fault = observed.fault.clone().unwrap_or_else(|| "it has ended".to_owned());
+            Err(ApiError::new(ErrorCode::Failed, format!("it ended before it was paused: {fault}")))
+        }
+        Change::Pause => Ok(observed.state == VmState::Paused),
+        // A VM whose guest is yet to be heard of goes on, too.
+        Change::Resume => Ok(matches!(observed.state, VmState::Running | VmState::Starting | VmState::Stopped | VmState::Failed)),
+        Change::Rename(_) => Ok(true),
+        Change::Set(_) if boot == progress.boot || desired.run == Run::Stopped => Ok(true),
+        Change::Set(_) => runs(),
+    }
+}
+
+/// What has changed in a running VM. A guest that does not take it has it from its next start on.
+async fn tell_guest(agent: &Agent, vm: &VmId) {
+    let Some(desired) = agent.desired(vm) else { return };
+    if agent.fleet.observed(vm).is_some_and(|observed| observed.state == VmState::Running) {
+        let control = RuntimeDirectory::new(&agent.paths().vm_runtime(), vm).control();
+        if let Err(error) = live::settings(&control, agent, &desired).await {
+            tracing::warn!(vm = %vm, "the guest does not take its new name and restart policy, it gets them at its next start: {error}");
         }
     }
 }
+
+/// Goes on with what an earlier run of the agent left unfinished: what it recorded is what the drivers work towards already.
+pub fn resume(agent: &Arc<Agent>, record: &Record) {
+    let id = record.operation.id;
+    let nothing_done = || {
+        let error = ApiError::new(ErrorCode::Failed, "the agent was stopped before it changed anything").hint("run the same command again");
+        agent.operations.finish(id, Err(error));
+    };
+    let progress: Option<Progress> = record.resume.clone().and_then(|resume| serde_json::from_value(resume).ok());
+    let Some(progress) = progress else { return nothing_done() };
+    match (agent.desired(&progress.vm), &progress.change) {
+        (None, Change::Destroy) => agent.operations.finish(id, Ok(())),
+        (None, _) => agent.operations.finish(id, Err(gone())),
+        (Some(vm), change) if !is_recorded(&vm, change, &progress.boot) => nothing_done(),
+        (Some(_), _) => {
+            let agent = Arc::clone(agent);
+            tokio::spawn(async move { agent.operations.finish(id, reached(&agent, &progress).await) });
+        }
+    }
+}
+
+/// Whether the state has what the change asks for.
+fn is_recorded(vm: &DesiredVm, change: &Change, boot: &Digest) -> bool {
+    match change {
+        Change::Start | Change::Resume => vm.run == Run::Running,
+        Change::Stop => vm.run == Run::Stopped,
+        Change::Pause => vm.run == Run::Paused,
+        Change::Restart | Change::Reset => vm.boot_digest() != *boot,
+        Change::Rename(name) => vm.name() == name,
+        Change::Set(set) => desired::with_set(&vm.request, set).is_ok_and(|changed| changed == vm.request),
+        // A recorded one would not be in the state any more.
+        Change::Destroy => false,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! `form-agent`: one thin daemon a host.
 
+mod action;
 mod admit;
 mod agent;
 mod authorise;

@@ -99,3 +99,75 @@ fn kvm_what_cannot_work_is_refused_or_taken_back_with_its_reason() {
     let _ = host.form(&["destroy", "web", "-y"]).exits(3);
     host.is_clean();
 }
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_a_vm_is_paused_renamed_set_and_reset() {
+    let mut host = Host::new();
+    let web = host.app("web", SERVE, 18086);
+    let _ = host.form(&["deploy", &web, "-y"]).ok();
+    let (_, pid) = host.process(&host.vm("web"));
+    let guest = |host: &Host, vm: &str, words: &[&str]| {
+        let ran = host.form(&[&["exec", vm, "--", "/bin/busybox"][..], words].concat()).ok();
+        ran.stdout.trim().to_owned()
+    };
+    let boot_id = |host: &Host, vm: &str| guest(host, vm, &["cat", "/proc/sys/kernel/random/boot_id"]);
+    let first_boot = boot_id(&host, "web");
+
+    // Paused: nothing of it runs, it stays so without its agent, and nothing is asked of it.
+    let _ = host.form(&["vm", "pause", "web"]).ok();
+    let _ = host.form(&["vm", "pause", "web"]).ok();
+    assert_eq!(host.vm("web")["state"], "paused");
+    let refused = host.form(&["exec", "web", "--", "true"]).exits(5);
+    assert!(refused.stderr.contains("vm/web is paused") && refused.stderr.contains("form vm resume web"), "{}", refused.stderr);
+    let _ = host.form(&["vm", "start", "web"]).exits(5);
+    let _ = host.form(&["vm", "set", "web", "--memory", "160M", "--restart"]).exits(5);
+    host.kill_agent();
+    host.start_agent();
+    wait("it is found paused", || host.vm("web")["state"] == "paused");
+    assert_eq!(host.process(&host.vm("web")).1, pid, "the same process");
+    // Longer than the healthcheck's interval and time limit together.
+    std::thread::sleep(Duration::from_secs(9));
+
+    let _ = host.form(&["vm", "resume", "web"]).ok();
+    wait("it is ready again", || host.vm("web")["ready"] == true);
+    wait("it answers again", || answers(18086));
+    wait("it is healthy", || host.vm("web")["health"] == "healthy");
+    assert_eq!(boot_id(&host, "web"), first_boot, "it went on where it was");
+    let clock: i64 = guest(&host, "web", &["date", "+%s"]).parse().unwrap();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
+    assert!((now - 10..=now + 1).contains(&clock), "the guest's clock says {clock}, the host's {now}");
+    let events = host.form(&["events", "-o", "json"]).ok().stdout;
+    assert!(events.contains("vm-paused") && events.contains("vm-resumed") && !events.contains("vm-unhealthy"), "{events}");
+
+    // What needs no start happens in the running VM.
+    let _ = host.form(&["vm", "rename", "web", "app"]).ok();
+    let _ = host.form(&["vm", "show", "web"]).exits(3);
+    assert_eq!(guest(&host, "app", &["hostname"]), "app");
+    assert!(guest(&host, "app", &["cat", "/etc/hosts"]).contains("app.default.form.internal"));
+    let _ = host.form(&["vm", "set", "app", "--label", "tier=front", "--restart-policy", "on-failure:2"]).ok();
+    let app = host.vm("app");
+    assert_eq!((app["labels"]["tier"].as_str(), host.process(&app).1), (Some("front"), pid));
+    let refused = host.form(&["vm", "set", "app", "--memory", "160M"]).exits(5);
+    assert!(refused.stderr.contains("--restart"), "{}", refused.stderr);
+    let before: u64 = guest(&host, "app", &["awk", "/MemTotal/ {print $2}", "/proc/meminfo"]).parse().unwrap();
+    let _ = host.form(&["vm", "set", "app", "--memory", "160M", "--restart"]).ok();
+    let after: u64 = guest(&host, "app", &["awk", "/MemTotal/ {print $2}", "/proc/meminfo"]).parse().unwrap();
+    assert!(after > before + 20_000, "{before} kB, then {after} kB");
+    assert_eq!(guest(&host, "app", &["hostname"]), "app", "the new name is also that of the next start");
+
+    let second_boot = boot_id(&host, "app");
+    let _ = host.form(&["vm", "reset", "app"]).ok();
+    let third_boot = boot_id(&host, "app");
+    assert!(second_boot != first_boot && third_boot != second_boot);
+
+    // A paused VM shuts down as a running one does.
+    let _ = host.form(&["vm", "pause", "app"]).ok();
+    let _ = host.form(&["vm", "stop", "app"]).ok();
+    let refused = host.form(&["vm", "resume", "app"]).exits(5);
+    assert!(refused.stderr.contains("vm/app is stopped"), "{}", refused.stderr);
+    let events = host.form(&["events", "-o", "json"]).ok().stdout;
+    assert!(!events.contains("did not power off in time"), "{events}");
+    let _ = host.form(&["destroy", "app", "-y"]).ok();
+    host.is_clean();
+}

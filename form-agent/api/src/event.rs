@@ -26,6 +26,8 @@ pub enum EventKind {
     OperationFailed,
     VmStarted,
     VmReady,
+    VmPaused,
+    VmResumed,
     VmHealthy,
     VmUnhealthy,
     VmExited,

@@ -13,7 +13,9 @@
 //! | `POST /v1/deploy` (signed) | [`deploy::DeployRequest`] | [`operation::Operation`] |
 //! | `GET /v1/vms` | | `Vec<`[`vm::Vm`]`>` |
 //! | `GET /v1/vms/{name}` | | [`vm::VmDetail`] |
-//! | `POST /v1/vms/{name}/start` `stop` `restart` (signed) | | [`operation::Operation`] |
+//! | `POST /v1/vms/{name}/start` `stop` `restart` `pause` `resume` `reset` (signed) | | [`operation::Operation`] |
+//! | `POST /v1/vms/{name}/rename` (signed) | [`vm::RenameRequest`] | [`operation::Operation`] |
+//! | `PATCH /v1/vms/{name}` (signed) | [`vm::SetRequest`] | [`operation::Operation`] |
 //! | `DELETE /v1/vms/{name}` (signed) | | [`operation::Operation`] |
 //! | `GET /v1/vms/{name}/logs` | query [`vm::LogsQuery`] | NDJSON of [`vm::LogLine`] |
 //! | `GET /v1/vms/{name}/exec` (signed, Upgrade `form-exec`) | header [`exec::EXEC_HEADER`] | [`exec::Frame`]s |

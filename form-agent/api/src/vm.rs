@@ -5,7 +5,10 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr},
 };
 
-use form_types::{Digest, HostId, ImageReference, Name, VmId, spec::Protocol};
+use form_types::{
+    Digest, HostId, ImageReference, Name, VmId,
+    spec::{Protocol, Restart},
+};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +51,8 @@ pub enum VmState {
     Pending,
     Starting,
     Running,
+    /// Stands still, with its memory as it was; nothing in it runs until it is resumed.
+    Paused,
     Stopping,
     /// As asked, or because its service has ended and its restart policy lets it rest.
     Stopped,
@@ -61,6 +66,7 @@ impl VmState {
             Self::Pending => "pending",
             Self::Starting => "starting",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
             Self::Failed => "failed",
@@ -157,4 +163,43 @@ pub enum LogStream {
 pub struct ForwardQuery {
     /// TCP port on the VM's loopback interface.
     pub port: u16,
+}
+
+/// Gives a VM another name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RenameRequest {
+    pub name: Name,
+}
+
+/// Changes a VM without a Formfile; what is left out stays. The next deploy of its Formfile says again what the Formfile says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetRequest {
+    /// Label to its new value; `null` removes it.
+    #[serde(default)]
+    pub labels: BTreeMap<String, Option<String>>,
+    /// At once, also for the service that runs.
+    #[serde(default)]
+    pub restart_policy: Option<Restart>,
+    /// At the next start.
+    #[serde(default)]
+    pub vcpus: Option<u32>,
+    /// At the next start.
+    #[serde(default)]
+    pub memory_mib: Option<u64>,
+    /// Restart a running VM when a change needs it; without it such a change is a conflict.
+    #[serde(default)]
+    pub restart: bool,
+}
+
+impl SetRequest {
+    /// Whether it asks for something that only a start brings.
+    pub const fn needs_start(&self) -> bool {
+        self.vcpus.is_some() || self.memory_mib.is_some()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty() && self.restart_policy.is_none() && !self.needs_start()
+    }
 }

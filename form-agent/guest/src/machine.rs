@@ -1,12 +1,16 @@
 //! What is true of this machine now: shared by the threads that change it and those that tell the host.
 
 use std::{
-    sync::{Arc, Condvar, Mutex, PoisonError, mpsc::Sender},
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc::Sender,
+    },
     time::{Duration, Instant},
 };
 
 use form_guest::protocol::{HealthState, Phase, ServicePhase, ServiceStatus};
-use form_types::settings::Settings;
+use form_types::{settings::Settings, spec::Restart};
 
 use crate::{
     process::{Children, lock},
@@ -50,9 +54,13 @@ pub struct Machine {
     pub report: Mutex<BootReport>,
     pub log: Arc<Log>,
     pub children: Children,
+    /// What RESTART was changed to since the start.
+    pub restart: Mutex<Option<Restart>>,
     power: Sender<Power>,
     state: Mutex<(State, u64)>,
     changed: Condvar,
+    /// How often the host has let the machine go on after a pause.
+    resumes: AtomicU64,
 }
 
 impl Machine {
@@ -73,7 +81,9 @@ impl Machine {
             report: Mutex::new(report),
             log,
             children: Children::default(),
+            restart: Mutex::default(),
             power,
+            resumes: AtomicU64::new(0),
             state: Mutex::new((state, 0)),
             changed: Condvar::new(),
         }
@@ -121,6 +131,19 @@ impl Machine {
             }
             state.phase = phase;
         });
+    }
+
+    /// The machine stood still and goes on.
+    pub fn resumed(&self) {
+        // Under the lock, so that nobody who waits misses it.
+        let guard = lock(&self.state);
+        self.resumes.fetch_add(1, Ordering::AcqRel);
+        drop(guard);
+        self.changed.notify_all();
+    }
+
+    pub fn resumes(&self) -> u64 {
+        self.resumes.load(Ordering::Acquire)
     }
 
     pub fn stopping(&self) -> bool {

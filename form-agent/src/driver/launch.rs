@@ -145,6 +145,7 @@ fn start(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd) -> Re
         program: &agent.programs.vmm,
         vm: desired.id,
         boot: desired.boot_digest(),
+        resets: desired.resets,
         request: desired.request.clone(),
         uid: Some(uid),
         cgroup: group.as_deref(),

@@ -2,6 +2,8 @@
 
 pub mod guest;
 mod launch;
+pub mod live;
+mod pause;
 pub mod process;
 mod session;
 
@@ -21,7 +23,7 @@ use form_guest::protocol::{HealthState, Phase, Reply, Request, ServicePhase, Sta
 use form_types::{Digest, Name, VmId, spec::RestartPolicy};
 use form_vmm::control::{Client, ExitReason};
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
     time::{Instant, sleep_until},
 };
 
@@ -47,6 +49,12 @@ struct Running {
     updates: mpsc::Receiver<Update>,
     /// The guest has to report by then.
     deadline: Option<Instant>,
+    /// Whether it stands still; the session listens.
+    paused: watch::Sender<bool>,
+    /// It was ready when it was paused.
+    was_ready: bool,
+    /// The next try to pause it, or to let it go on.
+    pause_again: Option<Instant>,
     /// The service has ended for good: when the guest then powers off, that was the end.
     service_ended: Option<Ending>,
 }
@@ -91,6 +99,9 @@ enum Next {
     Remove,
     Stop,
     Restart,
+    Reset,
+    Pause,
+    Resume,
     Start(Box<DesiredVm>),
     Wait,
 }
@@ -139,6 +150,12 @@ impl Driver {
                     self.wait().await;
                 }
                 Next::Restart => self.stop().await,
+                Next::Reset => {
+                    self.emit(EventKind::VmExited, "reset");
+                    self.stop_now().await;
+                }
+                Next::Pause => self.pause().await,
+                Next::Resume => self.resume().await,
                 Next::Start(desired) => self.start(&desired).await,
                 Next::Wait => self.wait().await,
             }
@@ -159,15 +176,15 @@ impl Driver {
                 let stopped = self.agent.fleet.observed(&self.id).is_some_and(|observed| observed.state == VmState::Stopped);
                 if self.running.is_none() && stopped { Next::Wait } else { Next::Stop }
             }
-            (Some(running), Run::Running) => {
-                if running.process.record.boot == boot {
-                    Next::Wait
-                } else {
-                    Next::Restart
+            (Some(running), Run::Running | Run::Paused) => {
+                let record = &running.process.record;
+                if record.boot != boot {
+                    return if desired.resets > record.resets { Next::Reset } else { Next::Restart };
                 }
+                running.turn(desired.run)
             }
-            (None, Run::Running) if self.finished == Some(boot) => Next::Wait,
-            (None, Run::Running) => {
+            (None, Run::Running | Run::Paused) if self.finished == Some(boot) => Next::Wait,
+            (None, Run::Running | Run::Paused) => {
                 if self.finished.is_some() {
                     self.finished = None;
                     self.failed_starts = 0;
@@ -201,6 +218,7 @@ impl Driver {
             () = self.wake.notified() => {}
             () = running.process.exited() => self.process_exited().await,
             update = running.updates.recv() => if let Some(update) = update { self.guest_said(update) },
+            () = timer(running.pause_again) => running.pause_again = None,
             () = timer(running.deadline) => {
                 let seconds = self.agent.config().boot_timeout_seconds;
                 self.stop_now().await;
@@ -224,13 +242,16 @@ impl Driver {
         if !directory.path().exists() {
             return;
         }
-        match Process::adopt(&directory) {
+        // It asks the process, which may take its time.
+        let adopted = tokio::task::spawn_blocking(move || Process::adopt(&directory)).await.unwrap_or_default();
+        match adopted {
             Some(process) => {
                 let record = &process.record;
-                tracing::info!(vm = %self.id, pid = record.pid, "adopted a running VM");
+                let state = if process.paused { VmState::Paused } else { VmState::Starting };
+                tracing::info!(vm = %self.id, pid = record.pid, paused = process.paused, "adopted a running VM");
                 let (boot, started_at) = (record.boot, record.started_at);
                 self.agent.fleet.update(&self.id, |observed| {
-                    observed.state = VmState::Starting;
+                    observed.state = state;
                     observed.boot = Some(boot);
                     observed.started_at = Some(started_at);
                 });
@@ -242,9 +263,16 @@ impl Driver {
 
     /// Begins the conversation with the guest of a process that has booted.
     fn attend(&mut self, process: Process) {
-        let (session, updates) = Session::open(&self.agent, self.id, &process);
-        let deadline = Instant::now() + Duration::from_secs(self.agent.config().boot_timeout_seconds);
-        self.running = Some(Running { process, session, updates, deadline: Some(deadline), service_ended: None });
+        let paused = watch::Sender::new(process.paused);
+        let (session, updates) = Session::open(&self.agent, self.id, &process, paused.subscribe());
+        // One that stands still says nothing.
+        let deadline = (!process.paused).then(|| self.boot_deadline());
+        let (was_ready, pause_again, service_ended) = (false, None, None);
+        self.running = Some(Running { process, session, updates, deadline, paused, was_ready, pause_again, service_ended });
+    }
+
+    fn boot_deadline(&self) -> Instant {
+        Instant::now() + Duration::from_secs(self.agent.config().boot_timeout_seconds)
     }
 
     /// What ended for good before the agent was restarted stays ended.
@@ -400,7 +428,10 @@ impl Driver {
         let exit = running.process.directory.read_exit();
         let words = running.process.directory.last_words();
         let boot = running.process.record.boot;
-        let policy = running.process.record.request.spec.restart.policy;
+        // It may have been set anew since the start.
+        let desired = self.agent.desired(&self.id);
+        let restart = desired.as_ref().map_or(&running.process.record.request, |desired| &desired.request).spec.restart.clone();
+        let policy = restart.policy;
         let was_ready = running.deadline.is_none();
         self.clean_up().await;
         let reason = match exit.as_ref().map(|exit| (exit.reason, exit.message.clone().unwrap_or_default())) {
@@ -458,6 +489,12 @@ impl Driver {
             observed.ready = false;
         });
         let control = running.process.control();
+        // Only a guest that runs can shut down.
+        if *running.paused.borrow()
+            && let Err(error) = pause::ask(&control, Client::resume).await
+        {
+            tracing::warn!(vm = %self.id, "it does not go on to shut down: {error}");
+        }
         let asked = guest::ask(&control, &Request::Shutdown { reboot: false }, Duration::from_secs(3)).await;
         if !matches!(asked, Ok(Reply::Done)) {
             // A guest that does not listen may still know a power button.

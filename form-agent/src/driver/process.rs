@@ -8,13 +8,14 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
+    time::Duration,
 };
 
 use form_api::deploy::DeployRequest;
 use form_types::{Digest, VmId};
 use form_vmm::{
     config::VmConfig,
-    control::{Client, ExitRecord},
+    control::{Client, ExitRecord, VmState},
 };
 use jiff::Timestamp;
 use rustix::{
@@ -25,6 +26,9 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
 use crate::identity::write_atomically;
+
+/// How long a process that is adopted may take to say how it is.
+const ADOPTION: Duration = Duration::from_secs(2);
 
 /// What a restarted agent needs to find a VM process and to know what it runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +44,9 @@ pub struct Record {
     pub started_at: Timestamp,
     /// Not booted yet: nothing of the guest has run.
     pub booted: bool,
+    /// How often a reset had been asked for when it was started.
+    #[serde(default)]
+    pub resets: u64,
 }
 
 /// The files of a running VM, in a directory of its own below `/run`.
@@ -117,6 +124,8 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ProcessError {
 /// A VM process that runs, or ran a moment ago.
 pub struct Process {
     pub record: Record,
+    /// It stood still when it was found.
+    pub paused: bool,
     pub directory: RuntimeDirectory,
     pidfd: AsyncFd<OwnedFd>,
     /// Present when this agent started it: somebody has to collect its exit status.
@@ -143,6 +152,7 @@ pub struct Launch<'a> {
     pub program: &'a Path,
     pub vm: VmId,
     pub boot: Digest,
+    pub resets: u64,
     pub request: DeployRequest,
     pub uid: Option<u32>,
     pub cgroup: Option<&'a Path>,
@@ -183,13 +193,14 @@ impl Process {
                 uid: launch.uid,
                 started_at: Timestamp::now(),
                 booted: false,
+                resets: launch.resets,
             };
             let pidfd = pidfd(pid).map_err(io_error("the VM process's pidfd"))?;
             write_record(directory, &record)?;
             Ok((record, pidfd))
         })();
         match started {
-            Ok((record, pidfd)) => Ok(Self { record, directory: directory.clone(), pidfd, child: Some(child) }),
+            Ok((record, pidfd)) => Ok(Self { record, paused: false, directory: directory.clone(), pidfd, child: Some(child) }),
             Err(error) => {
                 // It has no guest yet: killing it loses nothing.
                 let _ = child.kill();
@@ -219,15 +230,21 @@ impl Process {
         let record = directory.read_record()?;
         let pidfd = pidfd(record.pid).ok()?;
         let same = start_time(record.pid).is_ok_and(|time| time == record.start_time);
-        let process = Self { record, directory: directory.clone(), pidfd, child: None };
+        let mut process = Self { record, paused: false, directory: directory.clone(), pidfd, child: None };
         if !same {
             return None;
         }
-        if !process.record.booted || Client::connect(&directory.control()).is_err() {
-            process.kill();
-            return None;
+        match Client::connect(&directory.control()) {
+            Ok(client) if process.record.booted => {
+                // One that is too busy to say is one that runs.
+                process.paused = client.with_timeout(ADOPTION).status().is_ok_and(|(state, _)| state == VmState::Paused);
+                Some(process)
+            }
+            _ => {
+                process.kill();
+                None
+            }
         }
-        Some(process)
     }
 
     /// Returns when the process has ended.
@@ -300,6 +317,7 @@ mod tests {
             uid: None,
             started_at: Timestamp::now(),
             booted: true,
+            resets: 0,
         };
         write_record(&directory, &record).unwrap();
         assert_eq!(directory.read_record(), Some(record));

@@ -8,7 +8,11 @@ use form_guest::protocol::{
 };
 use form_types::VmId;
 use jiff::Timestamp;
-use tokio::{sync::mpsc, task::JoinHandle, time::sleep};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::sleep,
+};
 
 use super::{
     guest::{Connection, GuestError},
@@ -38,13 +42,15 @@ pub struct Session {
 }
 
 impl Session {
-    pub fn open(agent: &Arc<Agent>, vm: VmId, process: &Process) -> (Self, mpsc::Receiver<Update>) {
+    /// Nothing is asked of a guest that stands still.
+    pub fn open(agent: &Arc<Agent>, vm: VmId, process: &Process, paused: watch::Receiver<bool>) -> (Self, mpsc::Receiver<Update>) {
         let (sender, updates) = mpsc::channel(64);
         let control = process.control();
+        let mut standing = paused.clone();
         let watch = tokio::spawn(async move {
             let mut retry = FIRST_RETRY;
             let mut told_ready = false;
-            loop {
+            while goes_on(&mut standing).await {
                 let ended = watch(&control, &sender, &mut told_ready).await;
                 if sender.is_closed() {
                     return;
@@ -58,7 +64,7 @@ impl Session {
         let logs = tokio::spawn(async move {
             let writer = Writer::open(&agent.log_directory(&vm), agent.config().log_file_bytes, agent.log_changes(&vm));
             match writer {
-                Ok(writer) => keep_logs(&control, writer, run).await,
+                Ok(writer) => keep_logs(&control, writer, run, paused).await,
                 Err(error) => tracing::error!(vm = %vm, "its log cannot be kept: {error}"),
             }
         });
@@ -78,6 +84,11 @@ impl Drop for Session {
         self.logs.abort();
         self.watch.abort();
     }
+}
+
+/// Waits while the VM stands still; false when there is nothing more to wait for.
+async fn goes_on(paused: &mut watch::Receiver<bool>) -> bool {
+    paused.wait_for(|paused| !*paused).await.is_ok()
 }
 
 async fn watch(control: &std::path::Path, sender: &mpsc::Sender<Update>, told_ready: &mut bool) -> Result<(), GuestError> {
@@ -103,10 +114,10 @@ async fn watch(control: &std::path::Path, sender: &mpsc::Sender<Update>, told_re
 }
 
 /// Follows the log until the VM process is gone, from where the file ends.
-async fn keep_logs(control: &std::path::Path, mut writer: Writer, run: Timestamp) {
+async fn keep_logs(control: &std::path::Path, mut writer: Writer, run: Timestamp, mut paused: watch::Receiver<bool>) {
     let mut next = writer.last_sequence(run).map_or(0, |last| last + 1);
     let mut retry = FIRST_RETRY;
-    loop {
+    while goes_on(&mut paused).await {
         match follow(control, &mut writer, run, &mut next).await {
             // The guest says that there will be no more: it is powering off.
             Ok(()) => return,

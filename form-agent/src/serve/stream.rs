@@ -19,6 +19,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::{Shared, parsed, query};
 use crate::{
+    action::{self, Action},
     agent::{Agent, internal},
     authorise,
     driver::{
@@ -27,16 +28,18 @@ use crate::{
     },
 };
 
-/// The control socket of a VM that runs.
-fn control_of(agent: &Agent, name: &Name) -> Result<std::path::PathBuf, ApiError> {
+/// The control socket of a VM of which this can be asked now.
+fn control_of(agent: &Agent, name: &Name, action: Action) -> Result<std::path::PathBuf, ApiError> {
     let vm = agent.vm_named(name)?;
     let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
+    action::check(action, state, name)?;
     let control = RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm.id).control();
     if control.exists() {
         Ok(control)
     } else {
+        // A process that is only now being made, or has just gone.
         Err(ApiError::new(ErrorCode::Conflict, format!("vm/{name} is {}", state.as_str()))
-            .hint(format!("start it with `form vm start {name}`")))
+            .hint(format!("wait for it with `form wait vm/{name} --for=running`")))
     }
 }
 
@@ -76,7 +79,7 @@ pub async fn exec(State(agent): State<Shared>, Path(name): Path<String>, request
         .ok()
         .and_then(|json| serde_json::from_slice(&json).ok())
         .ok_or_else(|| ApiError::new(ErrorCode::Invalid, format!("the header `{EXEC_HEADER}` holds no exec request")))?;
-    let control = control_of(&agent, &name)?;
+    let control = control_of(&agent, &name, Action::Exec)?;
     let to_guest = protocol::Request::Exec(protocol::ExecRequest {
         command: asked.command,
         env: asked.env,
@@ -177,7 +180,7 @@ fn frame_to_client(frame: &protocol::Frame) -> Vec<exec::Frame> {
 
 pub async fn console(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
     let (mut request, _, name) = authorised(&agent, request, &name)?;
-    let control = control_of(&agent, &name)?;
+    let control = control_of(&agent, &name, Action::Console)?;
     let fd = tokio::task::spawn_blocking(move || Client::connect(&control)?.console())
         .await
         .map_err(|error| internal(&error))?
@@ -197,7 +200,7 @@ pub async fn console(State(agent): State<Shared>, Path(name): Path<String>, requ
 pub async fn forward(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
     let (mut request, parts, name) = authorised(&agent, request, &name)?;
     let port = query::<ForwardQuery>(&parts)?.port;
-    let control = control_of(&agent, &name)?;
+    let control = control_of(&agent, &name, Action::Forward)?;
     let mut guest = Connection::open(&control, &protocol::Request::Forward { port }).await.map_err(|error| guest_error(&error))?;
     if guest.reply().await.map_err(|error| guest_error(&error))? != Reply::Connected {
         return Err(internal(&"the guest answered something else"));

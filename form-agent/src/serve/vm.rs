@@ -8,9 +8,9 @@ use axum::{
 };
 use form_api::{
     ApiError, ErrorCode,
-    operation::{Operation, OperationKind},
-    server::ndjson,
-    vm::{LogLine, LogStream, LogsQuery, Vm, VmDetail},
+    operation::Operation,
+    server::{ndjson, read_json},
+    vm::{LogLine, LogStream, LogsQuery, RenameRequest, Vm, VmDetail, VmState},
 };
 use form_types::Name;
 use futures_util::stream;
@@ -19,10 +19,12 @@ use tokio::sync::watch;
 
 use super::{Shared, accepted, blocking, changing, no_body, parsed, query, reading};
 use crate::{
+    action::{self, Action},
     agent::{Agent, internal},
+    authorise::Caller,
     desired,
     driver::process::RuntimeDirectory,
-    lifecycle,
+    lifecycle::{self, Change},
     logs::Reader,
 };
 
@@ -40,15 +42,19 @@ pub async fn show(State(agent): State<Shared>, Path(name): Path<String>, request
     Ok(Json(VmDetail { vm: agent.vm(&desired), desired: desired.request, guest }))
 }
 
-async fn change(agent: Shared, name: String, request: Request, kind: OperationKind) -> Result<(StatusCode, Json<Operation>), ApiError> {
+async fn change(agent: Shared, name: String, request: Request, change: Change) -> Accepted {
     let (caller, body) = changing(&agent, request).await?;
     no_body(&body)?;
-    let name = parsed(&name)?;
+    begin(agent, caller, &name, change).await
+}
+
+async fn begin(agent: Shared, caller: Caller, name: &str, change: Change) -> Accepted {
+    let name = parsed(name)?;
     let runtime = tokio::runtime::Handle::current();
     blocking(move || {
         // The drivers that it wakes are tasks of this runtime.
         let _entered = runtime.enter();
-        lifecycle::begin(&agent, &caller, &name, kind)
+        lifecycle::begin(&agent, &caller, &name, change)
     })
     .await
     .map(accepted)
@@ -57,25 +63,51 @@ async fn change(agent: Shared, name: String, request: Request, kind: OperationKi
 type Accepted = Result<(StatusCode, Json<Operation>), ApiError>;
 
 pub async fn start(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
-    change(agent, name, request, OperationKind::VmStart).await
+    change(agent, name, request, Change::Start).await
 }
 
 pub async fn stop(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
-    change(agent, name, request, OperationKind::VmStop).await
+    change(agent, name, request, Change::Stop).await
 }
 
 pub async fn restart(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
-    change(agent, name, request, OperationKind::VmRestart).await
+    change(agent, name, request, Change::Restart).await
+}
+
+pub async fn pause(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+    change(agent, name, request, Change::Pause).await
+}
+
+pub async fn resume(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+    change(agent, name, request, Change::Resume).await
+}
+
+pub async fn reset(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+    change(agent, name, request, Change::Reset).await
+}
+
+pub async fn rename(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+    let (caller, body) = changing(&agent, request).await?;
+    let RenameRequest { name: new } = read_json(&body)?;
+    begin(agent, caller, &name, Change::Rename(new)).await
+}
+
+pub async fn set(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+    let (caller, body) = changing(&agent, request).await?;
+    let change = Change::Set(read_json(&body)?);
+    begin(agent, caller, &name, change).await
 }
 
 pub async fn destroy(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
-    change(agent, name, request, OperationKind::VmDestroy).await
+    change(agent, name, request, Change::Destroy).await
 }
 
 pub async fn logs(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
     let (parts, _) = reading(&agent, request).await?;
     let name: Name = parsed(&name)?;
     let vm = agent.vm_named(&name)?;
+    let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
+    action::check(Action::Logs, state, &name)?;
     let wanted: LogsQuery = query(&parts)?;
     if wanted.console {
         let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm.id);

@@ -69,6 +69,10 @@ impl Call {
         Self::new(Method::PUT, path)
     }
 
+    pub(super) fn patch(path: impl Into<String>) -> Self {
+        Self::new(Method::PATCH, path)
+    }
+
     pub(super) fn delete(path: impl Into<String>) -> Self {
         Self::new(Method::DELETE, path)
     }

@@ -16,7 +16,7 @@ use crate::{
     host::{ClaimRequest, DoctorReport, Host},
     image::{BlocksReply, Image, ImportRequest, Kernel, MissingReply, MissingRequest},
     operation::{Operation, OperationsQuery, WaitQuery},
-    vm::{ForwardQuery, LogLine, LogsQuery, Vm, VmDetail},
+    vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail},
 };
 
 /// An import writes and hashes the whole image: on a host in software emulation that takes a minute, on a busy one several.
@@ -112,6 +112,27 @@ impl Client {
 
     pub async fn restart(&self, name: &Name) -> Result<Operation, ClientError> {
         self.vm_verb(name, "restart").await
+    }
+
+    pub async fn pause(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.vm_verb(name, "pause").await
+    }
+
+    pub async fn resume(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.vm_verb(name, "resume").await
+    }
+
+    /// Off and on again without asking the guest.
+    pub async fn reset(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.vm_verb(name, "reset").await
+    }
+
+    pub async fn rename(&self, name: &Name, request: &RenameRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/vms/{name}/rename")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn set(&self, name: &Name, request: &SetRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::patch(format!("/v1/vms/{name}")).json(request)?.signed(fresh_key()?)).await
     }
 
     async fn vm_verb(&self, name: &Name, verb: &str) -> Result<Operation, ClientError> {

@@ -28,6 +28,17 @@ pub fn write_files(settings: &Settings, report: &mut BootReport) {
     report.warn_on("names", machine_id());
 }
 
+/// Gives a running machine another name.
+///
+/// # Errors
+/// When the name is no host name, or a file cannot be written.
+pub fn rename(settings: &Settings, hostname: String, hosts_known: Vec<(IpAddr, Vec<String>)>) -> Result<(), Error> {
+    let renamed = Settings { hostname, hosts: hosts_known, ..settings.clone() };
+    set_hostname(&renamed.hostname)?;
+    files::write_if_changed(Path::new("/etc/hostname"), &format!("{}\n", renamed.hostname), Some(0o644))?;
+    files::write_if_changed(Path::new("/etc/hosts"), &hosts(&renamed), Some(0o644))
+}
+
 /// hosts(5)
 fn hosts(settings: &Settings) -> String {
     let mut text =

@@ -1,8 +1,9 @@
 //! The JSON messages. A field that is added later has a default, and unknown fields are ignored: hosts and guests of neighbouring
 //! versions understand each other.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
+use form_types::spec::Restart;
 use serde::{Deserialize, Serialize};
 
 use super::ExitStatus;
@@ -25,9 +26,18 @@ pub enum Request {
     Shutdown {
         reboot: bool,
     },
-    /// Sets the wall clock: nanoseconds since 1970.
+    /// Sets the wall clock: nanoseconds since 1970. The host sends it when it lets a paused machine go on.
     SyncTime {
         unix_ns: u64,
+    },
+    /// The machine has another name now: the kernel's, /etc/hostname and /etc/hosts.
+    SetName {
+        hostname: String,
+        hosts: Vec<(IpAddr, Vec<String>)>,
+    },
+    /// What to do from now on when the service ends.
+    SetRestart {
+        restart: Restart,
     },
     /// Answered with [`Reply::Metrics`].
     Metrics,

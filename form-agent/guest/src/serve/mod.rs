@@ -23,6 +23,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use crate::{
     boot::volumes,
     machine::{Machine, Power},
+    network::names,
     process::lock,
     report::say,
     service::log::Next,
@@ -123,7 +124,15 @@ fn serve(machine: &Arc<Machine>, channel: &Channel, request: Result<Request, ser
             machine.end(if reboot { Power::Restart } else { Power::Off });
             Ok(())
         }
-        Request::SyncTime { unix_ns } => done(channel, sync_time(unix_ns)),
+        Request::SyncTime { unix_ns } => {
+            machine.resumed();
+            done(channel, sync_time(unix_ns))
+        }
+        Request::SetName { hostname, hosts } => done(channel, names::rename(&machine.settings, hostname, hosts)),
+        Request::SetRestart { restart } => {
+            *lock(&machine.restart) = Some(restart);
+            channel.reply(&Reply::Done)
+        }
         Request::Metrics => channel.reply(&Reply::Metrics(status::metrics())),
         Request::Forward { port } => forward::forward(channel, port),
         Request::CopyIn { path, mode, owner } => copy::copy_in(channel, &path, mode, owner.as_deref()),

@@ -37,6 +37,11 @@ impl Restarts {
         Self { rule, in_a_row: 0 }
     }
 
+    /// From now on the rule is another.
+    pub fn set_rule(&mut self, rule: Restart) {
+        self.rule = rule;
+    }
+
     /// What to do after a run of this length ended so.
     pub fn after(&mut self, exit: ExitStatus, ran: Duration) -> Decision {
         if ran >= GOOD_RUN {
@@ -104,6 +109,9 @@ mod tests {
         assert_eq!(delays(&mut on_failure, 2), [100, 200]);
         assert_eq!(on_failure.after(ExitStatus::Signal(9), SHORT), Decision::GiveUp(Reason::TooOften(2)));
         assert!(matches!(on_failure.after(FAILED, GOOD_RUN), Decision::StartAgain { .. }), "a good run gives new tries");
+        let mut changed = restarts(RestartPolicy::Always, None);
+        changed.set_rule(Restart { policy: RestartPolicy::Never, max_retries: None });
+        assert_eq!(changed.after(FAILED, SHORT), Decision::GiveUp(Reason::Never));
         assert_eq!(restarts(RestartPolicy::OnFailure, Some(0)).after(FAILED, SHORT), Decision::GiveUp(Reason::TooOften(0)));
     }
 }

@@ -29,6 +29,9 @@ use crate::{
 /// How long the last lines of a service that ended may take to arrive.
 const LAST_LINES: Duration = Duration::from_millis(500);
 
+/// How long the host's word that the machine was paused may take.
+const RESUME_NOTICE: Duration = Duration::from_secs(1);
+
 /// How each process of the service is started.
 struct Setting {
     identity: Identity,
@@ -54,6 +57,9 @@ pub fn supervise(machine: &Arc<Machine>, service: &Service) {
             return;
         }
         machine.log.say(format_args!("the service ended with {exit}"));
+        if let Some(rule) = lock(&machine.restart).take() {
+            restarts.set_rule(rule);
+        }
         match restarts.after(exit, start.elapsed()) {
             Decision::StartAgain { after } => {
                 update(machine, |status| {
@@ -186,7 +192,16 @@ fn check_health(machine: &Machine, service: &Service, setting: &Setting, pid: u3
         if !runs(&state, pid) {
             return;
         }
+        let (resumes, began) = (machine.resumes(), Instant::now());
         let result = probe(check, &command);
+        // A probe whose time ran out may have stood still with the machine. The host says so as soon as the machine goes on.
+        if result.is_err() && began.elapsed() >= Duration::from_millis(check.timeout_ms) {
+            machine.wait(RESUME_NOTICE, |state, _| machine.resumes() != resumes || !runs(state, pid));
+            if machine.resumes() != resumes {
+                pause = Duration::from_millis(100);
+                continue;
+            }
+        }
         let now = health.record(start.elapsed(), result.is_ok());
         let before = state.health;
         machine.update(|state| {

@@ -4,9 +4,14 @@ pub mod console;
 pub mod exec;
 pub mod logs;
 pub mod ls;
+pub mod pause;
 pub mod port_forward;
+pub mod rename;
+pub mod reset;
 pub mod restart;
+pub mod resume;
 pub mod rm;
+pub mod set;
 pub mod show;
 pub mod start;
 pub mod stop;
@@ -23,6 +28,11 @@ pub enum Verb {
     Start(start::Args),
     Stop(stop::Args),
     Restart(restart::Args),
+    Pause(pause::Args),
+    Resume(resume::Args),
+    Reset(reset::Args),
+    Rename(rename::Args),
+    Set(set::Args),
     Rm(rm::Args),
     Logs(logs::Args),
     Exec(exec::Args),
@@ -39,6 +49,11 @@ impl Verb {
             Self::Start(args) => start::run(args, session).await,
             Self::Stop(args) => stop::run(args, session).await,
             Self::Restart(args) => restart::run(args, session).await,
+            Self::Pause(args) => pause::run(args, session).await,
+            Self::Resume(args) => resume::run(args, session).await,
+            Self::Reset(args) => reset::run(args, session).await,
+            Self::Rename(args) => rename::run(args, session).await,
+            Self::Set(args) => set::run(args, session).await,
             Self::Rm(args) => rm::run(args, session).await,
             Self::Logs(args) => logs::run(args, session).await,
             Self::Exec(args) => exec::run(args, session).await,

@@ -1,0 +1,190 @@
+//! What may be asked of a VM in each of its states: one table, so that no pair is forgotten. Pure.
+
+use form_api::{ApiError, ErrorCode, vm::VmState};
+use form_types::Name;
+
+/// What somebody asks of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    Deploy,
+    Start,
+    Stop,
+    Restart,
+    Pause,
+    Resume,
+    Reset,
+    Rename,
+    /// Labels, restart policy: what needs no start.
+    Set,
+    /// vCPUs, memory: what a start brings.
+    Resize,
+    Destroy,
+    Exec,
+    Forward,
+    Console,
+    Logs,
+}
+
+impl Action {
+    #[cfg(test)]
+    pub const ALL: [Self; 15] = [
+        Self::Deploy,
+        Self::Start,
+        Self::Stop,
+        Self::Restart,
+        Self::Pause,
+        Self::Resume,
+        Self::Reset,
+        Self::Rename,
+        Self::Set,
+        Self::Resize,
+        Self::Destroy,
+        Self::Exec,
+        Self::Forward,
+        Self::Console,
+        Self::Logs,
+    ];
+}
+
+/// What the table says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Do,
+    /// It is so already, or on its way there: nothing is changed.
+    Already,
+    Refuse(Instead),
+}
+
+/// What to do instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Instead {
+    Start,
+    Resume,
+    /// Wait until it runs.
+    WaitUntilRunning,
+    WaitUntilStopped,
+}
+
+/// The table. A VM that starts, is asked and does not answer yet is the guest's matter: exec and its like are tried.
+pub const fn judge(action: Action, state: VmState) -> Verdict {
+    use Action::{Console, Deploy, Destroy, Exec, Forward, Logs, Pause, Rename, Reset, Resize, Restart, Resume, Set, Start, Stop};
+    use VmState::{Failed, Paused, Pending, Running, Starting, Stopped, Stopping};
+    match (action, state) {
+        // What should be changes, what is follows: in every state.
+        (Deploy | Destroy | Rename | Set | Logs, Pending | Starting | Running | Paused | Stopping | Stopped | Failed) => Verdict::Do,
+
+        (Start, Starting | Running) => Verdict::Already,
+        (Start, Pending | Stopping | Stopped | Failed) => Verdict::Do,
+        (Start, Paused) => Verdict::Refuse(Instead::Resume),
+
+        // A paused guest is let go on, so that it can shut down.
+        (Stop | Restart, Pending | Starting | Running | Paused | Stopping | Stopped | Failed) => Verdict::Do,
+
+        (Pause, Running) => Verdict::Do,
+        (Pause, Paused) => Verdict::Already,
+        (Pause, Pending | Starting) => Verdict::Refuse(Instead::WaitUntilRunning),
+        (Pause, Stopping | Stopped | Failed) => Verdict::Refuse(Instead::Start),
+
+        (Resume, Paused) => Verdict::Do,
+        (Resume, Running) => Verdict::Already,
+        (Resume, Pending | Starting) => Verdict::Refuse(Instead::WaitUntilRunning),
+        (Resume, Stopping | Stopped | Failed) => Verdict::Refuse(Instead::Start),
+
+        // A guest that hangs at its start is what a reset is for.
+        (Reset, Starting | Running) => Verdict::Do,
+        (Reset, Paused) => Verdict::Refuse(Instead::Resume),
+        (Reset, Pending) => Verdict::Refuse(Instead::WaitUntilRunning),
+        (Reset, Stopping | Stopped | Failed) => Verdict::Refuse(Instead::Start),
+
+        (Resize, Pending | Starting | Running | Stopped | Failed) => Verdict::Do,
+        (Resize, Paused) => Verdict::Refuse(Instead::Resume),
+        (Resize, Stopping) => Verdict::Refuse(Instead::WaitUntilStopped),
+
+        (Exec | Forward, Starting | Running) => Verdict::Do,
+        (Exec | Forward, Pending) => Verdict::Refuse(Instead::WaitUntilRunning),
+        (Exec | Forward, Paused) => Verdict::Refuse(Instead::Resume),
+        (Exec | Forward, Stopping | Stopped | Failed) => Verdict::Refuse(Instead::Start),
+
+        (Console, Starting | Running | Paused | Stopping) => Verdict::Do,
+        (Console, Pending) => Verdict::Refuse(Instead::WaitUntilRunning),
+        (Console, Stopped | Failed) => Verdict::Refuse(Instead::Start),
+    }
+}
+
+/// Whether there is something to do.
+///
+/// # Errors
+/// A conflict that names the state and says what to do instead.
+pub fn check(action: Action, state: VmState, name: &Name) -> Result<bool, ApiError> {
+    let hint = match judge(action, state) {
+        Verdict::Do => return Ok(true),
+        Verdict::Already => return Ok(false),
+        Verdict::Refuse(Instead::Start) => format!("start it with `form vm start {name}`"),
+        Verdict::Refuse(Instead::Resume) => format!("let it go on with `form vm resume {name}`"),
+        Verdict::Refuse(Instead::WaitUntilRunning) => format!("wait for it with `form wait vm/{name} --for=running`"),
+        Verdict::Refuse(Instead::WaitUntilStopped) => format!("wait for it with `form wait vm/{name} --for=stopped`"),
+    };
+    Err(ApiError::new(ErrorCode::Conflict, format!("vm/{name} is {}", state.as_str())).hint(hint))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Columns: pending, starting, running, paused, stopping, stopped, failed. `+` do, `=` already so; refused: `s` start it, `r` resume
+    /// it, `w` wait until it runs, `e` wait until it has ended.
+    const TABLE: [(Action, &str); 15] = [
+        (Action::Deploy, "+++++++"),
+        (Action::Start, "+==r+++"),
+        (Action::Stop, "+++++++"),
+        (Action::Restart, "+++++++"),
+        (Action::Pause, "ww+=sss"),
+        (Action::Resume, "ww=+sss"),
+        (Action::Reset, "w++rsss"),
+        (Action::Rename, "+++++++"),
+        (Action::Set, "+++++++"),
+        (Action::Resize, "+++re++"),
+        (Action::Destroy, "+++++++"),
+        (Action::Exec, "w++rsss"),
+        (Action::Forward, "w++rsss"),
+        (Action::Console, "w++++ss"),
+        (Action::Logs, "+++++++"),
+    ];
+
+    const STATES: [VmState; 7] =
+        [VmState::Pending, VmState::Starting, VmState::Running, VmState::Paused, VmState::Stopping, VmState::Stopped, VmState::Failed];
+
+    #[test]
+    fn every_action_in_every_state() {
+        assert_eq!(TABLE.map(|(action, _)| action), Action::ALL);
+        for (action, row) in TABLE {
+            let judged: String = STATES
+                .iter()
+                .map(|state| match judge(action, *state) {
+                    Verdict::Do => '+',
+                    Verdict::Already => '=',
+                    Verdict::Refuse(Instead::Start) => 's',
+                    Verdict::Refuse(Instead::Resume) => 'r',
+                    Verdict::Refuse(Instead::WaitUntilRunning) => 'w',
+                    Verdict::Refuse(Instead::WaitUntilStopped) => 'e',
+                })
+                .collect();
+            assert_eq!(judged, row, "{action:?}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_state_and_the_way_out() {
+        let name: Name = "web".parse().unwrap();
+        for action in Action::ALL {
+            for state in STATES {
+                let Err(error) = check(action, state, &name) else { continue };
+                assert_eq!((error.code, error.code.exit_code()), (ErrorCode::Conflict, 5));
+                assert_eq!(error.message, format!("vm/web is {}", state.as_str()));
+                assert!(error.hint.is_some_and(|hint| hint.contains("`form ") && hint.contains("web")), "{action:?} {state:?}");
+            }
+        }
+        assert!(check(Action::Pause, VmState::Running, &name).unwrap());
+        assert!(!check(Action::Pause, VmState::Paused, &name).unwrap());
+    }
+}
