@@ -103,7 +103,7 @@ fn kvm_what_cannot_work_is_refused_or_taken_back_with_its_reason() {
 #[test]
 #[ignore = "needs a KVM that runs guests: tests/kvm-host"]
 fn kvm_a_vm_is_paused_renamed_set_and_reset() {
-    let mut host = Host::new();
+    let mut host = Host::start();
     let web = host.app("web", SERVE, 18086);
     let _ = host.form(&["deploy", &web, "-y"]).ok();
     let (_, pid) = host.process(&host.vm("web"));
@@ -127,7 +127,7 @@ fn kvm_a_vm_is_paused_renamed_set_and_reset() {
     wait("it is found paused", || host.vm("web")["state"] == "paused");
     assert_eq!(host.process(&host.vm("web")).1, pid, "the same process");
     // Longer than the healthcheck's interval and time limit together.
-    std::thread::sleep(Duration::from_secs(9));
+    std::thread::sleep(std::time::Duration::from_secs(9));
 
     let _ = host.form(&["vm", "resume", "web"]).ok();
     wait("it is ready again", || host.vm("web")["ready"] == true);

@@ -46,9 +46,13 @@ impl Connection {
             .map_err(|error| GuestError::Control(error.to_string()))?;
         let stream = std::os::unix::net::UnixStream::from(fd);
         stream.set_nonblocking(true)?;
-        let mut connection = Self { stream: UnixStream::from_std(stream)?, decoder: Decoder::default() };
+        let mut connection = Self::over(UnixStream::from_std(stream)?);
         connection.send(&Frame::json(FrameKind::Request, request)?).await?;
         Ok(connection)
+    }
+
+    pub fn over(stream: UnixStream) -> Self {
+        Self { stream, decoder: Decoder::default() }
     }
 
     /// # Errors

@@ -113,12 +113,14 @@ async fn relay_exec(client: impl AsyncRead + AsyncWrite + Send + 'static, mut gu
             }
         }
     });
+    let mut guest_takes = true;
     loop {
         tokio::select! {
-            frame = frames.recv() => {
+            frame = frames.recv(), if guest_takes => {
                 let Some(frame) = frame else { break };
                 let Some(frame) = frame_to_guest(frame) else { break };
-                if guest.send(&frame).await.is_err() { break }
+                // A command that has ended takes nothing any more, and how it ended may be still to be read.
+                guest_takes = guest.send(&frame).await.is_ok();
             }
             frame = guest.next() => {
                 let frame = match frame {
@@ -215,4 +217,25 @@ pub async fn forward(State(agent): State<Shared>, Path(name): Path<String>, requ
         }
     });
     Ok(response)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn how_a_command_ended_is_told_even_when_it_takes_no_input() {
+        // The order of what happens is chance: often enough, each comes up.
+        for _ in 0..100 {
+            let (guest, mut inside) = tokio::net::UnixStream::pair().unwrap();
+            let exit = protocol::ExitStatus::Code(7).to_frame();
+            inside.write_all(&exit.encode().unwrap()).await.unwrap();
+            drop(inside);
+            let (client, outside) = tokio::io::duplex(1024);
+            let (mut reader, mut writer) = tokio::io::split(outside);
+            writer.write_all(&exec::Frame::StdinClosed.encode()).await.unwrap();
+            relay_exec(client, Connection::over(guest)).await;
+            assert_eq!(read_frame(&mut reader).await.unwrap(), exec::Frame::Exit { code: 7 });
+        }
+    }
 }
