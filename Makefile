@@ -6,7 +6,7 @@ TARGET = $(or $(CARGO_TARGET_DIR),target)
 STATIC = x86_64-unknown-linux-gnu
 DIST = $(TARGET)/dist/$(CARGO_PROFILE_DIR)
 
-.PHONY: demo test test-fast test-system check build packages install docs clean
+.PHONY: demo test test-fast test-system fuzz check build packages install docs clean
 
 ## demo: build, start a host, deploy examples/hello, show its answer
 demo: build
@@ -22,6 +22,10 @@ test-fast: packages
 ## test-system: the built programs, in namespaces and with real guests under KVM
 test-system: build
 	@DIST=$(abspath $(DIST)) tests/run-system
+
+## fuzz: 30 seconds of every fuzz target from the kept corpus, and the bugs planted to be found
+fuzz: packages
+	@tests/run-fuzz
 
 ## check: what CI checks before it tests
 check:

@@ -1,4 +1,9 @@
-//! A device's worker thread as its device sees it: started, told to stop, and giving back what it was given.
+//! A device's worker as its device sees it: started, told to stop, and giving back what it was given.
+
+#[cfg(feature = "fuzzing")]
+pub mod inline;
+#[cfg(not(feature = "fuzzing"))]
+mod threaded;
 
 use std::{
     io,
@@ -6,30 +11,19 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc,
     },
-    thread::JoinHandle,
     time::Duration,
 };
 
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
+    eventfd::EventFd,
 };
 
-use super::worker::{self, WorkerKind};
-
-/// The kernel cuts names of threads to this many bytes.
-const NAME_MAX: usize = 15;
-
-/// A running worker that answers with a `T` when it is told to stop.
-pub struct Task<T> {
-    stop: Arc<AtomicBool>,
-    wake: EventFd,
-    answer: mpsc::Receiver<T>,
-    /// `None` once it was joined.
-    thread: Option<JoinHandle<()>>,
-}
+#[cfg(feature = "fuzzing")]
+pub use inline::Task;
+#[cfg(not(feature = "fuzzing"))]
+pub use threaded::Task;
 
 /// The worker's side of [`Task::stop`].
 pub struct Exit {
@@ -49,61 +43,6 @@ impl AsRawFd for Exit {
     fn as_raw_fd(&self) -> RawFd {
         self.wake.as_raw_fd()
     }
-}
-
-impl<T: Send + 'static> Task<T> {
-    /// Starts `work` on a thread named after the device.
-    ///
-    /// # Errors
-    /// When the eventfd or the thread cannot be made.
-    pub fn start<F>(kind: WorkerKind, id: &str, work: F) -> io::Result<Self>
-    where
-        F: FnOnce(&Exit) -> T + Send + 'static,
-    {
-        let stop = Arc::new(AtomicBool::new(false));
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let exit = Exit { stop: Arc::clone(&stop), wake: wake.try_clone()? };
-        let (answers, answer) = mpsc::channel();
-        let thread = worker::spawn(kind, thread_name(id), move || {
-            // The receiver is gone only when the device was dropped without being stopped: then nobody wants the answer.
-            let _ = answers.send(work(&exit));
-        })?;
-        Ok(Self { stop, wake, answer, thread: Some(thread) })
-    }
-
-    /// Tells the worker to stop and waits for what it gives back. `None` when it panicked.
-    pub fn stop(mut self) -> Option<T> {
-        self.finish();
-        self.answer.try_recv().ok()
-    }
-}
-
-impl<T> Task<T> {
-    fn finish(&mut self) {
-        if let Some(thread) = self.thread.take() {
-            self.stop.store(true, Ordering::Release);
-            // The counter of an eventfd is full after 2^64 - 2 writes only.
-            let _ = self.wake.write(1);
-            // A panic shows in the missing answer.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// A device that is dropped while it runs leaves no thread behind, and nothing unflushed.
-impl<T> Drop for Task<T> {
-    fn drop(&mut self) {
-        self.finish();
-    }
-}
-
-fn thread_name(id: &str) -> &str {
-    let mut end = id.len().min(NAME_MAX);
-    while !id.is_char_boundary(end) {
-        end -= 1;
-    }
-    // A name with a zero byte cannot be given to a thread.
-    id[..end].split('\0').next().unwrap_or_default()
 }
 
 /// An epoll set with numbered sources.
@@ -149,7 +88,11 @@ impl Poller {
             // Rounded up: a timer that fires early would only spin.
             Some(time) => i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
         };
-        match self.epoll.wait(milliseconds, &mut self.events) {
+        #[cfg(feature = "fuzzing")]
+        let result = inline::wait(&self.epoll, milliseconds, &mut self.events);
+        #[cfg(not(feature = "fuzzing"))]
+        let result = self.epoll.wait(milliseconds, &mut self.events);
+        match result {
             Ok(count) => Ok(&self.events[..count]),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(&[]),
             Err(error) => Err(error),
@@ -160,41 +103,6 @@ impl Poller {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_worker_gives_back_what_it_was_given() {
-        let task = Task::start(WorkerKind::Rng, "a name that is far too long for the kernel", |exit| {
-            let mut poller = Poller::new(1).unwrap();
-            poller.add(exit.as_raw_fd(), 0, EventSet::IN).unwrap();
-            while !exit.requested() {
-                poller.wait(None).unwrap();
-            }
-            42
-        })
-        .unwrap();
-        assert_eq!(task.stop(), Some(42));
-    }
-
-    #[test]
-    fn a_dropped_task_has_ended() {
-        let ended = Arc::new(AtomicBool::new(false));
-        let seen = Arc::clone(&ended);
-        let task = Task::start(WorkerKind::Rng, "rng", move |exit| {
-            while !exit.requested() {
-                std::thread::yield_now();
-            }
-            seen.store(true, Ordering::SeqCst);
-        })
-        .unwrap();
-        drop(task);
-        assert!(ended.load(Ordering::SeqCst));
-    }
-
-    #[test]
-    fn names_of_threads_are_cut_at_a_character() {
-        assert_eq!(thread_name("blk-äääääääää"), "blk-äääää");
-        assert_eq!(thread_name("a\0b"), "a");
-    }
 
     #[test]
     fn a_wait_ends_with_its_time() {

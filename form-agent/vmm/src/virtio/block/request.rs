@@ -135,7 +135,8 @@ fn extent(sector: u64, length: u64, limits: Limits) -> Option<Extent> {
         return None;
     }
     let end = sector.checked_add(length / SECTOR)?;
-    (end <= limits.sectors).then_some(Extent { offset: sector * SECTOR, length })
+    // The offset is computed only of a sector that exists: of others it may be more than a number holds.
+    if end > limits.sectors { None } else { Some(Extent { offset: sector * SECTOR, length }) }
 }
 
 type Ranges = Result<(Vec<Extent>, bool), Status>;

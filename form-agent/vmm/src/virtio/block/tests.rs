@@ -124,11 +124,14 @@ fn requests_beyond_the_end_or_not_in_sectors_fail() {
     assert_eq!(bench.write(last, &[0; 512]), 1);
     assert_eq!(bench.write(last - 1, &[0; 1024]), 1);
     assert_eq!(bench.write(u64::MAX, &[0; 512]), 1);
+    // Sectors whose offset in bytes is beyond what a number holds.
+    assert_eq!(bench.write(1 << 60, &[0; 512]), 1);
+    assert_eq!(bench.ask(&[&header(11, 0), &range(u64::MAX, 0, 0)], 0).1, 1);
     assert_eq!(bench.write(0, &[0; 100]), 1);
     assert_eq!(bench.ask(&[&header(0, last)], 512).1, 1);
     assert_eq!(bench.ask(&[&header(99, 0)], 0).1, 2);
     assert_eq!(file.as_file().metadata().unwrap().len(), SIZE);
-    assert_eq!(bench.device.counters().metrics("disk").errors, 6);
+    assert_eq!(bench.device.counters().metrics("disk").errors, 8);
 }
 
 #[test]

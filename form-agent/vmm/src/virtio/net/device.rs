@@ -89,6 +89,12 @@ impl Net {
         Ok(Self { id, mac, mtu, counters: Arc::default(), tap: Arc::new(Tap::new(tap)?), worker: None })
     }
 
+    /// An interface over a datagram socket that does not block.
+    #[cfg(feature = "fuzzing")]
+    pub fn over_socket(id: String, socket: OwnedFd, mac: [u8; 6], mtu: u16) -> Self {
+        Self { id, mac, mtu, counters: Arc::default(), tap: Arc::new(Tap::over_socket(socket)), worker: None }
+    }
+
     pub fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
     }

@@ -106,21 +106,56 @@ impl Connector {
     /// `ConnectionRefused` when nobody listens there, the guest's driver is not up, or there are too many connections;
     /// `TimedOut` when the guest did not answer within `timeout`.
     pub fn connect(&self, port: u32, timeout: Duration) -> io::Result<OwnedFd> {
+        self.start(port, timeout)?.wait()
+    }
+
+    /// Asks for a connection, without waiting for the guest: see [`Connector::connect`].
+    ///
+    /// # Errors
+    /// `ConnectionRefused` when the guest's driver is not up, or there are too many connections.
+    pub fn start(&self, port: u32, timeout: Duration) -> io::Result<Connecting> {
         let (mine, yours) = UnixStream::pair()?;
         yours.set_nonblocking(true)?;
         let (answer, heard): (SyncSender<()>, Receiver<()>) = sync_channel(1);
         let timeout = timeout.min(TIMEOUT_MAX);
         let deadline = Instant::now() + timeout;
         self.door.ask(Wanted { port, stream: OwnedFd::from(yours), answer, deadline })?;
-        match heard.recv_timeout(timeout) {
-            Ok(()) => Ok(OwnedFd::from(mine)),
+        Ok(Connecting { port, stream: OwnedFd::from(mine), heard, timeout, deadline })
+    }
+}
+
+/// A connection that the guest has not taken yet. Dropping it gives it up.
+pub struct Connecting {
+    port: u32,
+    stream: OwnedFd,
+    heard: Receiver<()>,
+    timeout: Duration,
+    deadline: Instant,
+}
+
+impl Connecting {
+    /// The host's end, if the guest's listener took the connection by now.
+    ///
+    /// # Errors
+    /// `self` when it has not.
+    pub fn taken(self) -> Result<OwnedFd, Self> {
+        if self.heard.try_recv().is_ok() { Ok(self.stream) } else { Err(self) }
+    }
+
+    /// Waits for the guest's listener.
+    ///
+    /// # Errors
+    /// Those of [`Connector::connect`].
+    pub fn wait(self) -> io::Result<OwnedFd> {
+        match self.heard.recv_timeout(self.deadline.saturating_duration_since(Instant::now())) {
+            Ok(()) => Ok(self.stream),
             // The worker keeps the same time, and may give up a moment before us.
-            Err(RecvTimeoutError::Disconnected) if Instant::now() < deadline => {
+            Err(RecvTimeoutError::Disconnected) if Instant::now() < self.deadline => {
                 Err(refused("nothing listens on that vsock port of the guest"))
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("the guest did not answer on vsock port {port} within {} ms", timeout.as_millis()),
+                format!("the guest did not answer on vsock port {} within {} ms", self.port, self.timeout.as_millis()),
             )),
         }
     }

@@ -14,5 +14,5 @@ mod state;
 mod tests;
 mod worker;
 
-pub use connector::Connector;
+pub use connector::{Connecting, Connector};
 pub use device::{CONNECTIONS_MAX, Vsock};

@@ -1,0 +1,131 @@
+//! The devices that are not on PCI, by their ports: the serial console with input from the host's side, the power registers, the
+//! keyboard controller; and every other port.
+
+#![no_main]
+
+use std::sync::Arc;
+
+use arbitrary::Arbitrary;
+use form_vmm::{
+    bus::Bus,
+    log_ring,
+    pci::bus::PciBus,
+    platform::{
+        I8042_COMMAND, PCI_CONFIG_PORT, POWER_PORT, SERIAL_PORT,
+        power::Power,
+        serial::{SerialPort, SerialPortState, Sink},
+    },
+};
+use libfuzzer_sys::fuzz_target;
+use rustix::fs::{MemfdFlags, memfd_create};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Port {
+    Serial(u8),
+    Power(u8),
+    Keyboard,
+    Pci(u8),
+    Any(u16),
+}
+
+impl Port {
+    fn number(self) -> u16 {
+        match self {
+            Self::Serial(register) => SERIAL_PORT + u16::from(register % 9),
+            Self::Power(register) => POWER_PORT + u16::from(register % 17),
+            Self::Keyboard => I8042_COMMAND,
+            Self::Pci(offset) => PCI_CONFIG_PORT + u16::from(offset % 9),
+            Self::Any(port) => port,
+        }
+    }
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step {
+    Read {
+        port: Port,
+        width: u8,
+    },
+    Write {
+        port: Port,
+        width: u8,
+        value: u64,
+    },
+    /// What the guest prints.
+    Print(Vec<u8>),
+    Type(Vec<u8>),
+    Attach(bool),
+    Take,
+    Button,
+    /// Saved and restored as it is.
+    Save,
+    /// Another state than any that was saved.
+    Restore(State),
+}
+
+#[derive(Arbitrary, Debug)]
+struct State {
+    registers: [u8; 9],
+    received: Vec<u8>,
+    waiting: Vec<u8>,
+}
+
+fn event() -> EventFd {
+    EventFd::new(EFD_NONBLOCK).expect("an eventfd")
+}
+
+fn ring() -> Sink {
+    let file = std::fs::File::from(memfd_create("log", MemfdFlags::CLOEXEC).expect("a file in memory"));
+    log_ring::create(&file, 4096).expect("room in memory");
+    Sink::Ring(log_ring::Writer::open(&file).expect("a log"))
+}
+
+fn width(choice: u8) -> usize {
+    [1, 2, 4, 8, 3, 64][usize::from(choice % 6)]
+}
+
+fuzz_target!(|steps: Vec<Step>| {
+    let serial = SerialPort::new(ring(), event()).expect("an eventfd");
+    let mut bus = Bus { serial: Arc::new(serial), power: Arc::new(Power::new(event())), pci: Arc::new(PciBus::default()) };
+    for step in steps.into_iter().take(64) {
+        match step {
+            Step::Read { port, width: choice } => bus.read_port(port.number(), &mut vec![0; width(choice)]),
+            Step::Write { port, width: choice, value } => {
+                let _ = bus.write_port(port.number(), &value.to_le_bytes().repeat(8)[..width(choice)]);
+            }
+            Step::Print(bytes) => _ = bus.write_port(SERIAL_PORT, &bytes),
+            Step::Type(bytes) => _ = bus.serial.input(&bytes),
+            Step::Attach(active) => bus.serial.attached().set_active(active),
+            Step::Take => _ = bus.serial.attached().take(),
+            Step::Button => _ = bus.power.press_button(),
+            Step::Save => {
+                let state = bus.serial.save();
+                let restored = SerialPort::restore(&state, ring(), event()).expect("a state that was saved");
+                assert_eq!(restored.save(), state, "saving changed the state");
+                bus.serial = Arc::new(restored);
+            }
+            Step::Restore(State {
+                registers: [low, high, enable, identification, control, status, modem, modem_status, scratch],
+                received,
+                waiting,
+            }) => {
+                let state = SerialPortState {
+                    baud_divisor: [low, high],
+                    interrupt_enable: enable,
+                    interrupt_identification: identification,
+                    line_control: control,
+                    line_status: status,
+                    modem_control: modem,
+                    modem_status,
+                    scratch,
+                    received,
+                    waiting,
+                };
+                if let Ok(restored) = SerialPort::restore(&state, ring(), event()) {
+                    bus.serial = Arc::new(restored);
+                }
+            }
+        }
+    }
+});
