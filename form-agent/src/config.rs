@@ -20,6 +20,10 @@ impl Paths {
         Self { root: root.into() }
     }
 
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     pub fn config(&self) -> PathBuf {
         self.root.join("etc/formation/agent.yaml")
     }

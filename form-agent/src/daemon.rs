@@ -77,6 +77,20 @@ async fn told_to_stop() -> Result<(), Failure> {
     Ok(())
 }
 
+/// Calls `act` on a thread of its own when this program is told to stop.
+///
+/// # Errors
+/// When the signals cannot be caught.
+pub fn when_told_to_stop(act: impl FnOnce() + Send + 'static) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        if runtime.block_on(told_to_stop()).is_ok() {
+            act();
+        }
+    })?;
+    Ok(())
+}
+
 async fn open(paths: Paths) -> Result<Agent, Failure> {
     paths.create_all().map_err(|error| format!("cannot make the agent's directories: {error} (are you root?)"))?;
     let config = Config::load(&paths.config())?;
@@ -116,7 +130,11 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             | OperationKind::VmRename
             | OperationKind::VmSet
             | OperationKind::VmDestroy => lifecycle::resume(agent, &record),
-            OperationKind::ImageImport | OperationKind::ImageRemove | OperationKind::Claim | OperationKind::DoctorFix => {
+            OperationKind::ImageImport
+            | OperationKind::ImageRemove
+            | OperationKind::Claim
+            | OperationKind::DoctorFix
+            | OperationKind::Bench => {
                 let error =
                     ApiError::new(ErrorCode::Failed, "the agent was stopped in the middle of it").hint("run the same command again");
                 agent.operations.finish(operation.id, Err(error));

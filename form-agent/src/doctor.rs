@@ -8,7 +8,7 @@ use form_api::{
 };
 use form_types::VmId;
 
-use crate::{agent::Agent, cgroup, desired};
+use crate::{agent::Agent, cgroup, desired, machine};
 
 fn ok(name: &str, message: impl Into<String>) -> Check {
     Check { name: name.to_owned(), status: CheckStatus::Ok, message: message.into(), hint: None, fixable: false }
@@ -50,9 +50,7 @@ fn kvm() -> Check {
     if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
         return bad(CheckStatus::Problem, "kvm", format!("/dev/kvm cannot be opened: {error}"), hint_load);
     }
-    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = flags.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    if flags.split_whitespace().any(|flag| flag == "svm" || flag == "vmx") {
+    if machine::virtualises() {
         ok("kvm", "/dev/kvm opens, and the processor virtualises")
     } else {
         bad(

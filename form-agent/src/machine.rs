@@ -26,3 +26,10 @@ pub fn host_name() -> Option<String> {
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     (!name.is_empty() && name != "(none)").then_some(name)
 }
+
+/// Whether the processor says that it can run guests: a paravirtual `/dev/kvm` without it runs no ordinary ones.
+pub fn virtualises() -> bool {
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = flags.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    flags.split_whitespace().any(|flag| flag == "svm" || flag == "vmx")
+}

@@ -4,6 +4,7 @@ mod action;
 mod admit;
 mod agent;
 mod authorise;
+mod bench;
 mod cgroup;
 mod config;
 mod daemon;
@@ -50,6 +51,8 @@ enum Command {
     Run,
     /// Ask the running agent how it is
     Status,
+    /// Measure what VMs and agents cost on this host; exit status 1 when something enforced is over its budget or not measured
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -59,6 +62,11 @@ fn main() -> ExitCode {
         Command::Init => init(&paths),
         Command::Run => daemon::run(paths),
         Command::Status => daemon::status(&paths),
+        Command::Bench(options) => match measure(&paths, &options) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(error) => Err(error),
+        },
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -72,6 +80,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether everything was measured and is within its budget. SIGINT and SIGTERM end it, with nothing left behind.
+fn measure(paths: &Paths, options: &bench::Options) -> Result<bool, Box<dyn std::error::Error>> {
+    let stop = bench::Stop::default();
+    daemon::when_told_to_stop({
+        let stop = stop.clone();
+        move || stop.set()
+    })?;
+    Ok(bench::run(paths, options, &stop)?)
 }
 
 fn init(paths: &Paths) -> Result<(), Box<dyn std::error::Error>> {

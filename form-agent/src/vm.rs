@@ -125,6 +125,11 @@ fn unit_environments(request: &DeployRequest, has_service: bool) -> Vec<File> {
         .collect()
 }
 
+/// What every VM process gives up: it runs as `uid`, with nothing of the host in sight.
+pub const fn jail(uid: u32) -> JailConfig {
+    JailConfig { uid: Some(uid), gid: Some(uid), namespaces: true, seccomp: true, landlock: true }
+}
+
 /// The order in which a VM's descriptors are passed; [`config`] refers to them by these positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Disk {

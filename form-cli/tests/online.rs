@@ -64,6 +64,29 @@ bad   failed   bad:1   10.0.0.7  8080->80/tcp  [..]d
 }
 
 #[test]
+fn a_bench_fails_when_something_is_over_its_budget() {
+    let setting = Setting::new();
+    let run = setting.run(&["bench", "--runs", "3"]);
+    assert_eq!(run.code, 1, "{run:?}");
+    assert_data_eq!(
+        run.out,
+        str![[r#"
+NAME          MIN   MEDIAN  MAX  UNIT  BUDGET  PEER  STATUS
+vmm-memory    1.50  3.20    123  MB    4.00    4.00  ok
+agent-memory  1.50  12.0    123  MB    4.00    4.00  over budget
+ps                               MB    4.00    4.00  not measured: no form
+
+"#]]
+    );
+    assert!(run.err.contains("2 values over budget or not measured: agent-memory, ps"), "{}", run.err);
+    let run = setting.run(&["bench", "--only", "vmm-memory", "-o", "json"]);
+    let rows: serde_json::Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!((run.code, rows.as_array().map(Vec::len), &rows[0]["median"]), (0, Some(1), &serde_json::json!(3.2)));
+    assert_eq!(setting.run(&["bench", "--only", "weather"]).code, 2);
+    assert_eq!(setting.run(&["bench", "--runs", "0"]).code, 2);
+}
+
+#[test]
 fn one_vm() {
     let setting = Setting::new();
     let run = setting.run(&["vm", "show", "vm/web"]);

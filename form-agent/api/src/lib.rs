@@ -9,6 +9,7 @@
 //! | `POST /v1/claim` (signed) | [`host::ClaimRequest`] | [`host::Host`] |
 //! | `GET /v1/doctor` | | [`host::DoctorReport`] |
 //! | `POST /v1/doctor/fix` (signed) | | [`host::DoctorReport`] |
+//! | `POST /v1/bench` (signed) | [`bench::BenchRequest`] | NDJSON of [`bench::BenchRow`] |
 //! | `POST /v1/plan` | [`deploy::DeployRequest`] | [`deploy::Plan`] |
 //! | `POST /v1/deploy` (signed) | [`deploy::DeployRequest`] | [`operation::Operation`] |
 //! | `GET /v1/vms` | | `Vec<`[`vm::Vm`]`>` |
@@ -33,6 +34,7 @@
 //! | `GET /v1/operations/{id}` | query [`operation::WaitQuery`] | [`operation::Operation`] |
 //! | `GET /v1/events` | query [`event::EventsQuery`] | NDJSON of [`event::Event`] |
 
+pub mod bench;
 pub mod client;
 pub mod deploy;
 pub mod error;

@@ -39,6 +39,7 @@ pub enum OperationKind {
     ImageRemove,
     Claim,
     DoctorFix,
+    Bench,
 }
 
 impl OperationKind {
@@ -58,6 +59,7 @@ impl OperationKind {
             Self::ImageRemove => "image-remove",
             Self::Claim => "claim",
             Self::DoctorFix => "doctor-fix",
+            Self::Bench => "bench",
         }
     }
 }

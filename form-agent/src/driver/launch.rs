@@ -12,10 +12,7 @@ use form_bundle::initramfs;
 use form_net::NetError;
 use form_store::{DiskFormat as StoredFormat, StoreError};
 use form_types::VmId;
-use form_vmm::{
-    config::{DiskFormat, JailConfig},
-    log_ring,
-};
+use form_vmm::{config::DiskFormat, log_ring};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::process::{Launch, Process, ProcessError, RuntimeDirectory};
@@ -172,10 +169,9 @@ fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd, uid: u
         .map_err(io_error("the console's log"))?;
     log_ring::create(&ring, CONSOLE_RING).map_err(|error| LaunchError::Settings(error.to_string()))?;
     let exit_record = process.create_exit_record().map_err(io_error("the exit record"))?;
-    let jail = JailConfig { uid: Some(uid), gid: Some(uid), namespaces: true, seccomp: true, landlock: true };
     let format = if files.disk_is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
     let disk = Disk { format, backing: files.backing.len() as u16 };
-    let config = vm::config(&desired.id, &desired.request, &agent.link(desired), disk, jail);
+    let config = vm::config(&desired.id, &desired.request, &agent.link(desired), disk, vm::jail(uid));
     let mut descriptors: Vec<BorrowedFd<'_>> = vec![
         files.kvm.as_fd(),
         files.kernel.as_fd(),

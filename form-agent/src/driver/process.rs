@@ -7,7 +7,7 @@ use std::{
         unix::process::CommandExt,
     },
     path::{Path, PathBuf},
-    process::{Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
 };
 
@@ -129,7 +129,7 @@ pub struct Process {
     pub directory: RuntimeDirectory,
     pidfd: AsyncFd<OwnedFd>,
     /// Present when this agent started it: somebody has to collect its exit status.
-    child: Option<std::process::Child>,
+    child: Option<Child>,
 }
 
 /// The start time of a process, in clock ticks since boot.
@@ -164,21 +164,7 @@ impl Process {
     /// # Errors
     /// When a file, the socket or the process cannot be made; what was made is removed by [`RuntimeDirectory::remove`].
     pub fn start(launch: &Launch<'_>, directory: &RuntimeDirectory) -> Result<Self, ProcessError> {
-        fs::create_dir_all(directory.path()).map_err(io_error("the VM's runtime directory"))?;
-        let listener = listen(&directory.control()).map_err(io_error("the VM's control socket"))?;
-        let output = fs::File::create(directory.output()).map_err(io_error("the VM's output file"))?;
-        let errors = output.try_clone().map_err(io_error("the VM's output file"))?;
-        let mut child = Command::new(launch.program)
-            .args(["--control-fd", "0"])
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::from(listener))
-            .stdout(output)
-            .stderr(errors)
-            // Signals of the agent's terminal are not for the VM.
-            .process_group(0)
-            .spawn()
-            .map_err(io_error(format!("cannot start {}", launch.program.display())))?;
+        let mut child = spawn(launch.program, directory)?;
         let pid = child.id() as i32;
         let started = (|| {
             if let Some(cgroup) = launch.cgroup {
@@ -273,6 +259,28 @@ impl Process {
     pub fn create_exit_record(&self) -> io::Result<fs::File> {
         fs::File::create(self.directory.exit_record())
     }
+}
+
+/// Starts `program` as the process of an empty VM: it serves the control socket of `directory`, and what it says goes to a file there.
+///
+/// # Errors
+/// When the directory, the socket, the file or the process cannot be made.
+pub fn spawn(program: &Path, directory: &RuntimeDirectory) -> Result<Child, ProcessError> {
+    fs::create_dir_all(directory.path()).map_err(io_error("the VM's runtime directory"))?;
+    let listener = listen(&directory.control()).map_err(io_error("the VM's control socket"))?;
+    let output = fs::File::create(directory.output()).map_err(io_error("the VM's output file"))?;
+    let errors = output.try_clone().map_err(io_error("the VM's output file"))?;
+    Command::new(program)
+        .args(["--control-fd", "0"])
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(listener))
+        .stdout(output)
+        .stderr(errors)
+        // Signals of the agent's terminal are not for the VM.
+        .process_group(0)
+        .spawn()
+        .map_err(io_error(format!("cannot start {}", program.display())))
 }
 
 fn write_record(directory: &RuntimeDirectory, record: &Record) -> Result<(), ProcessError> {

@@ -1,5 +1,6 @@
 //! The API: one module a noun. A handler reads, authorises, and hands over to the module that decides.
 
+mod bench;
 mod deploy;
 mod event;
 mod host;
@@ -30,6 +31,7 @@ pub fn router(agent: Shared) -> Router {
         .route("/v1/claim", post(host::claim))
         .route("/v1/doctor", get(host::doctor))
         .route("/v1/doctor/fix", post(host::doctor_fix))
+        .route("/v1/bench", post(bench::measure))
         .route("/v1/plan", post(deploy::plan))
         .route("/v1/deploy", post(deploy::deploy))
         .route("/v1/vms", get(vm::list))

@@ -1,5 +1,6 @@
 //! The commands: a folder a noun, a file a verb.
 
+mod bench;
 mod build;
 mod check;
 mod completion;
@@ -41,6 +42,7 @@ pub enum Command {
     Destroy(vm::rm::Args),
     Events(events::Args),
     Doctor(doctor::Args),
+    Bench(bench::Args),
     /// Virtual machines
     #[command(subcommand)]
     Vm(vm::Verb),
@@ -84,6 +86,7 @@ impl Command {
             Self::Destroy(args) => vm::rm::run(args, session).await,
             Self::Events(args) => events::run(args, session).await,
             Self::Doctor(args) => doctor::run(&args, session).await,
+            Self::Bench(args) => bench::run(args, session).await,
             Self::Vm(verb) => verb.run(session).await,
             Self::Image(verb) => verb.run(session).await,
             Self::Host(verb) => verb.run(session).await,

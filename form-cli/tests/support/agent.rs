@@ -93,6 +93,7 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/vms/{name}/exec", get(exec))
         .route("/v1/operations/{id}", get(wait))
         .route("/v1/events", get(events))
+        .route("/v1/bench", post(bench))
         .with_state(vms)
 }
 
@@ -129,6 +130,22 @@ async fn wait() -> axum::Json<Value> {
 async fn events() -> Response {
     let event = json!({"cursor": 1, "at": "2026-01-01T00:00:00Z", "kind": "operation-step", "vm": "slow", "operation": ID, "message": "making the root disk"});
     server::ndjson(futures_util::stream::iter([Ok::<_, ApiError>(event)]))
+}
+
+/// Three rows: a good one, one over its budget, one that could not be measured. With `only` it gives the first alone.
+async fn bench(axum::Json(request): axum::Json<Value>) -> Response {
+    let row = |name: &str, median: f64, over: bool, fault: Value| {
+        json!({
+            "name": name, "what": "memory", "unit": "MB", "samples": request["runs"], "min": 1.5, "median": median, "max": 123.4, "budget": 4.0,
+            "peer": {"name": "another", "value": 4.0, "ratio": median / 4.0}, "over": over, "fault": fault
+        })
+    };
+    let mut rows = vec![row("vmm-memory", 3.2, false, json!(null))];
+    if request["only"] == json!([]) {
+        rows.push(row("agent-memory", 12.0, true, json!(null)));
+        rows.push(row("ps", 0.0, false, json!("no form")));
+    }
+    server::ndjson(futures_util::stream::iter(rows.into_iter().map(Ok::<_, ApiError>)))
 }
 
 async fn logs(State(vms): Vms, Path(name): Path<String>, Query(query): Query<LogsQuery>) -> Result<Response, ApiError> {

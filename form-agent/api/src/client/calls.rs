@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::{Client, ClientError, Lines, Tunnel, call::Call};
 use crate::{
+    bench::{BenchRequest, BenchRow},
     deploy::{DeployRequest, Plan},
     event::{Event, EventsQuery},
     exec::{EXEC_HEADER, ExecRequest},
@@ -83,6 +84,11 @@ impl Client {
 
     pub async fn doctor_fix(&self) -> Result<DoctorReport, ClientError> {
         self.read(&Call::post("/v1/doctor/fix").signed(fresh_key()?)).await
+    }
+
+    /// Measures the host; rows come as they are ready. Dropping the answer ends the measuring.
+    pub async fn bench(&self, request: &BenchRequest) -> Result<Lines<BenchRow>, ClientError> {
+        self.lines(&Call::post("/v1/bench").json(request)?.signed(fresh_key()?).once()).await
     }
 
     pub async fn plan(&self, request: &DeployRequest) -> Result<Plan, ClientError> {

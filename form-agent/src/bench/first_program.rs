@@ -1,0 +1,102 @@
+//! The smallest guest: a PVH kernel of fifteen instructions that says one line on the serial port.
+//!
+//! PVH enters it in 32-bit protected mode with flat segments and without paging (Xen: docs/misc/pvh.pandoc). Nobody has to stop
+//! it: half a minute after its line its timer fires, and because it has no interrupt table that resets the VM.
+
+/// What it says.
+pub const LINE: &str = "first guest instruction";
+
+/// Where it is loaded and entered, in guest memory.
+const BASE: u32 = 0x10_0000;
+
+const CODE: &[u8] = &[
+    0xBE, 0x42, 0x00, 0x10, 0x00, // mov esi, MESSAGE (checked by a test)
+    0x66, 0xBA, 0xF8, 0x03, // mov dx, 0x3F8          ; the first serial port's data register
+    0xAC, // next: lodsb                              ; a character
+    0x84, 0xC0, // test al, al
+    0x74, 0x03, // jz done                            ; the line's end
+    0xEE, // out dx, al
+    0xEB, 0xF8, // jmp next
+    0xBF, 0x00, 0x00, 0xE0, 0xFE, // done: mov edi, 0xFEE00000   ; the local APIC
+    0xC7, 0x87, 0xF0, 0x00, 0x00, 0x00, 0xFF, 0x01, 0x00, 0x00, // mov dword [edi+0xF0], 0x1FF   ; enabled
+    0xC7, 0x87, 0xE0, 0x03, 0x00, 0x00, 0x02, 0x00, 0x00, 0x00, // mov dword [edi+0x3E0], 2      ; its clock divided by 8
+    0xC7, 0x87, 0x20, 0x03, 0x00, 0x00, 0x20, 0x00, 0x00, 0x00, // mov dword [edi+0x320], 0x20   ; timer: once, vector 0x20
+    0xC7, 0x87, 0x80, 0x03, 0x00, 0x00, 0xFF, 0xFF, 0xFF, 0xFF, // mov dword [edi+0x380], -1     ; counting starts
+    0xFB, // sti
+    0xF4, // wait: hlt
+    0xEB, 0xFD, // jmp wait
+];
+
+/// `XEN_ELFNOTE_PHYS32_ENTRY`: its descriptor is the address of the entry.
+const ENTRY_NOTE: u32 = 18;
+
+const ELF_HEADER: u64 = 64;
+const PROGRAM_HEADER: u64 = 56;
+
+/// The program as an ELF file (System V ABI, chapters 4 and 5): one segment to load, one note.
+pub fn elf() -> Vec<u8> {
+    let mut content = CODE.to_vec();
+    content.extend_from_slice(LINE.as_bytes());
+    content.extend_from_slice(b"\n\0");
+    content.resize(content.len().next_multiple_of(4), 0);
+    let mut note = Vec::new();
+    for word in [4, 8, ENTRY_NOTE] {
+        note.extend_from_slice(&u32::to_le_bytes(word));
+    }
+    note.extend_from_slice(b"Xen\0");
+    note.extend_from_slice(&u64::from(BASE).to_le_bytes());
+
+    let content_at = ELF_HEADER + 2 * PROGRAM_HEADER;
+    let note_at = content_at + content.len() as u64;
+    // 64 bits, little-endian, version 1; an executable for x86-64.
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3E\0\x01\0\0\0".to_vec();
+    // Entry, program headers, section headers.
+    for word in [u64::from(BASE), ELF_HEADER, 0] {
+        file.extend_from_slice(&word.to_le_bytes());
+    }
+    file.extend_from_slice(&0_u32.to_le_bytes());
+    // Sizes and counts: this header, program headers, section headers.
+    for half in [ELF_HEADER as u16, PROGRAM_HEADER as u16, 2, 0, 0, 0] {
+        file.extend_from_slice(&half.to_le_bytes());
+    }
+    // PT_LOAD, readable and executable; PT_NOTE, readable.
+    file.extend(program_header([1, 5], content_at, u64::from(BASE), content.len() as u64));
+    file.extend(program_header([4, 4], note_at, 0, note.len() as u64));
+    file.extend(content);
+    file.extend(note);
+    file
+}
+
+fn program_header(kind_and_flags: [u32; 2], offset: u64, address: u64, size: u64) -> Vec<u8> {
+    let mut header = kind_and_flags.map(u32::to_le_bytes).concat();
+    for word in [offset, address, address, size, size, 4] {
+        header.extend_from_slice(&word.to_le_bytes());
+    }
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_code_points_at_its_message() {
+        let address = u32::from_le_bytes([CODE[1], CODE[2], CODE[3], CODE[4]]);
+        assert_eq!((address - BASE) as usize, CODE.len());
+        let file = elf();
+        let at = (ELF_HEADER + 2 * PROGRAM_HEADER) as usize + CODE.len();
+        assert_eq!(&file[at..at + LINE.len() + 2], format!("{LINE}\n\0").as_bytes());
+    }
+
+    #[test]
+    fn the_headers_lead_to_code_and_note() {
+        let file = elf();
+        let word = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
+        assert_eq!((word(24), word(32)), (BASE as usize, 64));
+        let (load, note) = (64, 64 + 56);
+        assert_eq!(&file[word(load + 8)..][..CODE.len()], CODE);
+        assert_eq!((word(load + 16), word(load + 32)), (BASE as usize, word(note + 8) - word(load + 8)));
+        assert_eq!(word(note + 8) + word(note + 32), file.len());
+        assert_eq!(word(word(note + 8) + 16), BASE as usize);
+    }
+}
