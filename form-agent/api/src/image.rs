@@ -65,8 +65,15 @@ pub struct BlocksReply {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImportRequest {
-    /// The manifest, as its exact text: the digest is over these bytes.
-    pub manifest: String,
+    /// Of the manifest's text, which was sent before with `PUT /v1/manifests/{digest}`.
+    pub manifest: Digest,
+}
+
+/// A manifest was taken in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestReply {
+    /// Length of its text.
+    pub bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -27,6 +27,7 @@
 //! | `DELETE /v1/images/{reference}` (signed) | | [`operation::Operation`] |
 //! | `POST /v1/images/missing` | [`image::MissingRequest`] | [`image::MissingReply`] |
 //! | `PUT /v1/blocks` | stream of [`image::BlockFrame`] | [`image::BlocksReply`] |
+//! | `PUT /v1/manifests/{digest}` | one zstd stream with the text | [`image::ManifestReply`] |
 //! | `POST /v1/images` (signed) | [`image::ImportRequest`] | [`image::Image`] |
 //! | `GET /v1/kernels/{digest}` | | [`image::Kernel`] |
 //! | `POST /v1/kernels` (signed) | [`image::ImportRequest`] | [`image::Kernel`] |

@@ -8,11 +8,11 @@ use form_api::{
     ApiError, ErrorCode, MAX_BODY,
     client::{Client, ClientError, Timeouts},
     exec::ExecRequest,
-    image::ImportRequest,
+    image::{ImportRequest, MissingRequest},
     server::{self, Limits, ServerError},
     vm::LogsQuery,
 };
-use form_types::{Name, SecretKey};
+use form_types::{Digest, Name, SecretKey};
 use futures_util::{StreamExt, future::join_all, stream};
 use support::{CLUSTER, Running, host_key, user_key};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -28,8 +28,8 @@ fn api(error: ClientError) -> ApiError {
     }
 }
 
-fn import(length: usize) -> ImportRequest {
-    ImportRequest { manifest: "x".repeat(length) }
+fn import() -> ImportRequest {
+    ImportRequest { manifest: Digest::of(b"manifest") }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -89,7 +89,7 @@ async fn tunnels(client: &Client) {
 async fn mutations_carry_who_asks() {
     let running = Running::start(Limits::default());
     assert_eq!(api(running.client().doctor_fix().await.unwrap_err()).message, "owner");
-    assert_eq!(api(running.client().import(&import(10_000)).await.unwrap_err()).message, "owner");
+    assert_eq!(api(running.client().import(&import()).await.unwrap_err()).message, "owner");
     let local = api(running.local().destroy(&name("web")).await.unwrap_err());
     assert_eq!(local.message, format!("local:{}", own_uid()));
     let stranger = SecretKey::from_bytes([9; 32]);
@@ -106,7 +106,8 @@ fn own_uid() -> u32 {
 async fn a_body_over_the_limit_is_refused() {
     let running = Running::start(Limits::default());
     for client in [running.client(), running.local()] {
-        let error = client.import(&import(MAX_BODY + 1)).await.unwrap_err();
+        let blocks = vec![Digest::of(b"block"); MAX_BODY / 67 + 1];
+        let error = client.missing(&MissingRequest { blocks }).await.unwrap_err();
         assert_eq!(error.to_api().code, ErrorCode::TooLarge, "{error:?}");
     }
 }

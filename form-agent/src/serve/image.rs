@@ -6,7 +6,7 @@ use axum::{
 use form_api::{
     ApiError, ErrorCode,
     event::EventKind,
-    image::{BlockFrame, BlocksReply, Image, ImportRequest, Kernel, MissingReply, MissingRequest},
+    image::{BlockFrame, BlocksReply, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest},
     operation::{Operation, OperationKind},
     server::read_json,
 };
@@ -35,6 +35,8 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
         StoreError::MissingBlocks(_) | StoreError::ImageInUse { .. } | StoreError::DiskExists(_) => ErrorCode::Conflict,
         StoreError::VolumeExists(_) | StoreError::VolumeInUse { .. } => ErrorCode::Conflict,
         StoreError::VolumeGone { .. } => ErrorCode::Failed,
+        StoreError::ManifestStream(_) => ErrorCode::Invalid,
+        StoreError::NoManifest(_) => ErrorCode::Conflict,
         StoreError::Io { .. } | StoreError::Locked(_) | StoreError::Initramfs(_) | StoreError::Damaged { .. } => ErrorCode::Internal,
     };
     ApiError::new(code, error.to_string())
@@ -195,6 +197,29 @@ impl Frames {
     }
 }
 
+/// Reads a manifest as it comes; what it names is looked at by the import.
+pub async fn put_manifest(
+    State(agent): State<Shared>,
+    Path(digest): Path<String>,
+    request: Request,
+) -> Result<Json<ManifestReply>, ApiError> {
+    let (parts, body) = request.into_parts();
+    authorise_peer(&agent, &parts)?;
+    let digest: Digest = parsed(&digest)?;
+    let mut stream = StreamBody::into_data_stream(body);
+    let mut writer = blocking(move || agent.store.manifest_writer(&digest).map_err(|error| store_error(&error))).await?;
+    while let Some(piece) = stream.next().await {
+        let piece = piece.map_err(|error| ApiError::new(ErrorCode::Invalid, format!("the upload broke off: {error}")))?;
+        writer = blocking(move || {
+            writer.write(&piece).map_err(|error| store_error(&error))?;
+            Ok(writer)
+        })
+        .await?;
+    }
+    let bytes = blocking(move || writer.finish().map_err(|error| store_error(&error))).await?;
+    Ok(Json(ManifestReply { bytes }))
+}
+
 pub async fn import(State(agent): State<Shared>, request: Request) -> Result<Json<Image>, ApiError> {
     let (caller, body) = changing(&agent, request).await?;
     let import: ImportRequest = read_json(&body)?;
@@ -202,14 +227,14 @@ pub async fn import(State(agent): State<Shared>, request: Request) -> Result<Jso
         let opening = Opening {
             kind: OperationKind::ImageImport,
             vm: None,
-            subject: format!("image/{}", Digest::of(import.manifest.as_bytes()).short()),
+            subject: format!("image/{}", import.manifest.short()),
             actor: caller.actor,
             actor_key: caller.key,
             idempotency_key: caller.idempotency_key,
             request: caller.request,
         };
         let begun = agent.operations.begin(opening)?;
-        let imported = agent.store.import(import.manifest.as_bytes()).map_err(|error| store_error(&error));
+        let imported = agent.store.import_uploaded(&import.manifest).map_err(|error| store_error(&error));
         if let Begun::New(id) = begun {
             if let Ok(entry) = &imported {
                 agent.events.emit(EventKind::ImageImported, None, Some(id), format!("image {}:{} imported", entry.name, entry.version));
@@ -236,7 +261,7 @@ pub async fn import_kernel(State(agent): State<Shared>, request: Request) -> Res
     let (_, body) = changing(&agent, request).await?;
     let import: ImportRequest = read_json(&body)?;
     blocking(move || {
-        let kernel = agent.store.import_kernel(import.manifest.as_bytes()).map_err(|error| store_error(&error))?;
+        let kernel = agent.store.import_kernel_uploaded(&import.manifest).map_err(|error| store_error(&error))?;
         Ok(Json(Kernel { digest: kernel.digest, release: kernel.release, size_bytes: kernel.size_bytes }))
     })
     .await

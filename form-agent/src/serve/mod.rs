@@ -52,6 +52,7 @@ pub fn router(agent: Shared) -> Router {
         .route("/v1/images/{reference}", get(image::show))
         .route("/v1/images/{reference}", delete(image::remove))
         .route("/v1/blocks", put(image::put_blocks))
+        .route("/v1/manifests/{digest}", put(image::put_manifest))
         .route("/v1/kernels", post(image::import_kernel))
         .route("/v1/kernels/{digest}", get(image::kernel))
         .route("/v1/operations", get(operation::list))

@@ -29,6 +29,10 @@ pub enum StoreError {
     Initramfs(#[from] InitramfsError),
     #[error("{} blocks are not here yet (the first is {}): ask which are missing, and send them", .0.len(), .0.first().map(Digest::short).unwrap_or_default())]
     MissingBlocks(Vec<Digest>),
+    #[error("the manifest {} is not here: send it, then import it", .0.short())]
+    NoManifest(Digest),
+    #[error("what was sent is no manifest: {0}")]
+    ManifestStream(#[source] io::Error),
     #[error("there is no image `{0}`")]
     NoImage(ImageReference),
     #[error("there is no image with digest {}", .0.short())]

@@ -10,6 +10,7 @@ mod error;
 mod images;
 mod kernels;
 mod lock;
+mod manifests;
 mod volumes;
 
 use std::{
@@ -29,6 +30,7 @@ pub use crate::{
     error::{Result, StoreError},
     images::ImageEntry,
     kernels::KernelEntry,
+    manifests::ManifestWriter,
     volumes::{OpenVolume, Pool, VolumeEntry},
 };
 

@@ -16,7 +16,7 @@ use form_api::{
     client::{Client, ClientError},
     image::{BlockFrame, ImportRequest, MissingRequest},
 };
-use form_bundle::{BLOCK_SIZE, BlockMap, blocks};
+use form_bundle::{BLOCK_SIZE, BlockMap, blocks, travel};
 use form_image::{BuiltImage, KernelBundle};
 use form_types::Digest;
 use futures_util::{Stream, stream};
@@ -95,8 +95,8 @@ pub async fn upload(session: &Session, client: &Client, prepared: &Prepared) -> 
             let source = KernelBlocks::new(kernel);
             let digests = source.0.keys().copied().collect();
             send(session, client, &format!("kernel {}", kernel.manifest.release), digests, Arc::new(source)).await?;
-            let manifest = text(kernel.manifest.encode())?;
-            client.import_kernel(&ImportRequest { manifest }).await?;
+            manifest(client, &kernel.digest, kernel.manifest.encode()).await?;
+            client.import_kernel(&ImportRequest { manifest: kernel.digest }).await?;
         }
         Err(error) => return Err(error.into()),
     }
@@ -104,15 +104,19 @@ pub async fn upload(session: &Session, client: &Client, prepared: &Prepared) -> 
     if !there {
         let digests = image.manifest.rootfs.blocks.digests().into_iter().collect();
         send(session, client, &format!("image {}", image.name), digests, Arc::new(image.clone())).await?;
-        let manifest = text(image.manifest.encode())?;
-        client.import(&ImportRequest { manifest }).await?;
+        manifest(client, &image.digest, image.manifest.encode()).await?;
+        client.import(&ImportRequest { manifest: image.digest }).await?;
     }
     Ok(())
 }
 
-fn text(manifest: Result<Vec<u8>, serde_json::Error>) -> Result<String, Failure> {
-    let bytes = manifest.map_err(|error| Failure::failed(format!("a manifest cannot be written: {error}")))?;
-    String::from_utf8(bytes).map_err(|error| Failure::failed(format!("a manifest is no text: {error}")))
+/// Sends a manifest on its own: that of a large image is too long for a request's body.
+async fn manifest(client: &Client, digest: &Digest, text: Result<Vec<u8>, serde_json::Error>) -> Result<(), Failure> {
+    let unwritable = |error: String| Failure::failed(format!("a manifest cannot be written: {error}"));
+    let text = text.map_err(|error| unwritable(error.to_string()))?;
+    let packed = travel::pack(&text).map_err(|error| unwritable(error.to_string()))?;
+    client.put_manifest(digest, packed).await?;
+    Ok(())
 }
 
 /// Sends the blocks that are missing. When the connection breaks, what has arrived has arrived: the rest is asked for anew.

@@ -84,6 +84,12 @@ impl Call {
         Ok(self)
     }
 
+    /// A body that is no JSON.
+    pub(super) fn bytes(mut self, body: Vec<u8>) -> Self {
+        self.body = Bytes::from(body);
+        self
+    }
+
     /// The request changes something: it is signed, and `key` makes its repetition harmless.
     pub(super) fn signed(mut self, key: IdempotencyKey) -> Self {
         self.idempotency_key = Some(key);

@@ -15,7 +15,7 @@ use crate::{
     event::{Event, EventsQuery},
     exec::{EXEC_HEADER, ExecRequest},
     host::{ClaimRequest, DoctorReport, Host},
-    image::{BlocksReply, Image, ImportRequest, Kernel, MissingReply, MissingRequest},
+    image::{BlocksReply, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest},
     operation::{Operation, OperationsQuery, WaitQuery},
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail},
 };
@@ -199,6 +199,12 @@ impl Client {
     {
         let response = self.send_stream(&Call::put("/v1/blocks").limit(UPLOAD_LIMIT), frames).await?;
         self.json(response).await
+    }
+
+    /// Uploads a manifest for the import that names it: `packed` is its text as one zstd stream.
+    pub async fn put_manifest(&self, digest: &Digest, packed: Vec<u8>) -> Result<ManifestReply, ClientError> {
+        let call = Call::put(format!("/v1/manifests/{digest}")).bytes(packed).limit(UPLOAD_LIMIT);
+        self.read(&call).await
     }
 
     pub async fn import(&self, request: &ImportRequest) -> Result<Image, ClientError> {

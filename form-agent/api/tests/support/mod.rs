@@ -95,6 +95,7 @@ pub fn router(agent: Agent) -> Router {
         .route("/v1/vms/{name}/console", get(echo))
         .route("/v1/vms/{name}", delete(signed))
         .route("/v1/images", post(signed))
+        .route("/v1/images/missing", post(signed))
         .route("/v1/blocks", put(count))
         .with_state(agent)
 }
