@@ -34,8 +34,13 @@ impl Programs {
         self.run(self.command("form", arguments))
     }
 
+    /// Where a program for users is.
+    pub fn path(&self, program: &str) -> PathBuf {
+        self.dist.join("bin").join(program)
+    }
+
     pub fn command<I: AsRef<OsStr>>(&self, program: &str, arguments: impl IntoIterator<Item = I>) -> Command {
-        let mut command = Command::new(self.dist.join("bin").join(program));
+        let mut command = Command::new(self.path(program));
         command
             .args(arguments)
             .env("FORM_LIBRARY", self.dist.join("lib/formation"))
