@@ -3,6 +3,8 @@
 use form_api::{ApiError, ErrorCode, deploy::DeployRequest};
 use form_types::{Name, spec::Protocol};
 
+use crate::headroom;
+
 /// What the host has, and what is taken already by the other VMs.
 #[derive(Clone, Debug, Default)]
 pub struct Capacity {
@@ -73,8 +75,7 @@ pub fn admit(request: &DeployRequest, is_new: bool, capacity: &Capacity) -> Resu
         );
     }
     // Disks are sparse: what counts is that there is room to begin with.
-    const NEEDED: u64 = 64 * 1024 * 1024;
-    if capacity.disk_free_bytes < NEEDED {
+    if capacity.disk_free_bytes < headroom::LOW {
         return no_room(
             format!("the host's disk is full: {} MiB are free", capacity.disk_free_bytes >> 20),
             "free space under /var/lib/formation, for example with `form image rm`",

@@ -7,7 +7,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use form_api::{ApiError, ErrorCode, host::Host, vm::Vm};
+use form_api::{
+    ApiError, ErrorCode,
+    host::Host,
+    vm::{Vm, VmState},
+};
 use form_net::{Attachment, NameEntry, Network, PublishedPort};
 use form_state::{Replica, View};
 use form_store::Store;
@@ -22,6 +26,7 @@ use crate::{
     desired::{self, DesiredVm},
     event::Events,
     fleet::{Fleet, Observed},
+    headroom::{self, Headroom},
     identity::Identity,
     machine,
     operation::Operations,
@@ -71,6 +76,7 @@ pub struct Agent {
     /// Held while the firewall is replaced.
     rules: tokio::sync::Mutex<()>,
     log_changes: Mutex<BTreeMap<VmId, watch::Sender<u64>>>,
+    headroom: Headroom,
 }
 
 pub fn internal(error: &dyn std::fmt::Display) -> ApiError {
@@ -81,6 +87,7 @@ impl Agent {
     pub fn new(parts: Parts) -> Self {
         Self {
             key: parts.identity.key().clone(),
+            headroom: Headroom::new(&parts.paths.database()),
             cluster: parts.identity.cluster(),
             paths: parts.paths,
             config: parts.config,
@@ -274,8 +281,31 @@ impl Agent {
             created_at: desired.created_at,
             started_at: observed.started_at,
             restarts: observed.restarts,
-            fault: observed.fault,
+            fault: observed.fault.or_else(|| self.full_disk(observed.state)),
         }
+    }
+
+    /// What is wrong with every VM that runs on a host whose disk is full.
+    fn full_disk(&self, state: VmState) -> Option<String> {
+        let is_full = matches!(state, VmState::Running | VmState::Starting) && self.free() < headroom::LOW / 8;
+        is_full.then(|| "the host's disk is full: what it writes fails (see `form doctor`)".to_owned())
+    }
+
+    /// Bytes that are free for VMs and images.
+    fn free(&self) -> u64 {
+        self.store.space().map_or(u64::MAX, |space| space.free)
+    }
+
+    /// Keeps some room on the disk for the agent itself, while there is enough.
+    pub fn keep_headroom(&self) {
+        if let Err(error) = self.headroom.keep(self.free()) {
+            tracing::warn!("no room can be kept for the agent itself: {error}");
+        }
+    }
+
+    /// Before something that frees room: on a disk that is full to the last byte it could not even be written down.
+    pub fn use_headroom(&self) {
+        self.headroom.give(self.free());
     }
 
     pub fn vm_named(&self, name: &Name) -> Result<DesiredVm, ApiError> {

@@ -44,6 +44,11 @@ pub fn create(mark: &str, vm: &VmId, resources: &Resources) -> io::Result<Option
     Ok(Some(group))
 }
 
+/// Whether the VM has a cgroup.
+pub fn exists(mark: &str, vm: &VmId) -> bool {
+    parent(mark).join(vm.to_string()).exists()
+}
+
 /// Removes the VM's cgroup, and ours when it was the last. A process that has just ended may hold it for a moment.
 pub async fn remove(mark: &str, vm: &VmId) -> io::Result<()> {
     let group = parent(mark).join(vm.to_string());

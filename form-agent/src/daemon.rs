@@ -41,6 +41,8 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
 pub fn run(paths: Paths) -> Result<(), Failure> {
     let filter = tracing_subscriber::EnvFilter::try_from_env("FORM_LOG").unwrap_or_else(|_| "info,form_net=info".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).init();
+    #[cfg(debug_assertions)]
+    crate::failpoint::arm()?;
     runtime()?.block_on(serve_until_told(paths))
 }
 
@@ -49,6 +51,7 @@ async fn serve_until_told(paths: Paths) -> Result<(), Failure> {
     agent.network.ensure_host().await?;
     agent.network.serve_dns().await?;
     agent.apply_rules().await?;
+    agent.keep_headroom();
     agent.events.emit(EventKind::HostStarted, None, None, format!("form-agent {} started", env!("CARGO_PKG_VERSION")));
     // Drivers first: they adopt what runs. Then what was asked for and not finished.
     agent.fleet.reconcile(&agent);

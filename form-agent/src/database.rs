@@ -1,6 +1,9 @@
 //! The agent's own records in redb: operations and events. (What the cluster should be is in `form-state`.)
 
-use std::path::Path;
+use std::{
+    path::{Path, PathBuf},
+    sync::{PoisonError, RwLock},
+};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Serialize, de::DeserializeOwned};
@@ -26,6 +29,16 @@ pub enum DatabaseError {
     Json(#[from] serde_json::Error),
 }
 
+impl DatabaseError {
+    const fn is_of_the_file_system(&self) -> bool {
+        matches!(self, Self::Redb(redb::Error::Io(_) | redb::Error::PreviousIo))
+    }
+}
+
+fn open(path: &Path) -> Result<Database, DatabaseError> {
+    Database::create(path).map_err(|source| DatabaseError::Open { path: path.display().to_string(), source })
+}
+
 macro_rules! from_redb {
     ($($error:ident),*) => { $(impl From<redb::$error> for DatabaseError {
         fn from(error: redb::$error) -> Self {
@@ -35,8 +48,12 @@ macro_rules! from_redb {
 }
 from_redb!(TransactionError, TableError, StorageError, CommitError);
 
+/// The library refuses everything after an error of the file system, a full disk included, until the file is opened anew. That is done here:
+/// an agent outlives a full disk.
 pub struct Records {
-    database: Database,
+    path: PathBuf,
+    /// None while it could not be opened again.
+    database: RwLock<Option<Database>>,
 }
 
 impl Records {
@@ -44,20 +61,36 @@ impl Records {
     /// When the file cannot be opened, is damaged, or another agent has it open.
     pub fn open(directory: &Path) -> Result<Self, DatabaseError> {
         let path = directory.join("agent.redb");
-        let database = Database::create(&path).map_err(|source| DatabaseError::Open { path: path.display().to_string(), source })?;
+        let database = open(&path)?;
         let transaction = database.begin_write()?;
         transaction.open_table(OPERATIONS)?;
         transaction.open_table(OPERATION_ORDER)?;
         transaction.open_table(EVENTS)?;
         transaction.commit()?;
-        Ok(Self { database })
+        Ok(Self { path, database: RwLock::new(Some(database)) })
+    }
+
+    /// Does `work`, once more on the newly opened file when the file system was in the way. A transaction that failed left nothing.
+    fn with<T>(&self, work: impl Fn(&Database) -> Result<T, DatabaseError>) -> Result<T, DatabaseError> {
+        if let Some(database) = &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
+            match work(database) {
+                Err(error) if error.is_of_the_file_system() => {}
+                other => return other,
+            }
+        }
+        let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        // The old one holds the file's lock.
+        *database = None;
+        work(database.insert(open(&self.path)?))
     }
 
     /// # Errors
     /// When the database cannot be read or the record is damaged.
     pub fn operation<T: DeserializeOwned>(&self, id: &[u8; 16]) -> Result<Option<T>, DatabaseError> {
-        let table = self.database.begin_read()?.open_table(OPERATIONS)?;
-        Ok(table.get(id)?.map(|value| serde_json::from_slice(value.value())).transpose()?)
+        self.with(|database| {
+            let table = database.begin_read()?.open_table(OPERATIONS)?;
+            Ok(table.get(id)?.map(|value| serde_json::from_slice(value.value())).transpose()?)
+        })
     }
 
     /// Writes a record durably; a new one is put at the end of the order.
@@ -66,21 +99,23 @@ impl Records {
     /// When it cannot be written.
     pub fn put_operation<T: Serialize>(&self, id: &[u8; 16], record: &T) -> Result<(), DatabaseError> {
         let json = serde_json::to_vec(record)?;
-        let transaction = self.database.begin_write()?;
-        {
-            let mut operations = transaction.open_table(OPERATIONS)?;
-            let mut order = transaction.open_table(OPERATION_ORDER)?;
-            if operations.insert(id, json.as_slice())?.is_none() {
-                let next = order.last()?.map_or(0, |(last, _)| last.value() + 1);
-                order.insert(next, id)?;
-                let oldest = order.first()?.map(|(first, oldest)| (first.value(), *oldest.value()));
-                if let Some((first, oldest)) = oldest.filter(|(first, _)| next - first >= KEPT_OPERATIONS) {
-                    order.remove(first)?;
-                    operations.remove(&oldest)?;
+        self.with(|database| {
+            let transaction = database.begin_write()?;
+            {
+                let mut operations = transaction.open_table(OPERATIONS)?;
+                let mut order = transaction.open_table(OPERATION_ORDER)?;
+                if operations.insert(id, json.as_slice())?.is_none() {
+                    let next = order.last()?.map_or(0, |(last, _)| last.value() + 1);
+                    order.insert(next, id)?;
+                    let oldest = order.first()?.map(|(first, oldest)| (first.value(), *oldest.value()));
+                    if let Some((first, oldest)) = oldest.filter(|(first, _)| next - first >= KEPT_OPERATIONS) {
+                        order.remove(first)?;
+                        operations.remove(&oldest)?;
+                    }
                 }
             }
-        }
-        Ok(transaction.commit()?)
+            Ok(transaction.commit()?)
+        })
     }
 
     /// The newest `limit` records, the newest first.
@@ -88,32 +123,36 @@ impl Records {
     /// # Errors
     /// When the database cannot be read or a record is damaged.
     pub fn newest_operations<T: DeserializeOwned>(&self, limit: usize) -> Result<Vec<T>, DatabaseError> {
-        let transaction = self.database.begin_read()?;
-        let (operations, order) = (transaction.open_table(OPERATIONS)?, transaction.open_table(OPERATION_ORDER)?);
-        let mut newest = Vec::new();
-        for entry in order.iter()?.rev().take(limit) {
-            if let Some(value) = operations.get(entry?.1.value())? {
-                newest.push(serde_json::from_slice(value.value())?);
+        self.with(|database| {
+            let transaction = database.begin_read()?;
+            let (operations, order) = (transaction.open_table(OPERATIONS)?, transaction.open_table(OPERATION_ORDER)?);
+            let mut newest = Vec::new();
+            for entry in order.iter()?.rev().take(limit) {
+                if let Some(value) = operations.get(entry?.1.value())? {
+                    newest.push(serde_json::from_slice(value.value())?);
+                }
             }
-        }
-        Ok(newest)
+            Ok(newest)
+        })
     }
 
     /// # Errors
     /// When it cannot be written.
     pub fn put_event<T: Serialize>(&self, cursor: u64, event: &T) -> Result<(), DatabaseError> {
         let json = serde_json::to_vec(event)?;
-        let mut transaction = self.database.begin_write()?;
-        // An event lost in a crash is no lie: the state itself is durable elsewhere.
-        transaction.set_durability(redb::Durability::None).map_err(redb::Error::from)?;
-        {
-            let mut events = transaction.open_table(EVENTS)?;
-            events.insert(cursor, json.as_slice())?;
-            if let Some(old) = cursor.checked_sub(KEPT_EVENTS) {
-                events.remove(old)?;
+        self.with(|database| {
+            let mut transaction = database.begin_write()?;
+            // An event lost in a crash is no lie: the state itself is durable elsewhere.
+            transaction.set_durability(redb::Durability::None).map_err(redb::Error::from)?;
+            {
+                let mut events = transaction.open_table(EVENTS)?;
+                events.insert(cursor, json.as_slice())?;
+                if let Some(old) = cursor.checked_sub(KEPT_EVENTS) {
+                    events.remove(old)?;
+                }
             }
-        }
-        Ok(transaction.commit()?)
+            Ok(transaction.commit()?)
+        })
     }
 
     /// Events with a cursor above `after`, at most `limit`, in order.
@@ -121,18 +160,22 @@ impl Records {
     /// # Errors
     /// When the database cannot be read or a record is damaged.
     pub fn events_after<T: DeserializeOwned>(&self, after: u64, limit: usize) -> Result<Vec<T>, DatabaseError> {
-        let table = self.database.begin_read()?.open_table(EVENTS)?;
-        let mut events = Vec::new();
-        for entry in table.range(after.saturating_add(1)..)?.take(limit) {
-            events.push(serde_json::from_slice(entry?.1.value())?);
-        }
-        Ok(events)
+        self.with(|database| {
+            let table = database.begin_read()?.open_table(EVENTS)?;
+            let mut events = Vec::new();
+            for entry in table.range(after.saturating_add(1)..)?.take(limit) {
+                events.push(serde_json::from_slice(entry?.1.value())?);
+            }
+            Ok(events)
+        })
     }
 
     /// # Errors
     /// When the database cannot be read.
     pub fn last_event(&self) -> Result<u64, DatabaseError> {
-        let table = self.database.begin_read()?.open_table(EVENTS)?;
-        Ok(table.last()?.map_or(0, |(cursor, _)| cursor.value()))
+        self.with(|database| {
+            let table = database.begin_read()?.open_table(EVENTS)?;
+            Ok(table.last()?.map_or(0, |(cursor, _)| cursor.value()))
+        })
     }
 }

@@ -8,7 +8,7 @@ use form_api::{
     operation::{Operation, OperationKind},
     vm::{Health, VmState},
 };
-use form_types::{Digest, Name, OperationId, VmId};
+use form_types::{Digest, Failpoint, Name, OperationId, VmId, failpoint::reach};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -39,6 +39,16 @@ struct Progress {
     recorded: bool,
     /// What ran before, to go back to.
     previous: Option<Previous>,
+    /// It failed, and the way back has begun.
+    #[serde(default)]
+    failed: Option<Failed>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Failed {
+    /// The start that failed.
+    boot: Digest,
+    error: ApiError,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -71,6 +81,7 @@ pub fn make_plan(agent: &Agent, request: &DeployRequest) -> Result<Plan, ApiErro
 pub fn begin(agent: &Arc<Agent>, caller: &Caller, request: &DeployRequest) -> Result<Operation, ApiError> {
     admit::check_supported(request)?;
     check_parts(agent, request)?;
+    agent.keep_headroom();
     let name = &request.spec.name;
     if let Some(vm) = desired::vm_named(&agent.view(), name) {
         let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
@@ -131,12 +142,15 @@ fn record(agent: &Agent, caller: &Caller, request: &DeployRequest, id: Operation
     let vm = before.as_ref().map_or_else(|| VmId::derive(&caller.key, &caller.idempotency_key, name.as_str()), |vm| vm.id);
     let previous = before.as_ref().and_then(|vm| previous_of(agent, vm));
     let remember = |recorded: bool| {
-        let progress = Progress { vm, request: caller.signed.clone(), recorded, previous: previous.clone() };
+        let progress = Progress { vm, request: caller.signed.clone(), recorded, previous: previous.clone(), failed: None };
         agent.operations.remember(id, serde_json::to_value(progress).map_err(|error| internal(&error))?)
     };
     remember(false)?;
+    reach(Failpoint::DeployRemembered);
     agent.submit(&caller.signed)?;
+    reach(Failpoint::DeploySubmitted);
     remember(true)?;
+    reach(Failpoint::DeployRecorded);
     let after = desired::vm_named(&agent.view(), name).ok_or_else(|| internal(&"the VM is not in the state after it was recorded"))?;
     if before.is_some_and(|before| before.boot_digest() == after.boot_digest()) {
         agent.fleet.retry(&vm);
@@ -193,24 +207,31 @@ fn check_ports(request: &DeployRequest, before: Option<&DesiredVm>) -> Result<()
     Ok(())
 }
 
+/// Why a deploy did not lead to a healthy VM.
+enum Shortfall {
+    Failed(ApiError),
+    /// Somebody asked for something else meanwhile: that holds, and nothing is put back.
+    Superseded(ApiError),
+}
+
+fn superseded(name: &Name, how: &str) -> Shortfall {
+    Shortfall::Superseded(ApiError::new(ErrorCode::Conflict, format!("vm/{name} was {how} before its deploy was done")))
+}
+
 async fn finish(agent: &Arc<Agent>, id: OperationId, target: Target) {
-    let result = become_healthy(agent, Some(id), &target).await;
-    match (result, &target.previous) {
-        (Ok(()), _) => {
+    let error = match become_healthy(agent, Some(id), &target).await {
+        Ok(()) => {
+            reach(Failpoint::DeployHealthy);
             keep_deployed(agent, &target);
-            agent.operations.finish(id, Ok(()));
+            reach(Failpoint::DeployKept);
+            return agent.operations.finish(id, Ok(()));
         }
-        (Err(error), Some(previous)) if previous.boot != target.boot => {
-            let error = with_log(agent, &target.vm, error);
-            agent.operations.step(id, format!("{}; putting the old version back", error.message.lines().next().unwrap_or_default()));
-            let error = match put_back(agent, &target, previous).await {
-                Ok(()) => error.hint("the old version runs again"),
-                Err(again) => error.hint(format!("the old version could not be put back either: {again}")),
-            };
-            agent.operations.finish(id, Err(error));
-        }
-        (Err(error), _) => {
-            let error = with_log(agent, &target.vm, error);
+        Err(Shortfall::Superseded(error)) => return agent.operations.finish(id, Err(error)),
+        Err(Shortfall::Failed(error)) => with_log(agent, &target.vm, error),
+    };
+    match target.previous.clone().filter(|previous| previous.boot != target.boot) {
+        Some(previous) => go_back(agent, id, &target, &previous, error).await,
+        None => {
             let hint = format!(
                 "it stays as it is: see `form logs {0}`, mend it and deploy again, or remove it with `form destroy {0}`",
                 target.name
@@ -220,17 +241,64 @@ async fn finish(agent: &Arc<Agent>, id: OperationId, target: Target) {
     }
 }
 
-async fn put_back(agent: &Arc<Agent>, target: &Target, previous: &Previous) -> Result<(), ApiError> {
-    let requests: Vec<SignedRequest> = std::iter::once(&previous.request).chain(&previous.changes).cloned().collect();
-    let task_agent = Arc::clone(agent);
-    tokio::task::spawn_blocking(move || requests.iter().try_for_each(|request| task_agent.submit(request)))
-        .await
-        .map_err(|error| internal(&error))??;
-    let desired = agent.vm_named(&target.name)?;
+/// Ends a deploy that failed with the old version put back.
+async fn go_back(agent: &Arc<Agent>, id: OperationId, target: &Target, previous: &Previous, error: ApiError) {
+    let progress = Progress {
+        vm: target.vm,
+        request: target.request.clone(),
+        recorded: true,
+        previous: Some(previous.clone()),
+        failed: Some(Failed { boot: target.boot, error: error.clone() }),
+    };
+    let remembered = serde_json::to_value(progress).map_err(|error| internal(&error)).and_then(|json| agent.operations.remember(id, json));
+    if let Err(error) = remembered {
+        tracing::warn!(operation = %id, "a restarted agent will try this deploy again before it goes back: {error}");
+    }
+    agent.operations.step(id, format!("{}; putting the old version back", error.message.lines().next().unwrap_or_default()));
+    let error = match put_back(agent, target, previous).await {
+        Ok(()) => error.hint("the old version runs again"),
+        Err(Shortfall::Failed(again)) => error.hint(format!("the old version could not be put back either: {again}")),
+        Err(Shortfall::Superseded(change)) => error.hint(format!("the old version was not put back: {}", change.message)),
+    };
+    agent.operations.finish(id, Err(error));
+}
+
+async fn put_back(agent: &Arc<Agent>, target: &Target, previous: &Previous) -> Result<(), Shortfall> {
+    let lost = |error: &dyn std::fmt::Display| Shortfall::Failed(internal(error));
+    let boot = {
+        let (agent, previous) = (Arc::clone(agent), previous.clone());
+        let (vm, name, boot) = (target.vm, target.name.clone(), target.boot);
+        tokio::task::spawn_blocking(move || submit_previous(&agent, &vm, &name, boot, &previous)).await.map_err(|error| lost(&error))??
+    };
+    reach(Failpoint::RollbackSubmitted);
     agent.fleet.reconcile(agent);
-    let back =
-        Target { vm: target.vm, name: target.name.clone(), boot: desired.boot_digest(), request: previous.request.clone(), previous: None };
+    let back = Target { vm: target.vm, name: target.name.clone(), boot, request: previous.request.clone(), previous: None };
     become_healthy(agent, None, &back).await
+}
+
+/// Records the old version as what should be, unless somebody asked for something else since `failed`. Gives the start it leads to.
+fn submit_previous(agent: &Agent, vm: &VmId, name: &Name, failed: Digest, previous: &Previous) -> Result<Digest, Shortfall> {
+    let _admission = agent.admission();
+    let gone = || superseded(name, "destroyed");
+    let desired = agent.desired(vm).ok_or_else(gone)?;
+    if desired.boot_digest() == failed {
+        agent.submit(&previous.request).map_err(Shortfall::Failed)?;
+    } else if !is_on_the_way_back(&desired, previous) {
+        return Err(superseded(name, "changed by somebody else"));
+    }
+    // Set again what was set: once more does no harm to an agent that was killed right here.
+    previous.changes.iter().try_for_each(|change| agent.submit(change)).map_err(Shortfall::Failed)?;
+    Ok(agent.desired(vm).ok_or_else(gone)?.boot_digest())
+}
+
+/// Whether an agent that was killed in the middle of going back has recorded the old version already.
+fn is_on_the_way_back(desired: &DesiredVm, previous: &Previous) -> bool {
+    let Ok(old) = serde_json::from_str::<DeployRequest>(&previous.request.body) else { return false };
+    if previous.changes.is_empty() {
+        desired.request == old
+    } else {
+        (desired.request.image, desired.request.kernel) == (old.image, old.kernel)
+    }
 }
 
 fn with_log(agent: &Agent, vm: &VmId, mut error: ApiError) -> ApiError {
@@ -243,15 +311,15 @@ fn with_log(agent: &Agent, vm: &VmId, mut error: ApiError) -> ApiError {
 }
 
 /// Waits until the VM runs from the wanted start and is ready and healthy, or clearly will not be.
-async fn become_healthy(agent: &Agent, id: Option<OperationId>, target: &Target) -> Result<(), ApiError> {
-    let failed = |message: String| Err(ApiError::new(ErrorCode::Failed, message));
+async fn become_healthy(agent: &Agent, id: Option<OperationId>, target: &Target) -> Result<(), Shortfall> {
+    let failed = |message: String| Err(Shortfall::Failed(ApiError::new(ErrorCode::Failed, message)));
     let mut changed = agent.fleet.subscribe();
     let (mut deadline, mut said) = (None, "");
     let patience = Duration::from_secs(agent.config().boot_timeout_seconds);
     loop {
-        let Some(desired) = agent.desired(&target.vm) else { return failed(format!("vm/{} was removed meanwhile", target.name)) };
+        let Some(desired) = agent.desired(&target.vm) else { return Err(superseded(&target.name, "destroyed")) };
         if desired.boot_digest() != target.boot {
-            return failed(format!("vm/{} was changed by somebody else meanwhile", target.name));
+            return Err(superseded(&target.name, "changed by somebody else"));
         }
         if let Some(observed) = agent.fleet.observed(&target.vm).filter(|observed| observed.boot == Some(target.boot)) {
             let step = match (observed.state, observed.ready, observed.health) {
@@ -291,27 +359,34 @@ fn is_what_was_asked(progress: &Progress, desired: &DesiredVm) -> bool {
 /// Goes on with a deploy that an earlier run of the agent left unfinished, or ends it when nothing was changed yet.
 pub fn resume(agent: &Arc<Agent>, record: &Record) {
     let id = record.operation.id;
+    let unchanged =
+        || ApiError::new(ErrorCode::Failed, "the agent was stopped before it changed anything").hint("run the same command again");
     let progress: Option<Progress> = record.resume.clone().and_then(|resume| serde_json::from_value(resume).ok());
-    let target = progress.and_then(|progress| {
-        let desired = agent.desired(&progress.vm)?;
-        let asked_for = progress.recorded || is_what_was_asked(&progress, &desired);
-        asked_for.then(|| Target {
-            vm: desired.id,
-            name: desired.name().clone(),
-            boot: desired.boot_digest(),
-            request: progress.request,
-            previous: progress.previous,
-        })
-    });
-    match target {
-        Some(target) => {
-            let agent = Arc::clone(agent);
+    let Some(progress) = progress else { return agent.operations.finish(id, Err(unchanged())) };
+    let desired = agent.desired(&progress.vm);
+    let target = |boot: Digest, name: &Name| Target {
+        vm: progress.vm,
+        name: name.clone(),
+        boot,
+        request: progress.request.clone(),
+        previous: progress.previous.clone(),
+    };
+    match (desired, &progress) {
+        (Some(desired), Progress { failed: Some(failed), previous: Some(previous), .. }) => {
+            let (agent, target) = (Arc::clone(agent), target(failed.boot, desired.name()));
+            let (previous, error) = (previous.clone(), failed.error.clone());
+            tokio::spawn(async move { go_back(&agent, id, &target, &previous, error).await });
+        }
+        (Some(desired), _) if is_what_was_asked(&progress, &desired) => {
+            let (agent, target) = (Arc::clone(agent), target(desired.boot_digest(), desired.name()));
             tokio::spawn(async move { finish(&agent, id, target).await });
         }
-        None => {
+        (_, Progress { failed: Some(failed), .. }) => agent.operations.finish(id, Err(failed.error.clone())),
+        (None, Progress { recorded: true, .. }) => {
             let error =
-                ApiError::new(ErrorCode::Failed, "the agent was stopped before it changed anything").hint("run the same command again");
+                ApiError::new(ErrorCode::Conflict, format!("{} was destroyed before its deploy was done", record.operation.subject));
             agent.operations.finish(id, Err(error));
         }
+        _ => agent.operations.finish(id, Err(unchanged())),
     }
 }

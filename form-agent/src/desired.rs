@@ -20,6 +20,7 @@ use form_types::{
     spec::{EnvScope, Restart, RestartPolicy},
 };
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 /// As [`form_vmm::config::VmConfig`] has them.
 const MAX_VCPUS: u32 = 128;
@@ -32,7 +33,8 @@ const MAX_LABEL: usize = 256;
 static BOOT_NAME: LazyLock<Name> = LazyLock::new(|| "vm".parse().expect("a constant that is a name"));
 
 /// Whether a VM should run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Run {
     Running,
     /// Started, and standing still.

@@ -8,7 +8,7 @@ use form_api::{
 };
 use form_types::VmId;
 
-use crate::{agent::Agent, cgroup, desired, machine};
+use crate::{agent::Agent, cgroup, desired, headroom, machine};
 
 fn ok(name: &str, message: impl Into<String>) -> Check {
     Check { name: name.to_owned(), status: CheckStatus::Ok, message: message.into(), hint: None, fixable: false }
@@ -29,6 +29,12 @@ pub async fn examine(agent: &Arc<Agent>) -> DoctorReport {
 fn machine_checks(agent: &Agent) -> Vec<Check> {
     let mut checks = vec![kvm(), cgroup_check(), program("nft", "nftables")];
     checks.push(match agent.store.space() {
+        Ok(space) if space.free < headroom::LOW => bad(
+            CheckStatus::Problem,
+            "disk",
+            format!("the host's disk is full: {} MiB are free under /var/lib/formation, and what VMs write fails", space.free >> 20),
+            "`form destroy` or `form image rm` what nobody needs, or add space; then `form vm restart` what had errors",
+        ),
         Ok(space) if space.free < 1 << 30 => bad(
             CheckStatus::Warning,
             "disk",

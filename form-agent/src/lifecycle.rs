@@ -7,7 +7,7 @@ use form_api::{
     operation::{Operation, OperationKind},
     vm::{SetRequest, VmState},
 };
-use form_types::{Digest, Name, OperationId, VmId};
+use form_types::{Digest, Failpoint, Name, OperationId, VmId, failpoint::reach};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -83,6 +83,7 @@ struct Progress {
 /// # Errors
 /// Not found, not in this state, another operation under way, or the database's.
 pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -> Result<Operation, ApiError> {
+    agent.use_headroom();
     let opening = Opening {
         kind: change.kind(),
         vm: Some(name.clone()),
@@ -164,14 +165,17 @@ fn record(agent: &Agent, caller: &Caller, id: OperationId, progress: &Progress, 
     if !needed {
         return Ok(());
     }
-    // Two that want one name, or the last free memory, do not both get it.
+    // Two that want one name, or the last free memory, do not both get it; and a deploy that puts its old version back looks whether
+    // the VM is still wanted.
     let _admission = agent.admission();
     if let Change::Set(set) = &progress.change {
         let vm = agent.desired(&progress.vm).ok_or_else(gone)?;
         let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
         admit::admit(&changed, false, &agent.capacity(Some(vm.name()))?)?;
     }
-    agent.submit(&caller.signed)
+    agent.submit(&caller.signed)?;
+    reach(Failpoint::LifecycleSubmitted);
+    Ok(())
 }
 
 fn gone() -> ApiError {
@@ -255,7 +259,11 @@ pub fn resume(agent: &Arc<Agent>, record: &Record) {
     let progress: Option<Progress> = record.resume.clone().and_then(|resume| serde_json::from_value(resume).ok());
     let Some(progress) = progress else { return nothing_done() };
     match (agent.desired(&progress.vm), &progress.change) {
-        (None, Change::Destroy) => agent.operations.finish(id, Ok(())),
+        // Its driver may still be at work on what is left.
+        (None, Change::Destroy) => {
+            let agent = Arc::clone(agent);
+            tokio::spawn(async move { agent.operations.finish(id, reached(&agent, &progress).await) });
+        }
         (None, _) => agent.operations.finish(id, Err(gone())),
         (Some(vm), change) if !is_recorded(&vm, change, &progress.boot) => nothing_done(),
         (Some(_), _) => {

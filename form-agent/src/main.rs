@@ -14,7 +14,10 @@ mod desired;
 mod doctor;
 mod driver;
 mod event;
+#[cfg(debug_assertions)]
+mod failpoint;
 mod fleet;
+mod headroom;
 mod identity;
 mod lifecycle;
 mod logs;

@@ -11,7 +11,7 @@ use form_api::{
     event::EventKind,
     operation::{Operation, OperationKind, OperationStatus},
 };
-use form_types::{Digest, IdempotencyKey, Name, OperationId, PublicKey};
+use form_types::{Digest, Failpoint, IdempotencyKey, Name, OperationId, PublicKey, failpoint::reach};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -50,10 +50,38 @@ pub enum Begun {
     Repeated(Box<Operation>),
 }
 
+/// An operation under way.
+struct Active {
+    kind: OperationKind,
+    subject: String,
+    vm: Option<Name>,
+    actor: String,
+    begun: Timestamp,
+}
+
+impl Active {
+    /// Whether `kind` may begin while this one goes on. Who destroys a VM need not wait for what is being made of it; the other
+    /// operation notices that its VM is gone and ends.
+    fn gives_way_to(&self, kind: OperationKind) -> bool {
+        kind == OperationKind::VmDestroy && self.kind != OperationKind::VmDestroy
+    }
+
+    fn conflict(&self, id: OperationId) -> ApiError {
+        let age = Timestamp::now().duration_since(self.begun).as_secs().max(0);
+        let what = format!("{} of {} is under way: {} asked for it {age} s ago", self.kind.as_str(), self.subject, self.actor);
+        let wait = format!("wait for it with `form op wait {id}`");
+        let hint = match &self.vm {
+            Some(name) if self.kind != OperationKind::VmDestroy => format!("{wait}, or give it and the VM up with `form destroy {name}`"),
+            _ => wait,
+        };
+        ApiError::new(ErrorCode::Conflict, what).hint(hint).operation(id)
+    }
+}
+
 pub struct Operations {
     records: Arc<Records>,
     events: Arc<Events>,
-    active: Mutex<HashMap<OperationId, (String, Option<Name>)>>,
+    active: Mutex<HashMap<OperationId, Active>>,
     /// Counts changes, for those who wait.
     changed: watch::Sender<u64>,
 }
@@ -67,7 +95,7 @@ impl Operations {
         Self { records, events, active: Mutex::default(), changed: watch::Sender::new(0) }
     }
 
-    /// Records an operation. Two unfinished ones about the same subject exclude each other.
+    /// Records an operation. Two unfinished ones about the same subject exclude each other, but for a destroy: everything gives way to it.
     ///
     /// # Errors
     /// A conflict with another request under the same key, or with an unfinished operation; or the database's.
@@ -82,17 +110,16 @@ impl Operations {
                     .hint("use a new key for a new request"))
             };
         }
-        if let Some((other, _)) = active.iter().find(|(_, (subject, _))| *subject == opening.subject) {
-            return Err(ApiError::new(ErrorCode::Conflict, format!("another operation on {} is under way", opening.subject))
-                .hint(format!("wait for it with `form op wait {other}`"))
-                .operation(*other));
+        let in_the_way = |other: &Active| other.subject == opening.subject && !other.gives_way_to(opening.kind);
+        if let Some((id, other)) = active.iter().find(|(_, other)| in_the_way(other)) {
+            return Err(other.conflict(*id));
         }
         let now = Timestamp::now();
         let operation = Operation {
             id,
             kind: opening.kind,
             subject: opening.subject.clone(),
-            actor: opening.actor,
+            actor: opening.actor.clone(),
             idempotency_key: opening.idempotency_key,
             status: OperationStatus::Executing,
             error: None,
@@ -102,7 +129,10 @@ impl Operations {
         };
         let record = Record { operation, request: opening.request, resume: None };
         self.records.put_operation(id.as_bytes(), &record).map_err(|error| internal(&error))?;
-        active.insert(id, (opening.subject.clone(), opening.vm.clone()));
+        reach(Failpoint::OperationRecorded);
+        let entry =
+            Active { kind: opening.kind, subject: opening.subject.clone(), vm: opening.vm.clone(), actor: opening.actor, begun: now };
+        active.insert(id, entry);
         drop(active);
         let message = format!("{} {}", opening.kind.as_str(), opening.subject);
         self.events.emit(EventKind::OperationStarted, opening.vm.as_ref(), Some(id), message);
@@ -134,6 +164,7 @@ impl Operations {
             record.operation.error = result.as_ref().err().cloned().map(|error| error.operation(id));
             record.resume = None;
             self.records.put_operation(id.as_bytes(), &record).map_err(|error| internal(&error))?;
+            reach(Failpoint::OperationEnded);
             Ok(record)
         });
         match outcome {
@@ -152,7 +183,7 @@ impl Operations {
     }
 
     fn vm_of(&self, id: OperationId) -> Option<Name> {
-        self.active.lock().unwrap_or_else(PoisonError::into_inner).get(&id).and_then(|(_, vm)| vm.clone())
+        self.active.lock().unwrap_or_else(PoisonError::into_inner).get(&id).and_then(|active| active.vm.clone())
     }
 
     fn bump(&self) {
@@ -190,9 +221,9 @@ impl Operations {
         let unfinished: Vec<Record> = records.into_iter().filter(|record| !record.operation.status.is_final()).collect();
         let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
         for record in &unfinished {
-            let subject = record.operation.subject.clone();
+            let Operation { id, kind, subject, actor, created_at, .. } = record.operation.clone();
             let vm = subject.strip_prefix("vm/").and_then(|name| name.parse().ok());
-            active.insert(record.operation.id, (subject, vm));
+            active.insert(id, Active { kind, subject, vm, actor, begun: created_at });
         }
         drop(active);
         Ok(unfinished)
@@ -245,10 +276,22 @@ mod tests {
         assert_eq!(operations.begin(opening(1, "vm/web", "b")).err().map(|error| error.code), Some(ErrorCode::Conflict));
         let busy = operations.begin(opening(2, "vm/web", "b")).err().unwrap();
         assert_eq!((busy.code, busy.operation), (ErrorCode::Conflict, Some(id)));
+        assert!(busy.message.contains("deploy of vm/web") && busy.hint.unwrap().contains(&id.to_string()), "{}", busy.message);
         operations.finish(id, Err(ApiError::new(ErrorCode::Failed, "no")));
         let ended = operations.wait(id, Duration::from_secs(1)).await.unwrap();
         assert_eq!((ended.status, ended.error.unwrap().operation), (OperationStatus::Failed, Some(id)));
         assert!(matches!(operations.begin(opening(2, "vm/web", "b")), Ok(Begun::New(_))));
+    }
+
+    #[tokio::test]
+    async fn a_destroy_waits_for_nobody_but_another_destroy() {
+        let directory = tempfile::tempdir().unwrap();
+        let operations = operations(directory.path());
+        let destroy = |key| Opening { kind: OperationKind::VmDestroy, ..opening(key, "vm/web", "destroy") };
+        assert!(matches!(operations.begin(opening(1, "vm/web", "a")), Ok(Begun::New(_))));
+        assert!(matches!(operations.begin(destroy(2)), Ok(Begun::New(_))));
+        assert_eq!(operations.begin(destroy(3)).err().map(|error| error.code), Some(ErrorCode::Conflict));
+        assert_eq!(operations.begin(opening(4, "vm/web", "b")).err().map(|error| error.code), Some(ErrorCode::Conflict));
     }
 
     #[test]

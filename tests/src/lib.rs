@@ -1,4 +1,5 @@
 //! Tests of Formation as a whole: of the workspace's shape, and of the built programs.
 
+pub mod disk;
 pub mod host;
 pub mod programs;

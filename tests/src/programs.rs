@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsStr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output},
 };
 
@@ -30,6 +30,10 @@ impl Programs {
         Self { dist: dist.into(), home: home.into() }
     }
 
+    pub fn dist(&self) -> &Path {
+        &self.dist
+    }
+
     pub fn form<I: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = I>) -> Ran {
         self.run(self.command("form", arguments))
     }
@@ -41,8 +45,19 @@ impl Programs {
 
     pub fn command<I: AsRef<OsStr>>(&self, program: &str, arguments: impl IntoIterator<Item = I>) -> Command {
         let mut command = Command::new(self.path(program));
+        command.args(arguments);
+        self.prepare(command)
+    }
+
+    /// A line for bash, in the same surroundings.
+    pub fn shell(&self, line: &str) -> Command {
+        let mut command = Command::new("bash");
+        command.args(["-c", line]);
+        self.prepare(command)
+    }
+
+    fn prepare(&self, mut command: Command) -> Command {
         command
-            .args(arguments)
             .env("FORM_LIBRARY", self.dist.join("lib/formation"))
             .env("XDG_CONFIG_HOME", self.home.join("config"))
             .env("XDG_DATA_HOME", self.home.join("data"))

@@ -46,7 +46,7 @@ pub mod image;
 pub mod operation;
 pub mod server;
 pub mod sign;
-mod tls;
+pub mod tls;
 pub mod vm;
 
 pub use error::{ApiError, ErrorCode};

@@ -132,10 +132,10 @@ struct AnotherKey;
 
 /// The key that a host showed instead of the expected one, kept for the error message.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct SeenKey(Arc<Mutex<Option<PublicKey>>>);
+pub struct SeenKey(Arc<Mutex<Option<PublicKey>>>);
 
 impl SeenKey {
-    pub(crate) fn take(&self) -> Option<PublicKey> {
+    pub fn take(&self) -> Option<PublicKey> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
@@ -196,7 +196,7 @@ impl ServerCertVerifier for PinnedHostKey {
 ///
 /// # Errors
 /// When the TLS library refuses the key or the set-up.
-pub(crate) fn server(key: &SecretKey, alpn: &[&[u8]]) -> Result<quinn::crypto::rustls::QuicServerConfig, TlsError> {
+pub fn server(key: &SecretKey, alpn: &[&[u8]]) -> Result<quinn::crypto::rustls::QuicServerConfig, TlsError> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::Setup)?
@@ -212,11 +212,7 @@ pub(crate) fn server(key: &SecretKey, alpn: &[&[u8]]) -> Result<quinn::crypto::r
 ///
 /// # Errors
 /// When the TLS library refuses the key or the set-up.
-pub(crate) fn client(
-    identity: &SecretKey,
-    host: PublicKey,
-    alpn: &[u8],
-) -> Result<(quinn::crypto::rustls::QuicClientConfig, SeenKey), TlsError> {
+pub fn client(identity: &SecretKey, host: PublicKey, alpn: &[u8]) -> Result<(quinn::crypto::rustls::QuicClientConfig, SeenKey), TlsError> {
     let seen = SeenKey::default();
     let mut config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])

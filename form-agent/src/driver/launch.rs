@@ -11,11 +11,11 @@ use std::{
 use form_bundle::initramfs;
 use form_net::NetError;
 use form_store::{DiskFormat as StoredFormat, StoreError};
-use form_types::VmId;
+use form_types::{Failpoint, VmId, failpoint::reach};
 use form_vmm::{config::DiskFormat, log_ring};
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::process::{Launch, Process, ProcessError, RuntimeDirectory};
+use super::process::{self, Launch, Process, ProcessError, RuntimeDirectory};
 use crate::{
     agent::Agent,
     cgroup,
@@ -64,11 +64,15 @@ pub async fn launch(agent: &Arc<Agent>, desired: &DesiredVm) -> Result<Process, 
         let (agent, desired) = (Arc::clone(agent), desired.clone());
         tokio::task::spawn_blocking(move || prepare_files(&agent, &desired)).await.map_err(|_| LaunchError::Stopping)??
     };
+    reach(Failpoint::LaunchOpened);
     // The rules are for every VM with a runtime directory: from here on another VM's change keeps this one's.
     let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), &desired.id);
     fs::create_dir_all(directory.path()).map_err(io_error("the VM's runtime directory"))?;
+    reach(Failpoint::LaunchDirectoryMade);
     agent.apply_rules().await?;
+    reach(Failpoint::LaunchRulesSet);
     let tap = agent.network.attach(&agent.attachment(desired)).await?;
+    reach(Failpoint::LaunchTapMade);
     let (agent, desired) = (Arc::clone(agent), desired.clone());
     tokio::task::spawn_blocking(move || start(&agent, &desired, &files, &tap)).await.map_err(|_| LaunchError::Stopping)?
 }
@@ -104,6 +108,7 @@ fn prepare_disk(agent: &Agent, desired: &DesiredVm, size: u64) -> Result<(), Lau
             let before = serde_json::from_slice(&before).map_err(|error| LaunchError::Settings(error.to_string()))?;
             if plan::replaces_disk(&before, &desired.request, &|image| agent.root_of(image)) {
                 agent.store.remove_disk(&desired.id)?;
+                reach(Failpoint::DiskRetired);
                 agent.store.create_disk(&desired.id, &desired.request.image, size)?;
             } else {
                 agent.store.grow_disk(&desired.id, size)?;
@@ -113,6 +118,7 @@ fn prepare_disk(agent: &Agent, desired: &DesiredVm, size: u64) -> Result<(), Lau
             // Written first: a disk without its record could not be told from one that has to be replaced.
             fs::create_dir_all(agent.vm_directory(&desired.id)).map_err(io_error("the VM's directory"))?;
             record_disk(&made_from, desired)?;
+            reach(Failpoint::DiskRecorded);
             agent.store.create_disk(&desired.id, &desired.request.image, size)?;
         }
         Err(error) => return Err(error.into()),
@@ -138,6 +144,7 @@ fn start(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd) -> Re
     let uid = free_uid(agent);
     let group =
         cgroup::create(&agent.host_id().mark(), &desired.id, &desired.request.spec.resources).map_err(io_error("the VM's cgroup"))?;
+    reach(Failpoint::LaunchCgroupMade);
     let launch = Launch {
         program: &agent.programs.vmm,
         vm: desired.id,
@@ -198,16 +205,21 @@ fn free_uid(agent: &Agent) -> u32 {
 /// Removes what a run leaves behind outside the VM's own directory. What cannot be removed is logged, and `form doctor` finds it.
 pub async fn clean_up(agent: &Arc<Agent>, id: &VmId, directory: &RuntimeDirectory) {
     let complain = |what: &str, error: &dyn std::fmt::Display| tracing::warn!(vm = %id, "cannot remove its {what}: {error}");
+    // One that an agent started and was killed before it could write down has a copy of none of what follows, but is a process.
+    process::end_strays(id).await;
     if let Err(error) = agent.network.detach(id).await {
         complain("tap", &error);
     }
+    reach(Failpoint::CleanTapRemoved);
     keep_console(agent, id, directory);
     if let Err(error) = directory.remove() {
         complain("runtime directory", &error);
     }
+    reach(Failpoint::CleanDirectoryRemoved);
     if let Err(error) = cgroup::remove(&agent.host_id().mark(), id).await {
         complain("cgroup", &error);
     }
+    reach(Failpoint::CleanCgroupRemoved);
     if let Err(error) = agent.apply_rules().await {
         complain("firewall rules", &error);
     }
@@ -234,8 +246,12 @@ pub async fn remove(agent: &Arc<Agent>, id: &VmId) -> Result<(), LaunchError> {
     let (agent, id) = (Arc::clone(agent), *id);
     tokio::task::spawn_blocking(move || {
         agent.store.remove_disk(&id)?;
+        reach(Failpoint::RemoveDiskRemoved);
         remove_directory(&agent.vm_directory(&id)).map_err(io_error("its directory"))?;
-        agent.remove_log(&id).map_err(io_error("its log"))
+        reach(Failpoint::RemoveDirectoryRemoved);
+        agent.remove_log(&id).map_err(io_error("its log"))?;
+        reach(Failpoint::RemoveLogRemoved);
+        Ok(())
     })
     .await
     .map_err(|_| LaunchError::Stopping)?

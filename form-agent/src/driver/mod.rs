@@ -20,7 +20,7 @@ use form_api::{
     vm::{Health, VmState},
 };
 use form_guest::protocol::{HealthState, Phase, Reply, Request, ServicePhase, StatusReport};
-use form_types::{Digest, Name, VmId, spec::RestartPolicy};
+use form_types::{Digest, Failpoint, Name, VmId, failpoint::reach, spec::RestartPolicy};
 use form_vmm::control::{Client, ExitReason};
 use tokio::{
     sync::{Notify, mpsc, watch},
@@ -29,6 +29,7 @@ use tokio::{
 
 use crate::{
     agent::Agent,
+    cgroup,
     desired::{DesiredVm, Run},
     vm::SHUTDOWN_TIMEOUT_MS,
 };
@@ -41,6 +42,9 @@ const LAST_BACKOFF: Duration = Duration::from_secs(60);
 
 /// A guest that answers within this many tries to start is left alone; after that the driver gives up until it is asked again.
 const MAX_FAILED_STARTS: u32 = 5;
+
+/// How long a guest that is asked to stop while it boots may take.
+const BOOTING_LIMIT: Duration = Duration::from_secs(1);
 
 /// A VM process and the conversation with its guest.
 struct Running {
@@ -240,6 +244,10 @@ impl Driver {
     async fn adopt(&mut self) {
         let directory = RuntimeDirectory::new(&self.agent.paths().vm_runtime(), &self.id);
         if !directory.path().exists() {
+            // An agent that was killed while it cleaned up may have left what comes after the directory.
+            if cgroup::exists(&self.agent.host_id().mark(), &self.id) {
+                self.clean_up().await;
+            }
             return;
         }
         // It asks the process, which may take its time.
@@ -372,6 +380,7 @@ impl Driver {
                     Some(fault) if failed => self.emit(EventKind::VmUnhealthy, format!("the guest's start failed: {fault}")),
                     _ => self.emit(EventKind::VmReady, "ready"),
                 }
+                reach(Failpoint::GuestReady);
             }
             Update::Status(status) => self.status(&status),
         }
@@ -496,11 +505,15 @@ impl Driver {
             tracing::warn!(vm = %self.id, "it does not go on to shut down: {error}");
         }
         let asked = guest::ask(&control, &Request::Shutdown { reboot: false }, Duration::from_secs(3)).await;
-        if !matches!(asked, Ok(Reply::Done)) {
+        let listens = matches!(asked, Ok(Reply::Done));
+        if !listens {
             // A guest that does not listen may still know a power button.
             let _ = tokio::task::spawn_blocking(move || Client::connect(&control)?.power_button()).await;
         }
-        let limit = Duration::from_millis(SHUTDOWN_TIMEOUT_MS) + Duration::from_secs(10);
+        reach(Failpoint::StopAsked);
+        // One that never reported and does not answer has no service yet: there is nothing to wait long for.
+        let is_booting = running.deadline.is_some() && !listens;
+        let limit = if is_booting { BOOTING_LIMIT } else { Duration::from_millis(SHUTDOWN_TIMEOUT_MS) + Duration::from_secs(10) };
         if tokio::time::timeout(limit, running.process.exited()).await.is_err() {
             self.emit(EventKind::VmExited, "the guest did not power off in time and was ended");
         }
@@ -514,6 +527,7 @@ impl Driver {
         running.process.exited().await;
         running.session.drain().await;
         running.process.reap();
+        reach(Failpoint::StopProcessGone);
         self.clean_up().await;
         self.agent.fleet.update(&self.id, |observed| {
             observed.ready = false;

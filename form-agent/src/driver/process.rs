@@ -12,7 +12,7 @@ use std::{
 };
 
 use form_api::deploy::DeployRequest;
-use form_types::{Digest, VmId};
+use form_types::{Digest, Failpoint, VmId, failpoint::reach};
 use form_vmm::{
     config::VmConfig,
     control::{Client, ExitRecord, VmState},
@@ -29,6 +29,9 @@ use crate::identity::write_atomically;
 
 /// How long a process that is adopted may take to say how it is.
 const ADOPTION: Duration = Duration::from_secs(2);
+
+/// The argument of a VM process that says whose it is: what an agent finds those by that are on no record.
+const NAME: &str = "--name";
 
 /// What a restarted agent needs to find a VM process and to know what it runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -165,6 +168,7 @@ impl Process {
     /// When a file, the socket or the process cannot be made; what was made is removed by [`RuntimeDirectory::remove`].
     pub fn start(launch: &Launch<'_>, directory: &RuntimeDirectory) -> Result<Self, ProcessError> {
         let mut child = spawn(launch.program, directory)?;
+        reach(Failpoint::LaunchProcessSpawned);
         let pid = child.id() as i32;
         let started = (|| {
             if let Some(cgroup) = launch.cgroup {
@@ -183,6 +187,7 @@ impl Process {
             };
             let pidfd = pidfd(pid).map_err(io_error("the VM process's pidfd"))?;
             write_record(directory, &record)?;
+            reach(Failpoint::LaunchProcessRecorded);
             Ok((record, pidfd))
         })();
         match started {
@@ -207,8 +212,11 @@ impl Process {
         };
         let client = Client::connect(&self.directory.control()).map_err(|error| refused(&error))?;
         client.boot(config, descriptors).map_err(|error| refused(&error))?;
+        reach(Failpoint::LaunchBooted);
         self.record.booted = true;
-        write_record(&self.directory, &self.record)
+        write_record(&self.directory, &self.record)?;
+        reach(Failpoint::LaunchBootRecorded);
+        Ok(())
     }
 
     /// Finds the process that an earlier run of the agent started. None when it is gone, another process has its pid, or it never booted.
@@ -271,7 +279,9 @@ pub fn spawn(program: &Path, directory: &RuntimeDirectory) -> Result<Child, Proc
     let output = fs::File::create(directory.output()).map_err(io_error("the VM's output file"))?;
     let errors = output.try_clone().map_err(io_error("the VM's output file"))?;
     Command::new(program)
-        .args(["--control-fd", "0"])
+        .args(["--control-fd", "0", NAME])
+        // The VM's id.
+        .arg(directory.path().file_name().unwrap_or_default())
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::from(listener))
@@ -281,6 +291,30 @@ pub fn spawn(program: &Path, directory: &RuntimeDirectory) -> Result<Child, Proc
         .process_group(0)
         .spawn()
         .map_err(io_error(format!("cannot start {}", program.display())))
+}
+
+/// VM processes of `vm`, on record or not.
+pub fn processes_of(vm: &VmId) -> Vec<i32> {
+    let mark = format!("\0{NAME}\0{vm}\0").into_bytes();
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_one = |pid: &i32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.ends_with(&mark));
+    pids.filter(is_one).collect()
+}
+
+/// Ends every process of a VM that should have none, and waits until they are gone.
+pub async fn end_strays(vm: &VmId) {
+    let id = *vm;
+    let found = tokio::task::spawn_blocking(move || processes_of(&id)).await.unwrap_or_default();
+    for pid in found {
+        tracing::warn!(vm = %vm, pid, "ending a VM process that no agent has on record");
+        let Ok(descriptor) = pidfd(pid) else { continue };
+        // The pid may be another's by now: what the descriptor names is what is looked at.
+        if processes_of(vm).contains(&pid) {
+            let _ = pidfd_send_signal(descriptor.get_ref().as_fd(), Signal::KILL);
+            let _ = tokio::time::timeout(std::time::Duration::from_secs(5), descriptor.readable()).await;
+        }
+    }
 }
 
 fn write_record(directory: &RuntimeDirectory, record: &Record) -> Result<(), ProcessError> {

@@ -1,6 +1,12 @@
 //! The conversation with a running guest: when it is ready, how its service fares, and its log, line by line, onto the host's disk.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use form_api::vm::{GuestDevice, GuestReport, LogLine, LogStream};
 use form_guest::protocol::{
@@ -39,6 +45,8 @@ pub enum Update {
 pub struct Session {
     watch: JoinHandle<()>,
     logs: JoinHandle<()>,
+    /// The VM process is gone: nobody will answer any more.
+    ended: Arc<AtomicBool>,
 }
 
 impl Session {
@@ -61,18 +69,21 @@ impl Session {
             }
         });
         let (agent, control, run) = (Arc::clone(agent), process.control(), process.record.started_at);
+        let ended = Arc::new(AtomicBool::new(false));
+        let has_ended = Arc::clone(&ended);
         let logs = tokio::spawn(async move {
             let writer = Writer::open(&agent.log_directory(&vm), agent.config().log_file_bytes, agent.log_changes(&vm));
             match writer {
-                Ok(writer) => keep_logs(&control, writer, run, paused).await,
+                Ok(writer) => keep_logs(&control, writer, run, paused, &has_ended).await,
                 Err(error) => tracing::error!(vm = %vm, "its log cannot be kept: {error}"),
             }
         });
-        (Self { watch, logs }, updates)
+        (Self { watch, logs, ended }, updates)
     }
 
-    /// Lets the log end when the VM has, and stops listening.
+    /// Lets the log end when the VM process has, and stops listening.
     pub async fn drain(&mut self) {
+        self.ended.store(true, Ordering::Release);
         let _ = tokio::time::timeout(DRAIN, &mut self.logs).await;
         self.logs.abort();
         self.watch.abort();
@@ -114,14 +125,14 @@ async fn watch(control: &std::path::Path, sender: &mpsc::Sender<Update>, told_re
 }
 
 /// Follows the log until the VM process is gone, from where the file ends.
-async fn keep_logs(control: &std::path::Path, mut writer: Writer, run: Timestamp, mut paused: watch::Receiver<bool>) {
+async fn keep_logs(control: &std::path::Path, mut writer: Writer, run: Timestamp, mut paused: watch::Receiver<bool>, ended: &AtomicBool) {
     let mut next = writer.last_sequence(run).map_or(0, |last| last + 1);
     let mut retry = FIRST_RETRY;
     while goes_on(&mut paused).await {
         match follow(control, &mut writer, run, &mut next).await {
             // The guest says that there will be no more: it is powering off.
             Ok(()) => return,
-            Err(GuestError::Control(_)) if !control.exists() => return,
+            Err(GuestError::Control(_)) if ended.load(Ordering::Acquire) || !control.exists() => return,
             Err(error) => tracing::trace!("following a log: {error}"),
         }
         sleep(retry).await;

@@ -86,6 +86,7 @@ pub async fn remove(
     let (caller, _) = changing(&agent, request).await?;
     let reference: ImageReference = parsed(&reference)?;
     blocking(move || {
+        agent.use_headroom();
         let opening = Opening {
             kind: OperationKind::ImageRemove,
             vm: None,

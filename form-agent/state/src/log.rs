@@ -3,10 +3,11 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
+    sync::{PoisonError, RwLock},
 };
 
 use borsh::{BorshDeserialize, BorshSerialize};
-use form_types::{ClusterId, PublicKey};
+use form_types::{ClusterId, Failpoint, PublicKey, failpoint::reach};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
 use crate::{change::ChangeHash, error::StateError, write::Document};
@@ -86,28 +87,43 @@ pub(crate) struct Append {
 
 #[derive(Debug)]
 pub(crate) struct Log {
-    database: Database,
+    /// None while it could not be opened again.
+    database: RwLock<Option<Database>>,
     path: PathBuf,
+}
+
+fn open(path: &Path) -> Result<Database, StateError> {
+    // A damaged file may trip an assertion in the database instead of an error.
+    let opened = catch_unwind(|| Database::builder().set_cache_size(CACHE_BYTES).create(path))
+        .map_err(|_| StateError::corrupt(path, "the database cannot be read"))?;
+    opened.map_err(|error| StateError::storage(path, error))
 }
 
 impl Log {
     /// Opens or makes the database at `path` for this host of this cluster.
     pub fn open(path: &Path, host: &PublicKey, cluster: &ClusterId) -> Result<Self, StateError> {
-        // A damaged file may trip an assertion in the database instead of an error.
-        let opened = catch_unwind(|| Database::builder().set_cache_size(CACHE_BYTES).create(path))
-            .map_err(|_| StateError::corrupt(path, "the database cannot be read"))?;
-        let database = opened.map_err(|error| StateError::storage(path, error))?;
-        let log = Self { database, path: path.to_owned() };
+        let log = Self { database: RwLock::new(Some(open(path)?)), path: path.to_owned() };
         log.claim(host, cluster)?;
         Ok(log)
     }
 
     /// Runs `work` on the database; a panic in there means damage.
-    fn guard<T>(&self, work: impl FnOnce() -> Result<T, redb::Error>) -> Result<T, StateError> {
-        match catch_unwind(AssertUnwindSafe(work)) {
+    fn guard<T>(&self, work: impl FnOnce(&Database) -> Result<T, redb::Error>) -> Result<T, StateError> {
+        let database = self.database.read().unwrap_or_else(PoisonError::into_inner);
+        let database = database.as_ref().ok_or_else(|| StateError::Broken { path: self.path.clone() })?;
+        match catch_unwind(AssertUnwindSafe(|| work(database))) {
             Ok(result) => result.map_err(|error| self.translate(error)),
             Err(_) => Err(self.corrupt("the database broke off")),
         }
+    }
+
+    /// Opens the file anew, which is what the database wants after any error of the file system, a full disk included.
+    pub fn reopen(&self) -> Result<(), StateError> {
+        let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        // The old one holds the file's lock.
+        *database = None;
+        *database = Some(open(&self.path)?);
+        Ok(())
     }
 
     fn translate(&self, error: redb::Error) -> StateError {
@@ -124,8 +140,8 @@ impl Log {
 
     /// Makes the tables, and checks that the file is this host's.
     fn claim(&self, host: &PublicKey, cluster: &ClusterId) -> Result<(), StateError> {
-        let (format, found_cluster, found_host) = self.guard(|| {
-            let transaction = self.database.begin_write()?;
+        let (format, found_cluster, found_host) = self.guard(|database| {
+            let transaction = database.begin_write()?;
             let found = {
                 let mut meta = transaction.open_table(META)?;
                 if meta.get("format")?.is_none() {
@@ -167,8 +183,8 @@ impl Log {
     /// Appends, durably: when this returns, it is on the disk.
     pub fn append(&self, append: &Append) -> Result<(), StateError> {
         let encode = |value: std::io::Result<Vec<u8>>| value.map_err(redb::Error::Io);
-        self.guard(|| {
-            let transaction = self.database.begin_write()?;
+        self.guard(|database| {
+            let transaction = database.begin_write()?;
             {
                 let mut log = transaction.open_table(LOG)?;
                 let mut nodes = transaction.open_table(NODES)?;
@@ -187,14 +203,16 @@ impl Log {
                     proofs.insert((&document.to_bytes(), author.as_bytes()), encode(borsh::to_vec(proof))?.as_slice())?;
                 }
             }
+            reach(Failpoint::StateSigned);
             transaction.commit()?;
+            reach(Failpoint::StateStored);
             Ok(())
         })
     }
 
     pub fn node(&self, hash: &ChangeHash) -> Result<Option<Node>, StateError> {
-        let bytes = self.guard(|| {
-            let nodes = self.database.begin_read()?.open_table(NODES)?;
+        let bytes = self.guard(|database| {
+            let nodes = database.begin_read()?.open_table(NODES)?;
             Ok(nodes.get(hash.as_bytes())?.map(|value| value.value().to_vec()))
         })?;
         bytes.map(|bytes| self.decode("a change's place", &bytes)).transpose()
@@ -202,15 +220,15 @@ impl Log {
 
     /// The signed change at a position of a document.
     pub fn signed(&self, document: &[u8; 33], position: u64) -> Result<Option<Vec<u8>>, StateError> {
-        self.guard(|| {
-            let log = self.database.begin_read()?.open_table(LOG)?;
+        self.guard(|database| {
+            let log = database.begin_read()?.open_table(LOG)?;
             Ok(log.get((document, position))?.map(|value| value.value().to_vec()))
         })
     }
 
     pub fn hash_of(&self, document: Document, author: &PublicKey, seq: u64) -> Result<Option<ChangeHash>, StateError> {
-        self.guard(|| {
-            let authors = self.database.begin_read()?.open_table(AUTHORS)?;
+        self.guard(|database| {
+            let authors = database.begin_read()?.open_table(AUTHORS)?;
             Ok(authors.get((&document.to_bytes(), author.as_bytes(), seq))?.map(|value| ChangeHash(*value.value())))
         })
     }
@@ -218,8 +236,8 @@ impl Log {
     /// The last change of each author of each document.
     pub fn clocks(&self) -> Result<Vec<(Document, PublicKey, u64, ChangeHash)>, StateError> {
         // Per author only the last row counts; a range per author finds it without reading the others.
-        let rows = self.guard(|| {
-            let authors = self.database.begin_read()?.open_table(AUTHORS)?;
+        let rows = self.guard(|database| {
+            let authors = database.begin_read()?.open_table(AUTHORS)?;
             let mut rows = Vec::new();
             let mut upper: Option<([u8; 33], [u8; 32])> = None;
             loop {
@@ -243,16 +261,16 @@ impl Log {
     }
 
     pub fn snapshot(&self, document: Document) -> Result<Option<(u64, Vec<u8>)>, StateError> {
-        self.guard(|| {
-            let snapshots = self.database.begin_read()?.open_table(SNAPSHOTS)?;
+        self.guard(|database| {
+            let snapshots = database.begin_read()?.open_table(SNAPSHOTS)?;
             Ok(snapshots.get(&document.to_bytes())?.map(|value| (value.value().0, value.value().1.to_vec())))
         })
     }
 
     /// The first signed change of `document` at or after `from`, with its position.
     pub fn next(&self, document: Document, from: u64) -> Result<Option<(u64, Vec<u8>)>, StateError> {
-        self.guard(|| {
-            let log = self.database.begin_read()?.open_table(LOG)?;
+        self.guard(|database| {
+            let log = database.begin_read()?.open_table(LOG)?;
             let name = document.to_bytes();
             let row = log.range((&name, from)..=(&name, u64::MAX))?.next().transpose()?;
             Ok(row.map(|(key, value)| (key.value().1, value.value().to_vec())))
@@ -261,8 +279,8 @@ impl Log {
 
     /// The last signed change of `document` before the position `before`.
     pub fn previous(&self, document: Document, before: u64) -> Result<Option<(u64, Vec<u8>)>, StateError> {
-        self.guard(|| {
-            let log = self.database.begin_read()?.open_table(LOG)?;
+        self.guard(|database| {
+            let log = database.begin_read()?.open_table(LOG)?;
             let name = document.to_bytes();
             let row = log.range((&name, 0)..(&name, before))?.next_back().transpose()?;
             Ok(row.map(|(key, value)| (key.value().1, value.value().to_vec())))
@@ -272,8 +290,8 @@ impl Log {
     /// The position after the last change of all documents.
     pub fn end(&self, documents: impl Iterator<Item = Document>) -> Result<u64, StateError> {
         let names: Vec<_> = documents.map(Document::to_bytes).collect();
-        self.guard(|| {
-            let log = self.database.begin_read()?.open_table(LOG)?;
+        self.guard(|database| {
+            let log = database.begin_read()?.open_table(LOG)?;
             let mut end = 0;
             for name in names {
                 if let Some(row) = log.range((&name, 0)..=(&name, u64::MAX))?.next_back() {
@@ -285,8 +303,8 @@ impl Log {
     }
 
     pub fn proofs(&self) -> Result<Vec<(Document, PublicKey, Proof)>, StateError> {
-        let rows = self.guard(|| {
-            let proofs = self.database.begin_read()?.open_table(PROOFS)?;
+        let rows = self.guard(|database| {
+            let proofs = database.begin_read()?.open_table(PROOFS)?;
             let mut rows = Vec::new();
             for row in proofs.iter()? {
                 let (key, value) = row?;

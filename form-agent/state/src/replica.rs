@@ -246,10 +246,14 @@ impl Replica {
     fn keep(&self, state: &mut State, outcome: Option<Outcome>) -> Result<Vec<ChangeSummary>, StateError> {
         let Some(outcome) = outcome else { return Ok(Vec::new()) };
         if state.broken {
-            return Err(StateError::Broken { path: self.log.path().to_owned() });
+            self.mend(state)?;
         }
         if let Err(error) = self.log.append(&outcome.append) {
             state.broken = true;
+            // Mended at once when it can be: what failed for want of room is not there, and the next change may find some.
+            if let Err(again) = self.mend(state) {
+                tracing::error!(path = %self.log.path().display(), "the state takes no changes: {again}");
+            }
             return Err(error);
         }
         state.end = outcome.end;
@@ -266,6 +270,18 @@ impl Replica {
         *lock(&self.generation) = outcome.end;
         self.changed.notify_all();
         Ok(outcome.summaries)
+    }
+
+    /// Opens the log again after a write that failed, and goes on when it ends where the state in memory does.
+    fn mend(&self, state: &mut State) -> Result<(), StateError> {
+        self.log.reopen()?;
+        let end = self.log.end(state.documents.keys().copied())?;
+        // A change that is on the disk after all was reported as lost: only a new start reads it in.
+        if end > state.end {
+            return Err(StateError::Broken { path: self.log.path().to_owned() });
+        }
+        state.broken = false;
+        Ok(())
     }
 
     /// Keeps a verified proof against an author; `true` when there was none.

@@ -14,7 +14,7 @@ use std::{
 };
 
 use form_bundle::{BlockMap, blocks};
-use form_types::Digest;
+use form_types::{Digest, Failpoint, failpoint::reach};
 
 use crate::{
     durable::{Draft, TEMPORARY, clear_temporary, make_dir},
@@ -59,7 +59,9 @@ impl Incoming {
         if let Some(parent) = path.parent() {
             make_dir(parent)?;
         }
-        fs::rename(&temporary, &path).map_err(StoreError::io("keep a block in", &self.root))
+        fs::rename(&temporary, &path).map_err(StoreError::io("keep a block in", &self.root))?;
+        reach(Failpoint::BlockKept);
+        Ok(())
     }
 
     /// The plain bytes. A block that does not have its digest any more is removed, and counts as not there.

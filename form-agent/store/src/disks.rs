@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use form_types::{Digest, VmId};
+use form_types::{Digest, Failpoint, VmId, failpoint::reach};
 use imago::{
     DenyImplicitOpenGate, FormatCreateBuilder, FormatDriverBuilder,
     file::File as ImageFile,
@@ -88,7 +88,9 @@ impl Store {
         let record = Record { format, image: *image, size_bytes };
         let path = draft.path().join(DISK);
         write_file(&path, &to_json(&path, &record)?, 0o600)?;
+        reach(Failpoint::DiskDrafted);
         draft.publish(&directory)?;
+        reach(Failpoint::DiskMade);
         Ok(self.disk_files(vm, record))
     }
 

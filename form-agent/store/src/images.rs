@@ -6,7 +6,7 @@ use std::{
 };
 
 use form_bundle::{Manifest, manifest::MAX_MANIFEST_BYTES};
-use form_types::{Digest, ImageReference, Name};
+use form_types::{Digest, Failpoint, ImageReference, Name, failpoint::reach};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -77,6 +77,7 @@ impl Store {
         let draft = Draft::new(&self.images)?;
         let rootfs = draft.path().join(ROOTFS);
         assembler.write(&rootfs, map)?;
+        reach(Failpoint::ImageAssembled);
         write_file(&draft.path().join(MANIFEST), manifest_text, 0o444)?;
         let record = Record {
             version: self.next_version(&manifest.name)?,
@@ -86,9 +87,11 @@ impl Store {
             created_at: Timestamp::now(),
             seal: Seal::of(&rootfs)?,
         };
+        reach(Failpoint::ImageVersionTaken);
         let entry = draft.path().join(ENTRY);
         write_file(&entry, &to_json(&entry, &record)?, 0o444)?;
         draft.publish(&self.image_dir(&digest))?;
+        reach(Failpoint::ImagePublished);
         for (_, block) in map.iter() {
             self.incoming.remove(block);
         }

@@ -11,7 +11,7 @@ use form_bundle::{
     KernelManifest, ModuleSet, blocks, initramfs,
     kernel::{MANIFEST_FILE, VMLINUX_FILE, module_path},
 };
-use form_types::Digest;
+use form_types::{Digest, Failpoint, failpoint::reach};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -81,7 +81,9 @@ impl Store {
         };
         let entry = draft.path().join(ENTRY);
         write_file(&entry, &to_json(&entry, &record)?, 0o444)?;
+        reach(Failpoint::KernelAssembled);
         draft.publish(&self.kernel_dir(&digest))?;
+        reach(Failpoint::KernelPublished);
         for block in &wanted {
             self.incoming.remove(block);
         }

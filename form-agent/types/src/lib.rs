@@ -3,6 +3,7 @@
 //! Nothing here does I/O. A value of one of these types is valid by construction: parse at the edge, trust inside.
 
 pub mod digest;
+pub mod failpoint;
 pub mod id;
 pub mod key;
 pub mod name;
@@ -13,6 +14,7 @@ pub mod spec;
 pub mod volume;
 
 pub use digest::Digest;
+pub use failpoint::Failpoint;
 pub use id::{ClusterId, HostId, IdempotencyKey, OperationId, VmId, VolumeId};
 pub use key::{PublicKey, SecretKey, Signature};
 pub use name::{ImageReference, Name};

@@ -8,8 +8,9 @@ use lexopt::ValueExt;
 use lexopt::prelude::{Long, Short, Value};
 
 pub const USAGE: &str = "\
-usage: form-vmm --control-fd N
+usage: form-vmm --control-fd N [--name TEXT]
            Wait for a configuration on the listening SOCK_SEQPACKET socket that was inherited as descriptor N.
+           The name is for those who list processes.
        form-vmm run --kernel FILE [option]...
            Open the files of one VM and run it with its console on standard input and output.
              --initrd FILE          a segment of the initramfs; may be repeated
@@ -75,10 +76,13 @@ pub fn parse(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
         Some(Value(verb)) if verb == "run" => run(parser),
         Some(Long("control-fd")) => {
             let control_fd = parser.value()?.parse()?;
-            match parser.next()? {
-                Some(argument) => Err(argument.unexpected()),
-                None => Ok(Command::Serve { control_fd }),
+            while let Some(argument) = parser.next()? {
+                match argument {
+                    Long("name") => drop(parser.value()?),
+                    other => return Err(other.unexpected()),
+                }
             }
+            Ok(Command::Serve { control_fd })
         }
         Some(Long("help") | Short('h')) => Ok(Command::Help),
         Some(argument) => Err(argument.unexpected()),
@@ -237,5 +241,7 @@ mod tests {
             assert!(parsed(wrong).is_err(), "{wrong:?}");
         }
         assert_eq!(parsed(&["--control-fd", "3"]).unwrap(), Command::Serve { control_fd: 3 });
+        assert_eq!(parsed(&["--control-fd", "3", "--name", "web"]).unwrap(), Command::Serve { control_fd: 3 });
+        assert!(parsed(&["--control-fd", "3", "--name"]).is_err());
     }
 }

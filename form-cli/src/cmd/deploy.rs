@@ -2,9 +2,10 @@ use std::time::Duration;
 
 use form_api::{
     client::Client,
+    operation::{Operation, OperationsQuery},
     vm::{Vm, VmDetail, VmState},
 };
-use form_types::{IdempotencyKey, spec::RestartPolicy};
+use form_types::{IdempotencyKey, Name, spec::RestartPolicy};
 use tokio::time::Instant;
 
 use crate::{
@@ -34,6 +35,10 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     let name = &request.spec.name;
     let plan = client.plan(request).await?;
     if plan.is_unchanged() {
+        if let Some(operation) = under_way(&client, name).await? {
+            session.terminal.note(format!("{name} is unchanged, and a {} of it is under way", operation.kind.as_str()));
+            let _ = settle(session, &client, operation).await?;
+        }
         let vm = client.vm(name).await?.vm;
         session.terminal.note(format!("{name} is unchanged: nothing to do"));
         if matches!(vm.state, VmState::Stopped | VmState::Failed) {
@@ -55,6 +60,13 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     sandbox::publish(session, &client).await;
     let vm = ready(session, &client, &prepared.request).await?;
     show(session, &vm)
+}
+
+/// What somebody asked for about this VM and is not done yet.
+async fn under_way(client: &Client, name: &Name) -> Result<Option<Operation>, Failure> {
+    let newest = client.operations(&OperationsQuery { limit: Some(50) }).await?;
+    let subject = format!("vm/{name}");
+    Ok(newest.into_iter().find(|operation| operation.subject == subject && !operation.status.is_final()))
 }
 
 /// Waits until it is as good as the Formfile says it can be.

@@ -216,6 +216,25 @@ fn first_line(text: &str) -> String {
     if line.chars().count() > LONGEST { line.chars().take(LONGEST).chain(['…']).collect() } else { line.to_owned() }
 }
 
+/// Whether the build ended because a disk is full. Tools say so in the words of strerror(3).
+fn is_full(error: &BuildError, message: &str) -> bool {
+    const WORDS: &str = "No space left on device";
+    let in_tail = matches!(error, BuildError::StepFailed { tail, .. } if tail.iter().any(|line| line.contains(WORDS)));
+    let in_kind = matches!(error, BuildError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull);
+    in_tail || in_kind || message.contains(WORDS)
+}
+
+fn no_room(failure: Failure, error: &BuildError) -> Failure {
+    let cache = cache().map(|paths| paths.root().display().to_string()).unwrap_or_default();
+    let temporary = std::env::temp_dir();
+    let hint = format!(
+        "free some space on the disk of the build cache {cache} or of {}, or set XDG_CACHE_HOME and TMPDIR to places that have some",
+        temporary.display()
+    );
+    let tail = if let BuildError::StepFailed { tail, .. } = error { tail.clone() } else { Vec::new() };
+    failure.tail("last lines of the step", tail).hint(hint)
+}
+
 pub fn failure(error: &BuildError) -> Failure {
     let mut message = error.to_string();
     let mut cause = std::error::Error::source(error);
@@ -226,6 +245,9 @@ pub fn failure(error: &BuildError) -> Failure {
             message = format!("{message}: {text}");
         }
         cause = inner.source();
+    }
+    if is_full(error, &message) {
+        return no_room(Failure::failed(message), error);
     }
     let failure = Failure::failed(message);
     match error {

@@ -105,6 +105,14 @@ impl Terminal {
         }
     }
 
+    /// Columns of the terminal that shows standard error, where progress is drawn.
+    fn error_width(&self) -> usize {
+        rustix::termios::tcgetwinsize(io::stderr())
+            .ok()
+            .filter(|size| size.ws_col > 0)
+            .map_or(DEFAULT_WIDTH, |size| usize::from(size.ws_col))
+    }
+
     pub const fn format(&self) -> Format {
         self.wishes.format
     }

@@ -20,12 +20,16 @@ pub struct Bar {
     bar: ProgressBar,
 }
 
+/// Columns that a bar with all its figures needs.
+const ROOMY: usize = 72;
+
 impl Terminal {
     /// Says that a step begins.
     pub fn step(&self, text: impl Into<String>) -> Step<'_> {
         let text = printable(&text.into());
         let bar = self.progress.add(ProgressBar::new_spinner());
-        bar.set_style(ProgressStyle::with_template("{spinner} {msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        // Cut off at the terminal's edge: what wraps cannot be taken away again cleanly.
+        bar.set_style(ProgressStyle::with_template("{spinner} {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
         bar.set_message(text.clone());
         if self.progress.is_hidden() {
             self.note(&text);
@@ -38,7 +42,11 @@ impl Terminal {
     /// Shows how much of `total` bytes has moved; its text has been said by a [`Step`] before.
     pub fn bar(&self, total: u64) -> Bar {
         let bar = self.progress.add(ProgressBar::new(total));
-        let template = "  {bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
+        let template = if self.error_width() < ROOMY {
+            "  {wide_bar} {bytes}/{total_bytes}"
+        } else {
+            "  {bar:30} {bytes}/{total_bytes} {bytes_per_sec}"
+        };
         bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
         Bar { bar }
     }

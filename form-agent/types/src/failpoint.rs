@@ -1,0 +1,155 @@
+//! Places at which an agent may be killed by a test: every step after which a crash leaves something half done.
+//!
+//! [`reach`] costs nothing in a build without debug assertions, and does nothing in one with them until somebody has said with
+//! [`on_reach`] what to do. The agent says so when the variable `FORM_FAILPOINT` names a point. A test walks [`Failpoint::ALL`].
+
+use std::str::FromStr;
+#[cfg(debug_assertions)]
+use std::sync::OnceLock;
+
+macro_rules! failpoints {
+    ($($(#[$doc:meta])* $point:ident = $name:literal,)*) => {
+        /// One such place, named after what has just been done there.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Failpoint {
+            $($(#[$doc])* $point,)*
+        }
+
+        impl Failpoint {
+            /// Every point there is.
+            pub const ALL: &[Self] = &[$(Self::$point,)*];
+
+            /// As `FORM_FAILPOINT` names it.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$point => $name,)*
+                }
+            }
+        }
+    };
+}
+
+failpoints! {
+    /// A block of an upload has its name in the store.
+    BlockKept = "upload.block-kept",
+    /// The files of a kernel bundle are written and have no name yet.
+    KernelAssembled = "kernel.assembled",
+    /// A kernel bundle has its name.
+    KernelPublished = "kernel.published",
+    /// The file of an image is written and has no name yet.
+    ImageAssembled = "image.assembled",
+    /// The image's version is taken.
+    ImageVersionTaken = "image.version-taken",
+    /// An image has its name; its blocks still wait among the uploaded ones.
+    ImagePublished = "image.published",
+    /// An operation is on record as executing; nothing has been done for it.
+    OperationRecorded = "operation.recorded",
+    /// A change of the state is signed and not yet on the disk.
+    StateSigned = "state.signed",
+    /// A change of the state is on the disk.
+    StateStored = "state.stored",
+    /// A deploy has noted where it leads, and has changed nothing.
+    DeployRemembered = "deploy.remembered",
+    /// What a deploy asks for is in the state; the operation does not know yet that it is.
+    DeploySubmitted = "deploy.submitted",
+    /// The operation knows it too; the driver has not been told.
+    DeployRecorded = "deploy.recorded",
+    /// A VM's directory says what its disk will be made from.
+    DiskRecorded = "disk.recorded",
+    /// A disk is made and has no name yet.
+    DiskDrafted = "disk.drafted",
+    /// A disk has its name.
+    DiskMade = "disk.made",
+    /// The old disk is gone and the new one is not there.
+    DiskRetired = "disk.retired",
+    /// All files of a start are open.
+    LaunchOpened = "launch.opened",
+    /// A VM has its runtime directory.
+    LaunchDirectoryMade = "launch.directory-made",
+    /// The firewall and the names know the VM.
+    LaunchRulesSet = "launch.rules-set",
+    /// The tap is there.
+    LaunchTapMade = "launch.tap-made",
+    /// The cgroup is there.
+    LaunchCgroupMade = "launch.cgroup-made",
+    /// A VM process runs that is on no record.
+    LaunchProcessSpawned = "launch.process-spawned",
+    /// The VM process is on record and has no VM yet.
+    LaunchProcessRecorded = "launch.process-recorded",
+    /// The guest runs; the record says that it does not.
+    LaunchBooted = "launch.booted",
+    /// The record says so too.
+    LaunchBootRecorded = "launch.boot-recorded",
+    /// The guest has reported.
+    GuestReady = "guest.ready",
+    /// A deploy has what it waited for.
+    DeployHealthy = "deploy.healthy",
+    /// The deploy is kept as the one to go back to; the operation is still executing.
+    DeployKept = "deploy.kept",
+    /// An operation has ended on record; nobody has been told.
+    OperationEnded = "operation.ended",
+    /// The state holds the old version again after a deploy that failed.
+    RollbackSubmitted = "rollback.submitted",
+    /// A start, stop, restart or destroy is in the state; the driver has not been told.
+    LifecycleSubmitted = "lifecycle.submitted",
+    /// The guest has been asked to power off.
+    StopAsked = "stop.asked",
+    /// The VM process is gone, everything around it is still there.
+    StopProcessGone = "stop.process-gone",
+    /// The tap is removed.
+    CleanTapRemoved = "clean.tap-removed",
+    /// The runtime directory is removed.
+    CleanDirectoryRemoved = "clean.directory-removed",
+    /// The cgroup is removed; the firewall still knows the VM.
+    CleanCgroupRemoved = "clean.cgroup-removed",
+    /// The disk of a VM that nobody wants is removed.
+    RemoveDiskRemoved = "remove.disk-removed",
+    /// Its directory is removed; there is still its log.
+    RemoveDirectoryRemoved = "remove.directory-removed",
+    /// Nothing of it is left.
+    RemoveLogRemoved = "remove.log-removed",
+}
+
+impl FromStr for Failpoint {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        Self::ALL.iter().copied().find(|point| point.as_str() == name).ok_or_else(|| {
+            let known = Self::ALL.iter().map(|point| point.as_str()).collect::<Vec<_>>().join(", ");
+            format!("`{name}` is no failpoint; there are {known}")
+        })
+    }
+}
+
+#[cfg(debug_assertions)]
+static HOOK: OnceLock<fn(Failpoint)> = OnceLock::new();
+
+/// Says what to do at every point from now on. The first one who says so is heard.
+#[cfg(debug_assertions)]
+pub fn on_reach(hook: fn(Failpoint)) {
+    let _ = HOOK.set(hook);
+}
+
+/// The program has come to this point.
+#[inline]
+pub fn reach(point: Failpoint) {
+    #[cfg(debug_assertions)]
+    if let Some(hook) = HOOK.get() {
+        hook(point);
+    }
+    #[cfg(not(debug_assertions))]
+    let _ = point;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_and_are_unique() {
+        for point in Failpoint::ALL {
+            assert_eq!(point.as_str().parse(), Ok(*point));
+        }
+        assert!("deploy.nonsense".parse::<Failpoint>().unwrap_err().contains("disk.made"));
+    }
+}
