@@ -243,6 +243,70 @@ box
 }
 
 #[test]
+fn images_built_here_are_listed_shown_verified_and_removed() {
+    let place = Place::new();
+    place.write("Formfile", "NAME app\nFROM scratch\nCOPY file /file\nWORKDIR /\nENTRYPOINT [\"/file\"]\n");
+    place.write("file", &"x".repeat(100_000));
+    assert_eq!(place.run(&["image", "ls", "--local", "-o", "json"]).out.trim(), "[]");
+    for verb in [vec!["show", "--local"], vec!["verify"], vec!["rm", "--local"]] {
+        let run = place.run(&[vec!["image"], verb, vec!["app"]].concat());
+        assert_eq!((run.code, run.out.as_str()), (3, ""), "nobody is asked about what is not there: {}", run.err);
+        assert_data_eq!(
+            run.err,
+            str![[r#"
+error: no image `app` was built on this machine
+hint: `form image ls --local` lists them
+
+"#]]
+        );
+    }
+    let built = place.run(&["build"]);
+    assert_eq!(built.code, 0, "{}", built.err);
+    assert_data_eq!(
+        built.err,
+        str![[r#"
+[1/2] FROM scratch
+  [..] changed[..]
+[2/2] COPY file /file
+  [..] changed[..]
+
+"#]]
+    );
+    assert!(built.out.starts_with("app:1  "), "{}", built.out);
+    assert_data_eq!(
+        place.run(&["build"]).err,
+        str![[r#"
+[1/2] FROM scratch: cached
+[2/2] COPY file /file: cached
+
+"#]]
+    );
+    let shown = place.run(&["image", "show", "--local", "app"]).out;
+    assert!(shown.contains("image    app:1\n") && shown.contains("  COPY file /file ("), "{shown}");
+    let json: serde_json::Value = serde_json::from_str(&place.run(&["image", "show", "--local", "app:1", "-o", "json"]).out).unwrap();
+    assert_eq!((&json["version"], json["layers"].as_array().map(Vec::len)), (&1.into(), Some(2)));
+    assert!(place.run(&["image", "verify", "app"]).out.contains("blocks are as they should be"));
+
+    // A block that is not what its name says.
+    let mut blocks: Vec<_> = files_below(&place.path("home/.cache/form/blocks"));
+    blocks.sort();
+    std::fs::write(&blocks[0], "damaged").unwrap();
+    let bad = place.run(&["image", "verify", "app"]);
+    assert_eq!(bad.code, 1);
+    assert!(bad.err.contains("1 block of ") && bad.err.contains("form build --no-cache"), "{}", bad.err);
+    assert_eq!(place.run(&["image", "rm", "--local", "app"]).code, 2, "off a terminal nobody can be asked");
+    let removed = place.run(&["image", "rm", "--local", "app", "-y"]);
+    assert_eq!((removed.code, removed.out.as_str()), (0, "app: removed\n"), "{}", removed.err);
+    assert_eq!(place.run(&["image", "show", "--local", "app"]).code, 3);
+}
+
+/// Every file below a directory.
+fn files_below(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+}
+
+#[test]
 fn a_reader_who_has_seen_enough_ends_it_quietly() {
     let place = Place::new();
     place.write("Formfile", GOOD);

@@ -9,9 +9,9 @@ use crate::{BuildError, CachePaths, block_store::BlockStore, layer::write_whole}
 
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    #[error("there is no image `{0}`: `form image ls` lists those there are")]
+    #[error("no image `{0}` was built on this machine")]
     NotFound(ImageReference),
-    #[error("the manifest of image `{image}` is damaged: remove it with `form image rm {image}` and build it again")]
+    #[error("the manifest of image `{image}` is damaged: remove it with `form image rm --local {image}` and build it again")]
     Manifest { image: ImageReference, source: ManifestError },
     #[error("cannot use {path}")]
     Io { path: PathBuf, source: io::Error },

@@ -191,6 +191,7 @@ impl View<'_> {
                 None => self.session.terminal.note(format!("  {}", printable(&line))),
             },
             Event::Cached => self.end("cached"),
+            Event::Finished { changed_bytes: 0 } => self.end("nothing changed"),
             Event::Finished { changed_bytes } => self.end(&format!("{} changed", bytes(changed_bytes))),
             Event::Failed => self.step = None,
         }

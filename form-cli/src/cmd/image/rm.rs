@@ -1,5 +1,5 @@
 use clap_complete::engine::ArgValueCompleter;
-use form_image::{BuildEvent, Builder};
+use form_image::{BuildEvent, Builder, StoreError};
 use form_types::ImageReference;
 use serde::Serialize;
 
@@ -7,7 +7,7 @@ use super::{failure, store};
 use crate::{
     complete,
     deploy::build::{self, cache},
-    failure::Outcome,
+    failure::{Failure, Outcome},
     operation::{each, settle},
     session::Session,
     ui::bytes,
@@ -31,6 +31,12 @@ struct Removed {
 }
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
+    if args.local {
+        // Before the question: nobody is asked about what is not there.
+        for reference in &args.images {
+            store()?.get(reference).map(drop).or_else(|error| missing(&error))?;
+        }
+    }
     let names: Vec<String> = args.images.iter().map(ToString::to_string).collect();
     let place = if args.local { "this machine" } else { "the host" };
     session.terminal.confirm(&format!("Remove {} from {place}?", names.join(", ")))?;
@@ -43,6 +49,14 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
         session.terminal.done(&operation, &reference.to_string(), &format!("{reference}: removed"))
     })
     .await
+}
+
+/// One that is damaged can be removed all the same.
+fn missing(error: &StoreError) -> Result<(), Failure> {
+    match error {
+        StoreError::NotFound(_) => Err(failure(error)),
+        _ => Ok(()),
+    }
 }
 
 async fn local(args: &Args, session: &Session) -> Outcome {

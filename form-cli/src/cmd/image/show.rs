@@ -1,6 +1,10 @@
 use clap_complete::engine::ArgValueCompleter;
-use form_types::ImageReference;
+use form_bundle::manifest::HistoryEntry;
+use form_types::{Digest, ImageReference, Name};
+use jiff::Timestamp;
+use serde::Serialize;
 
+use super::{failure, store};
 use crate::{
     complete,
     failure::Outcome,
@@ -14,9 +18,28 @@ pub struct Args {
     /// NAME or NAME:VERSION
     #[arg(add = ArgValueCompleter::new(complete::images))]
     image: ImageReference,
+    /// One built on this machine instead, with its layers
+    #[arg(long)]
+    local: bool,
+}
+
+#[derive(Serialize)]
+struct Local {
+    name: Name,
+    version: u32,
+    digest: Digest,
+    size_bytes: u64,
+    stored_bytes: u64,
+    created_at: Timestamp,
+    packages: std::collections::BTreeMap<String, String>,
+    /// The base first.
+    layers: Vec<HistoryEntry>,
 }
 
 pub async fn run(args: &Args, session: &Session) -> Outcome {
+    if args.local {
+        return local(&args.image, session);
+    }
     let image = session.client()?.image(&args.image).await?;
     let users: Vec<&str> = image.used_by.iter().map(|name| name.as_str()).collect();
     let reference = format!("{}:{}", image.name, image.version);
@@ -27,6 +50,35 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .field("stored", bytes(image.stored_bytes))
         .field("created", image.created_at)
         .field("used by", users.join(", "));
+    session.terminal.show(&image, &record)?;
+    Ok(0)
+}
+
+fn local(image: &ImageReference, session: &Session) -> Outcome {
+    let (found, manifest) = store()?.get(image).map_err(|error| failure(&error))?;
+    let image = Local {
+        name: found.name,
+        version: found.version,
+        digest: found.digest,
+        size_bytes: found.size,
+        stored_bytes: found.stored_bytes,
+        created_at: Timestamp::try_from(found.created).unwrap_or(Timestamp::UNIX_EPOCH),
+        packages: manifest.packages,
+        layers: manifest.history,
+    };
+    let reference = format!("{}:{}", image.name, image.version);
+    let changed = |layer: &HistoryEntry| bytes(layer.changed_blocks * form_bundle::BLOCK_SIZE as u64);
+    let layers: Vec<String> = image.layers.iter().map(|layer| format!("{} ({})", layer.text, changed(layer))).collect();
+    let packages: Vec<String> = image.packages.iter().map(|(name, version)| format!("{name} {version}")).collect();
+    let record = Record::new(&reference)
+        .field("image", &reference)
+        .field("digest", image.digest)
+        .field("size", bytes(image.size_bytes))
+        .field("stored", bytes(image.stored_bytes))
+        .field("created", image.created_at)
+        .field("layers", layers.join("\n"))
+        .field("packages", if packages.is_empty() { String::new() } else { packages.len().to_string() })
+        .wide("versions", packages.join("\n"));
     session.terminal.show(&image, &record)?;
     Ok(0)
 }
