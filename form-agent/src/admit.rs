@@ -1,7 +1,10 @@
 //! Whether a host can take a VM, and why not. Pure.
 
 use form_api::{ApiError, ErrorCode, deploy::DeployRequest};
-use form_types::{Name, spec::Protocol};
+use form_types::{
+    Name,
+    spec::{Protocol, Resources},
+};
 
 use crate::headroom;
 
@@ -19,6 +22,33 @@ pub struct Capacity {
     pub max_vms: u32,
     /// Published by other VMs.
     pub ports_taken: Vec<(Protocol, u16, Name)>,
+}
+
+/// Whether the request is one that a Formfile could have made: the parser checks the same for those who use it.
+///
+/// # Errors
+/// `invalid`, naming the field.
+pub fn check_valid(request: &DeployRequest) -> Result<(), ApiError> {
+    let spec = &request.spec;
+    let Resources { vcpus, memory_mib, disk_gib, .. } = spec.resources;
+    let ranges = [
+        ("vcpus", u64::from(vcpus), u64::from(*Resources::VCPUS.start())..=u64::from(*Resources::VCPUS.end())),
+        ("memory_mib", memory_mib, Resources::MEMORY_MIB),
+        ("disk_gib", disk_gib, Resources::DISK_GIB),
+    ];
+    for (field, value, range) in ranges {
+        if !range.contains(&value) {
+            let message = format!("resources.{field} is {value}: it must be between {} and {}", range.start(), range.end());
+            return Err(ApiError::new(ErrorCode::Invalid, message));
+        }
+    }
+    if spec.ports.iter().any(|port| port.port == 0 || port.host_port == Some(0)) {
+        return Err(ApiError::new(ErrorCode::Invalid, "there is no port 0: ports are from 1 to 65535"));
+    }
+    if spec.replicas == 0 {
+        return Err(ApiError::new(ErrorCode::Invalid, "replicas is 0: ask for 1, or destroy the VM"));
+    }
+    Ok(())
 }
 
 /// A Formfile may say what this version cannot run: that is refused here, never ignored.
@@ -116,6 +146,28 @@ mod tests {
         assert_eq!(code(Capacity { ports_taken: vec![(Protocol::Udp, 8080, other)], ..roomy() }), Ok(()));
         // A VM that is there already does not count against max_vms when it changes.
         assert_eq!(admit(&web, false, &Capacity { vms: 10, ..roomy() }), Ok(()));
+    }
+
+    #[test]
+    fn what_no_formfile_says_is_refused() {
+        let changed = |change: fn(&mut form_types::Spec)| {
+            let mut web = request("web");
+            change(&mut web.spec);
+            check_valid(&web).map_err(|error| error.code)
+        };
+        assert_eq!(changed(|_| {}), Ok(()));
+        let wrong: [fn(&mut form_types::Spec); 7] = [
+            |spec| spec.resources.vcpus = 0,
+            |spec| spec.resources.vcpus = u32::MAX,
+            |spec| spec.resources.memory_mib = 127,
+            |spec| spec.resources.disk_gib = u64::MAX,
+            |spec| spec.ports[0].port = 0,
+            |spec| spec.ports[0].host_port = Some(0),
+            |spec| spec.replicas = 0,
+        ];
+        for (number, change) in wrong.into_iter().enumerate() {
+            assert_eq!(changed(change), Err(ErrorCode::Invalid), "{number}");
+        }
     }
 
     #[test]

@@ -162,6 +162,16 @@ impl Agent {
         self.replica.submit(request).map(drop).map_err(|error| internal(&error))
     }
 
+    /// Records the owner in the state, where every replica can see by whom requests may be signed.
+    ///
+    /// # Errors
+    /// What the rules refuse, or the database's.
+    pub fn record_owner(&self) -> Result<(), ApiError> {
+        let Some(owner) = self.identity().owner() else { return Ok(()) };
+        let writes = desired::owner_writes(&self.view(), &owner);
+        if writes.is_empty() { Ok(()) } else { self.replica.commit(None, writes).map(drop).map_err(|error| internal(&error)) }
+    }
+
     /// What is kept of a VM, on disk: its root disk, and what it was made from.
     pub fn vm_directory(&self, vm: &VmId) -> PathBuf {
         self.paths.vms().join(vm.to_string())

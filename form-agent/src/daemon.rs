@@ -39,7 +39,8 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
 /// # Errors
 /// What keeps the agent from running.
 pub fn run(paths: Paths) -> Result<(), Failure> {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("FORM_LOG").unwrap_or_else(|_| "info,form_net=info".into());
+    // quinn finds out by a failed send that an interface has no segmentation offload, does without, and warns of it.
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FORM_LOG").unwrap_or_else(|_| "info,quinn_udp=error".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).init();
     #[cfg(debug_assertions)]
     crate::failpoint::arm()?;
@@ -48,6 +49,8 @@ pub fn run(paths: Paths) -> Result<(), Failure> {
 
 async fn serve_until_told(paths: Paths) -> Result<(), Failure> {
     let agent = Arc::new(open(paths).await?);
+    // Also where a claim was cut off, the owner is configured, or an earlier version had no owner in its state.
+    agent.record_owner()?;
     agent.network.ensure_host().await?;
     agent.network.serve_dns().await?;
     agent.apply_rules().await?;
@@ -102,7 +105,7 @@ async fn open(paths: Paths) -> Result<Agent, Failure> {
     let cluster = identity.cluster();
     let records = Arc::new(Records::open(&paths.database())?);
     let events = Arc::new(Events::open(Arc::clone(&records))?);
-    let rules = Arc::new(AgentRules { cluster });
+    let rules = Arc::new(AgentRules { cluster, founder: identity.key().public() });
     let replica = Replica::open(&paths.database().join("state.redb"), identity.key(), cluster, rules)?;
     let store = Store::open(&paths.data())?;
     store.remove_stale_blocks(STALE_UPLOAD)?;

@@ -5,6 +5,7 @@ use std::{
     sync::{PoisonError, RwLock},
 };
 
+use form_api::event::Event;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -23,6 +24,8 @@ const KEPT_EVENTS: u64 = 20_000;
 pub enum DatabaseError {
     #[error("the database {path}: {source}")]
     Open { path: String, source: redb::DatabaseError },
+    #[error("the thread that writes events cannot be started: {0}")]
+    Thread(std::io::Error),
     #[error("the database: {0}")]
     Redb(#[from] redb::Error),
     #[error("a record in the database is damaged: {0}")]
@@ -61,7 +64,13 @@ impl Records {
     /// When the file cannot be opened, is damaged, or another agent has it open.
     pub fn open(directory: &Path) -> Result<Self, DatabaseError> {
         let path = directory.join("agent.redb");
-        let database = open(&path)?;
+        let mut database = open(&path)?;
+        match form_state::compact(&mut database, &path) {
+            Ok(Some((before, after))) => tracing::info!(path = %path.display(), before, after, "the agent's records were made smaller"),
+            Ok(None) => {}
+            // It costs room, nothing else.
+            Err(error) => tracing::warn!(path = %path.display(), %error, "the agent's records cannot be made smaller"),
+        }
         let transaction = database.begin_write()?;
         transaction.open_table(OPERATIONS)?;
         transaction.open_table(OPERATION_ORDER)?;
@@ -136,19 +145,20 @@ impl Records {
         })
     }
 
+    /// Writes events durably, in one go.
+    ///
     /// # Errors
-    /// When it cannot be written.
-    pub fn put_event<T: Serialize>(&self, cursor: u64, event: &T) -> Result<(), DatabaseError> {
-        let json = serde_json::to_vec(event)?;
+    /// When they cannot be written.
+    pub fn put_events(&self, batch: &[Event]) -> Result<(), DatabaseError> {
         self.with(|database| {
-            let mut transaction = database.begin_write()?;
-            // An event lost in a crash is no lie: the state itself is durable elsewhere.
-            transaction.set_durability(redb::Durability::None).map_err(redb::Error::from)?;
+            let transaction = database.begin_write()?;
             {
                 let mut events = transaction.open_table(EVENTS)?;
-                events.insert(cursor, json.as_slice())?;
-                if let Some(old) = cursor.checked_sub(KEPT_EVENTS) {
-                    events.remove(old)?;
+                for event in batch {
+                    events.insert(event.cursor, serde_json::to_vec(event)?.as_slice())?;
+                    if let Some(old) = event.cursor.checked_sub(KEPT_EVENTS) {
+                        events.remove(old)?;
+                    }
                 }
             }
             Ok(transaction.commit()?)
@@ -159,7 +169,7 @@ impl Records {
     ///
     /// # Errors
     /// When the database cannot be read or a record is damaged.
-    pub fn events_after<T: DeserializeOwned>(&self, after: u64, limit: usize) -> Result<Vec<T>, DatabaseError> {
+    pub fn events_after(&self, after: u64, limit: usize) -> Result<Vec<Event>, DatabaseError> {
         self.with(|database| {
             let table = database.begin_read()?.open_table(EVENTS)?;
             let mut events = Vec::new();

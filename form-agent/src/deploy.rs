@@ -63,6 +63,7 @@ struct Previous {
 /// # Errors
 /// What the host cannot do, or has no room for.
 pub fn make_plan(agent: &Agent, request: &DeployRequest) -> Result<Plan, ApiError> {
+    admit::check_valid(request)?;
     admit::check_supported(request)?;
     let before = desired::vm_named(&agent.view(), &request.spec.name);
     admit::admit(request, before.is_none(), &agent.capacity(Some(&request.spec.name))?)?;
@@ -79,6 +80,7 @@ pub fn make_plan(agent: &Agent, request: &DeployRequest) -> Result<Plan, ApiErro
 /// # Errors
 /// Whatever stands in the way before anything is changed.
 pub fn begin(agent: &Arc<Agent>, caller: &Caller, request: &DeployRequest) -> Result<Operation, ApiError> {
+    admit::check_valid(request)?;
     admit::check_supported(request)?;
     check_parts(agent, request)?;
     agent.keep_headroom();

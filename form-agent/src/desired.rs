@@ -14,7 +14,7 @@ use form_api::{
     vm::{RenameRequest, SetRequest},
 };
 use form_net::{Ipv4Range, Ipv6Prefix, Mac};
-use form_state::{Claim, Record, RecordId, Refusal, Rules, Scalar, SignedRequest, Table, View, Write};
+use form_state::{Claim, Document, Record, RecordId, Refusal, Rules, Scalar, SignedRequest, Table, View, Write};
 use form_types::{
     ClusterId, Digest, HostId, Name, PublicKey, VmId,
     spec::{EnvScope, Restart, RestartPolicy},
@@ -193,9 +193,58 @@ pub fn vm_named(view: &View, name: &Name) -> Option<DesiredVm> {
     vms(view).into_values().find(|vm| vm.name() == name)
 }
 
-/// The rules of this version. `owner` is who may ask; the host itself may, for those who come in through its Unix socket.
+/// The keys that own the cluster, as its founder has recorded them.
+pub fn owners(view: &View) -> BTreeSet<PublicKey> {
+    let owners = view.cluster().table(Table::Owners).filter_map(|(id, record)| {
+        let key: PublicKey = record.get(OWNER_KEY)?.as_text()?.parse().ok()?;
+        (owner_id(&key) == *id).then_some(key)
+    });
+    owners.collect()
+}
+
+/// The writes that make `owner` the one owner; none when that is what the state says.
+pub fn owner_writes(view: &View, owner: &PublicKey) -> Vec<Write> {
+    let id = owner_id(owner);
+    let others = view.cluster().table(Table::Owners).filter(|(other, _)| **other != id);
+    let mut writes: Vec<Write> = others.map(|(other, _)| Write::remove(Table::Owners, *other)).collect();
+    if !owners(view).contains(owner) {
+        writes.push(Write::put(Table::Owners, id, OWNER_KEY, owner.to_string()));
+    }
+    writes
+}
+
+const OWNER_KEY: &str = "key";
+
+/// The first half of the BLAKE3 hash of the key, as for a host.
+fn owner_id(key: &PublicKey) -> RecordId {
+    HostId::of(key).into()
+}
+
+/// The rules of this version: a VM is changed by a request that an owner has signed, or the host that makes the change, for those who come
+/// in through its Unix socket; a host does so with its own VMs only. Who the owner is, the founder says.
 pub struct AgentRules {
     pub cluster: ClusterId,
+    /// The host that the cluster began with: the root of trust, the same for every replica.
+    pub founder: PublicKey,
+}
+
+/// In whose name a request changes VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Authority {
+    Owner,
+    /// Over the VMs of this host.
+    Host(HostId),
+}
+
+impl Authority {
+    fn may_change(self, vm: &DesiredVm) -> Result<(), Refusal> {
+        match self {
+            Self::Host(host) if host != vm.host => {
+                Err(Refusal::new(format!("vm/{} is another host's: only the owner's key may change it from here", vm.name())))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Rules for AgentRules {
@@ -209,30 +258,34 @@ impl Rules for AgentRules {
         if envelope.body != Digest::of(&request.body) {
             return Err(Refusal::new("the body is not the one that was signed"));
         }
+        let authority = self.authority(&signer, claim, view)?;
         let path = envelope.path.split('?').next().unwrap_or_default();
         let words: Vec<&str> = path.split('/').skip(1).collect();
         match (envelope.method.as_str(), words.as_slice()) {
             ("POST", ["v1", "deploy"]) => {
                 let deploy: DeployRequest = json(&request.body)?;
+                if let Some(vm) = vm_named(view, &deploy.spec.name) {
+                    authority.may_change(&vm)?;
+                }
                 self.deploy(&deploy, &signer, &VmId::derive(&signer, &envelope.idempotency_key, deploy.spec.name.as_str()), claim, view)
             }
             ("POST", ["v1", "vms", name, "start" | "restart"]) => {
-                let vm = existing(name, view)?;
+                let vm = existing(name, authority, view)?;
                 let starts = vm.starts.saturating_add(1);
                 Ok(vec![Write::put(Table::Vms, vm.id, "run", Run::Running.as_str()), Write::put(Table::Vms, vm.id, "starts", starts)])
             }
             ("POST", ["v1", "vms", name, "reset"]) => {
-                let vm = existing(name, view)?;
+                let vm = existing(name, authority, view)?;
                 Ok(vec![
                     Write::put(Table::Vms, vm.id, "run", Run::Running.as_str()),
                     Write::put(Table::Vms, vm.id, "starts", vm.starts.saturating_add(1)),
                     Write::put(Table::Vms, vm.id, "resets", vm.resets.saturating_add(1)),
                 ])
             }
-            ("POST", ["v1", "vms", name, "pause"]) => existing(name, view)?.turn(Run::Running, Run::Paused),
-            ("POST", ["v1", "vms", name, "resume"]) => existing(name, view)?.turn(Run::Paused, Run::Running),
+            ("POST", ["v1", "vms", name, "pause"]) => existing(name, authority, view)?.turn(Run::Running, Run::Paused),
+            ("POST", ["v1", "vms", name, "resume"]) => existing(name, authority, view)?.turn(Run::Paused, Run::Running),
             ("POST", ["v1", "vms", name, "rename"]) => {
-                let vm = existing(name, view)?;
+                let vm = existing(name, authority, view)?;
                 let new: RenameRequest = json(&request.body)?;
                 if vm_named(view, &new.name).is_some() {
                     return Err(Refusal::new(format!("there is a vm/{} already", new.name)));
@@ -241,25 +294,56 @@ impl Rules for AgentRules {
                 Ok(vec![Write::put(Table::Vms, vm.id, "name", new.name.as_str()), Write::put(Table::Vms, vm.id, "request", text)])
             }
             ("PATCH", ["v1", "vms", name]) => {
-                let vm = existing(name, view)?;
+                let vm = existing(name, authority, view)?;
                 let changed = with_set(&vm.request, &json(&request.body)?).map_err(Refusal::new)?;
                 let text = serde_json::to_string(&changed).map_err(|error| Refusal::new(error.to_string()))?;
                 Ok(vec![Write::put(Table::Vms, vm.id, "request", text)])
             }
             ("POST", ["v1", "vms", name, "stop"]) => {
-                Ok(vec![Write::put(Table::Vms, existing(name, view)?.id, "run", Run::Stopped.as_str())])
+                Ok(vec![Write::put(Table::Vms, existing(name, authority, view)?.id, "run", Run::Stopped.as_str())])
             }
-            ("DELETE", ["v1", "vms", name]) => Ok(vec![Write::remove(Table::Vms, existing(name, view)?.id)]),
+            ("DELETE", ["v1", "vms", name]) => Ok(vec![Write::remove(Table::Vms, existing(name, authority, view)?.id)]),
             _ => Err(Refusal::new(format!("{} {path} changes nothing in the state", envelope.method))),
         }
     }
 
-    fn permit(&self, _claim: &Claim, writes: &[Write], _view: &View) -> Result<(), Refusal> {
-        if writes.is_empty() { Ok(()) } else { Err(Refusal::new("a host changes nothing without a request")) }
+    /// Of its own accord a host changes nothing, but that the founder says who owns the cluster.
+    fn permit(&self, claim: &Claim, writes: &[Write], _view: &View) -> Result<(), Refusal> {
+        if writes.is_empty() {
+            return Ok(());
+        }
+        if claim.document != Document::Cluster || claim.author != self.founder {
+            return Err(Refusal::new("a host changes nothing without a request"));
+        }
+        writes.iter().try_for_each(|write| match write {
+            Write::Remove { table: Table::Owners, .. } => Ok(()),
+            Write::Put { table: Table::Owners, id, field, value } if field == OWNER_KEY => {
+                let key = value.as_text().and_then(|text| text.parse::<PublicKey>().ok());
+                if key.is_some_and(|key| owner_id(&key) == *id) {
+                    Ok(())
+                } else {
+                    Err(Refusal::new("an owner's record holds the key that its id is the hash of"))
+                }
+            }
+            _ => Err(Refusal::new("without a request the founder of a cluster says who owns it, and nothing else")),
+        })
     }
 }
 
 impl AgentRules {
+    /// Before the founder has recorded an owner (a version before this one recorded none), it vouches for whom it let in: it could as well
+    /// sign itself.
+    fn authority(&self, signer: &PublicKey, claim: &Claim, view: &View) -> Result<Authority, Refusal> {
+        if *signer == claim.author {
+            return Ok(Authority::Host(HostId::of(signer)));
+        }
+        let owners = owners(view);
+        if owners.contains(signer) || (owners.is_empty() && claim.author == self.founder) {
+            return Ok(Authority::Owner);
+        }
+        Err(Refusal::new(format!("the key {signer} does not own this cluster")))
+    }
+
     fn deploy(&self, deploy: &DeployRequest, signer: &PublicKey, new_id: &VmId, claim: &Claim, view: &View) -> Result<Vec<Write>, Refusal> {
         let name = &deploy.spec.name;
         let text = serde_json::to_string(deploy).map_err(|error| Refusal::new(error.to_string()))?;
@@ -295,10 +379,15 @@ fn json<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
     serde_json::from_slice(body).map_err(|error| Refusal::new(error.to_string()))
 }
 
-fn existing(name: &str, view: &View) -> Result<DesiredVm, Refusal> {
+fn existing(name: &str, authority: Authority, view: &View) -> Result<DesiredVm, Refusal> {
     let name: Name = name.parse().map_err(|error: form_types::name::NameError| Refusal::new(error.to_string()))?;
-    vm_named(view, &name).ok_or_else(|| Refusal::new(format!("there is no vm/{name}")))
+    let vm = vm_named(view, &name).ok_or_else(|| Refusal::new(format!("there is no vm/{name}")))?;
+    authority.may_change(&vm)?;
+    Ok(vm)
 }
+
+#[cfg(test)]
+mod authority_tests;
 
 #[cfg(test)]
 mod tests {

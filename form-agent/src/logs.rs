@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use form_api::vm::LogLine;
+use form_api::vm::{LogCursor, LogLine, LogStream};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -17,11 +17,25 @@ use tokio::sync::watch;
 /// A line as it is kept: with the run it belongs to and its number there, so that a restarted agent goes on where it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptLine {
-    #[serde(flatten)]
-    pub line: LogLine,
+    pub at: Timestamp,
+    pub stream: LogStream,
+    pub line: String,
     /// When the VM process of this run was started.
     pub run: Timestamp,
     pub sequence: u64,
+}
+
+impl KeptLine {
+    pub const fn cursor(&self) -> LogCursor {
+        LogCursor { run: self.run, sequence: self.sequence }
+    }
+}
+
+impl From<KeptLine> for LogLine {
+    fn from(kept: KeptLine) -> Self {
+        let cursor = Some(kept.cursor());
+        Self { at: kept.at, stream: kept.stream, line: kept.line, cursor }
+    }
 }
 
 /// Longest line that is kept or read, in bytes of JSON.
@@ -73,17 +87,21 @@ impl Writer {
         Ok(())
     }
 
-    /// The number of the last line kept of `run`.
+    /// The number of the last line kept of `run`. Right after a rotation that line is in the older file.
     pub fn last_sequence(&self, run: Timestamp) -> Option<u64> {
-        let mut file = File::open(current(&self.directory)).ok()?;
-        let start = self.size.saturating_sub(MAX_LINE as u64);
-        file.seek(SeekFrom::Start(start)).ok()?;
-        let mut tail = Vec::new();
-        file.take(MAX_LINE as u64).read_to_end(&mut tail).ok()?;
-        let last = tail.trim_ascii_end().rsplit(|byte| *byte == b'\n').next()?;
-        let kept: KeptLine = serde_json::from_slice(last).ok()?;
-        (kept.run == run).then_some(kept.sequence)
+        let last = last_line(&current(&self.directory)).or_else(|| last_line(&previous(&self.directory)))?;
+        (last.run == run).then_some(last.sequence)
     }
+}
+
+fn last_line(path: &Path) -> Option<KeptLine> {
+    let mut file = File::open(path).ok()?;
+    let size = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(size.saturating_sub(MAX_LINE as u64))).ok()?;
+    let mut tail = Vec::new();
+    file.take(MAX_LINE as u64).read_to_end(&mut tail).ok()?;
+    let last = tail.trim_ascii_end().rsplit(|byte| *byte == b'\n').next()?;
+    serde_json::from_slice(last).ok()
 }
 
 /// A crash may have left half a line at the end: it is cut off. Gives the size.
@@ -171,7 +189,7 @@ pub fn tail(directory: &Path, count: usize) -> io::Result<Vec<LogLine>> {
             lines.pop_front();
         }
         if count > 0 {
-            lines.push_back(kept.line);
+            lines.push_back(kept.into());
         }
     }
     Ok(lines.into())
@@ -180,11 +198,28 @@ pub fn tail(directory: &Path, count: usize) -> io::Result<Vec<LogLine>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use form_api::vm::LogStream;
 
     fn line(sequence: u64) -> KeptLine {
-        let line = LogLine { at: Timestamp::UNIX_EPOCH, stream: LogStream::Stdout, line: format!("line {sequence}") };
-        KeptLine { line, run: Timestamp::UNIX_EPOCH, sequence }
+        let (at, run) = (Timestamp::UNIX_EPOCH, Timestamp::UNIX_EPOCH);
+        KeptLine { at, stream: LogStream::Stdout, line: format!("line {sequence}"), run, sequence }
+    }
+
+    #[test]
+    fn a_writer_killed_in_a_rotation_repeats_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(directory.path(), 400, watch::Sender::new(0)).unwrap();
+        writer.append(&line(7)).unwrap();
+        drop(writer);
+        // Renamed, and the new file not yet written to.
+        fs::rename(current(directory.path()), previous(directory.path())).unwrap();
+        let writer = Writer::open(directory.path(), 400, watch::Sender::new(0)).unwrap();
+        assert_eq!(writer.last_sequence(Timestamp::UNIX_EPOCH), Some(7));
+    }
+
+    #[test]
+    fn lines_of_an_earlier_version_are_read() {
+        let text = r#"{"at":"1970-01-01T00:00:00Z","stream":"stdout","line":"line 3","run":"1970-01-01T00:00:00Z","sequence":3}"#;
+        assert_eq!(serde_json::from_str::<KeptLine>(text).unwrap(), line(3));
     }
 
     #[test]

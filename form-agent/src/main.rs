@@ -29,7 +29,7 @@ mod serve;
 mod testing;
 mod vm;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use config::{Config, Paths};
@@ -56,6 +56,8 @@ enum Command {
     Status,
     /// Measure what VMs and agents cost on this host; exit status 1 when something enforced is over its budget or not measured
     Bench(bench::Options),
+    /// Write the API's OpenAPI document to standard output
+    Openapi,
 }
 
 fn main() -> ExitCode {
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => Err(error),
         },
+        Command::Openapi => openapi(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -93,6 +96,12 @@ fn measure(paths: &Paths, options: &bench::Options) -> Result<bool, Box<dyn std:
         move || stop.set()
     })?;
     Ok(bench::run(paths, options, &stop)?)
+}
+
+fn openapi() -> Result<(), Box<dyn std::error::Error>> {
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, &serve::document())?;
+    Ok(out.write_all(b"\n")?)
 }
 
 fn init(paths: &Paths) -> Result<(), Box<dyn std::error::Error>> {

@@ -1,5 +1,7 @@
 //! The command line as a whole.
 
+use std::path::PathBuf;
+
 use clap::{Args, Parser, builder::BoolishValueParser};
 use clap_complete::engine::ArgValueCompleter;
 use form_types::Name;
@@ -53,6 +55,16 @@ pub struct Global {
     /// How long to wait at most: 30, 90s, 5m, 1h
     #[arg(long, global = true, value_name = "TIME")]
     pub timeout: Option<Limit>,
+    /// A file with your key's passphrase in its first line; FORM_PASSPHRASE holds the passphrase itself
+    #[arg(
+        long,
+        global = true,
+        env = "FORM_PASSPHRASE_FILE",
+        value_name = "FILE",
+        hide_env_values = true,
+        value_hint = clap::ValueHint::FilePath
+    )]
+    pub passphrase_file: Option<PathBuf>,
     /// Do not wait for the operation's end
     #[arg(long, global = true)]
     pub no_wait: bool,

@@ -11,7 +11,7 @@ use form_api::{
 
 use crate::{
     cli::Cli,
-    context::{ConfigFile, LOCAL_SOCKET, resolve},
+    context::{ConfigFile, LOCAL_SOCKET, PassphraseSource, load_identity, resolve},
 };
 
 /// Who presses a key does not wait longer than this.
@@ -38,7 +38,9 @@ where
     let answer = || {
         let file = ConfigFile::load().ok()?;
         let target = resolve(&file.config, context.as_ref(), host.as_deref(), LOCAL_SOCKET.as_ref()).ok()?;
-        let client = target.client(Timeouts { connect: PATIENCE, request: PATIENCE }).ok()?;
+        let timeouts = Timeouts { connect: PATIENCE, request: PATIENCE, deadline: None };
+        // Nobody is asked for a passphrase in the middle of a line.
+        let client = target.client(timeouts, || load_identity()?.unlock(&PassphraseSource::of_the_key(None, None))).ok()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
         runtime.block_on(async {
             let answer = tokio::time::timeout(PATIENCE, question(client.clone())).await.ok()?.ok();

@@ -2,12 +2,16 @@
 
 use std::{cell::RefCell, path::Path};
 
-use form_api::client::{Client, Timeouts};
+use form_api::{
+    ErrorCode,
+    client::{Client, ClientError, Timeouts},
+};
+use form_types::SecretKey;
 use tokio::time::Instant;
 
 use crate::{
     cli::Global,
-    context::{ConfigFile, LOCAL_SOCKET, Target, resolve},
+    context::{ConfigFile, LOCAL_SOCKET, PassphraseSource, Target, load_identity, resolve},
     failure::Failure,
     ui::Terminal,
 };
@@ -16,13 +20,14 @@ pub struct Session {
     pub terminal: Terminal,
     pub global: Global,
     begun: Instant,
+    identity: RefCell<Option<SecretKey>>,
     /// Connections to end properly.
     clients: RefCell<Vec<Client>>,
 }
 
 impl Session {
     pub fn new(terminal: Terminal, global: Global) -> Self {
-        Self { terminal, global, begun: std::time::Instant::now().into(), clients: RefCell::default() }
+        Self { terminal, global, begun: std::time::Instant::now().into(), identity: RefCell::default(), clients: RefCell::default() }
     }
 
     /// The agent that the user means.
@@ -36,12 +41,28 @@ impl Session {
     /// # Errors
     /// When the user's key cannot be read.
     pub fn connect(&self, target: &Target, mut timeouts: Timeouts) -> Result<Client, Failure> {
-        if let Some(limit) = self.global.timeout {
-            timeouts.connect = timeouts.connect.min(limit.0);
-        }
-        let client = target.client(timeouts)?;
+        timeouts.deadline = self.deadline();
+        let client = target.client(timeouts, || self.identity())?;
         self.keep(&client);
         Ok(client)
+    }
+
+    /// The user's key. A passphrase is asked for once.
+    ///
+    /// # Errors
+    /// When there is no key, or it cannot be unlocked.
+    pub fn identity(&self) -> Result<SecretKey, Failure> {
+        if let Some(key) = &*self.identity.borrow() {
+            return Ok(key.clone());
+        }
+        let key = load_identity()?.unlock(&self.passphrase())?;
+        *self.identity.borrow_mut() = Some(key.clone());
+        Ok(key)
+    }
+
+    /// Where the passphrase of the user's key comes from.
+    pub fn passphrase(&self) -> PassphraseSource<'_> {
+        PassphraseSource::of_the_key(self.global.passphrase_file.as_deref(), Some(&self.terminal))
     }
 
     /// The connection is ended when the program ends.
@@ -59,6 +80,24 @@ impl Session {
     /// When `--timeout` is over; the time runs from the program's start.
     pub fn deadline(&self) -> Option<Instant> {
         self.global.timeout.and_then(|limit| self.begun.checked_add(limit.0))
+    }
+
+    /// Waits for something that may never come, but not longer than `--timeout`.
+    ///
+    /// # Errors
+    /// When the time is over.
+    pub async fn in_time<T>(&self, future: impl Future<Output = T>) -> Result<T, Failure> {
+        match self.deadline() {
+            Some(deadline) => tokio::time::timeout_at(deadline, future).await.map_err(|_| {
+                Failure::new(ErrorCode::TimedOut, "the time is over").hint("give it longer with --timeout, or leave that out")
+            }),
+            None => Ok(future.await),
+        }
+    }
+
+    /// Says that a host which is followed does not answer, and that it is asked again.
+    pub fn interrupted(&self, error: &ClientError) {
+        self.terminal.warn(format!("{error}; waiting for it to come back"));
     }
 
     pub async fn close(&self) {

@@ -373,3 +373,82 @@ fn completion_scripts_ask_the_program() {
     let run = ran(output);
     assert!(run.out.lines().any(|line| line == "use"), "{run:?}");
 }
+
+#[test]
+fn a_key_gets_a_passphrase_and_loses_it() {
+    let place = Place::new();
+    let with = |variables: &[(&str, &str)], args: &[&str]| {
+        let mut command = place.command(args);
+        for (variable, value) in variables {
+            command.env(variable, value);
+        }
+        ran(command.output().unwrap())
+    };
+    let key = place.run(&["key", "new", "-o", "name"]).out;
+    let secret = place.read("home/.config/form/identity");
+    // Nobody can be asked: the flag and the variable are named.
+    let run = place.run(&["key", "passphrase"]);
+    assert!(run.code == 2 && run.err.contains("--new-passphrase-file") && run.err.contains("FORM_NEW_PASSPHRASE"), "{run:?}");
+    assert_eq!(place.run(&["key", "passphrase", "--remove"]).code, 5);
+    let run = with(&[("FORM_NEW_PASSPHRASE", "one")], &["key", "passphrase"]);
+    assert_eq!((run.code, place.run(&["key", "show", "-o", "name"]).out), (0, key.clone()));
+    let shown: serde_json::Value = serde_json::from_str(&place.run(&["key", "show", "-o", "json"]).out).unwrap();
+    assert_eq!(shown["has_passphrase"], true);
+    let file = place.path("home/.config/form/identity");
+    assert_eq!(std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&file).unwrap()) & 0o777, 0o600);
+    for entry in std::fs::read_dir(place.path("home/.config/form")).unwrap() {
+        let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+        assert!(!text.contains(secret.trim()), "the key is on the disk in the clear");
+    }
+
+    // A wrong one, none, and one for everybody's eyes.
+    let run = with(&[("FORM_PASSPHRASE", "two"), ("FORM_NEW_PASSPHRASE", "x")], &["key", "passphrase"]);
+    assert!(run.code == 4 && run.err.contains("passphrase is wrong"), "{run:?}");
+    let run = with(&[("FORM_NEW_PASSPHRASE", "x")], &["key", "passphrase"]);
+    assert!(run.code == 2 && run.err.contains("--passphrase-file") && run.err.contains("FORM_PASSPHRASE"), "{run:?}");
+    place.write("passphrase", "one\n");
+    let args = ["key", "passphrase", "--remove", "--passphrase-file", "passphrase"];
+    assert_eq!(place.run(&args).code, 4, "others may read it");
+    std::fs::set_permissions(place.path("passphrase"), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    assert_eq!(with(&[("FORM_PASSPHRASE", "one"), ("FORM_NEW_PASSPHRASE", "")], &["key", "passphrase"]).code, 2, "an empty one is none");
+
+    // Torn: nothing is guessed, nothing is replaced.
+    let sealed = place.read("home/.config/form/identity");
+    place.write("home/.config/form/identity", &sealed[..sealed.len() / 2]);
+    let run = place.run(&["key", "show"]);
+    assert!(run.code == 1 && run.err.contains("holds no key") && run.err.contains("restore it"), "{run:?}");
+    place.write("home/.config/form/identity", &sealed);
+
+    assert_eq!(place.run(&args).code, 0);
+    assert_eq!(place.read("home/.config/form/identity"), secret);
+    let run = with(&[("FORM_PASSPHRASE", "three")], &["key", "new", "--force", "-y", "--passphrase", "-o", "json"]);
+    assert!(run.code == 0 && run.out.contains("\"has_passphrase\": true"), "{run:?}");
+    assert_eq!(place.run(&["key", "new", "--force", "-y", "--passphrase"]).code, 2);
+}
+
+#[test]
+fn a_passphrase_is_asked_for_at_a_terminal() {
+    let place = Place::new();
+    place.run(&["key", "new"]);
+    let form = env!("CARGO_BIN_EXE_form");
+    // script(1) gives the program a terminal of its own.
+    let mut child = std::process::Command::new("script")
+        .args(["-qec", &format!("{form} key passphrase"), "/dev/null"])
+        .env("HOME", place.path("home"))
+        .env_remove("XDG_CONFIG_HOME")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut keys = child.stdin.take().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    keys.write_all(b"secret\r").unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    keys.write_all(b"secret\r").unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && !said.contains("secret"), "{said}");
+    let with = |passphrase: &str| place.command(&["key", "passphrase", "--remove"]).env("FORM_PASSPHRASE", passphrase).status().unwrap();
+    assert_eq!(with("other").code(), Some(4));
+    assert_eq!(with("secret").code(), Some(0));
+}

@@ -2,7 +2,9 @@
 
 use std::{
     fs,
+    path::Path,
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use form_tests::host::{Host, answers, is_alive, wait};
@@ -40,6 +42,45 @@ fn kvm_a_vm_outlives_its_agent_and_comes_back_when_its_process_is_killed() {
     wait("it answers after its start", || answers(18081));
 
     let _ = host.form(&["destroy", "web", "-y"]).ok();
+    host.is_clean();
+}
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_a_follower_of_a_log_gets_every_line_once_although_the_agent_is_killed() {
+    let mut host = Host::start();
+    let count = r#"["/bin/busybox", "sh", "-c", "i=0; while :; do echo line $i; i=$((i+1)); /bin/busybox sleep 0.1; done"]"#;
+    let counter = host.app("counter", count, 18086);
+    let formfile = fs::read_to_string(&counter).unwrap();
+    let lines: Vec<&str> = formfile.lines().filter(|line| !line.starts_with("HEALTHCHECK") && !line.starts_with("EXPOSE")).collect();
+    fs::write(&counter, lines.join("\n") + "\n").unwrap();
+    let _ = host.form(&["deploy", &counter, "-y"]).ok();
+
+    let (log, events) = (host.directory.path().join("followed.log"), host.directory.path().join("followed.events"));
+    let follow =
+        |args: &[&str], into: &Path| host.form_command(args).stdout(fs::File::create(into).unwrap()).stderr(Stdio::null()).spawn().unwrap();
+    let mut followers = [follow(&["logs", "-f", "counter"], &log), follow(&["events", "-f", "-o", "name"], &events)];
+    let count = |path: &Path| fs::read_to_string(path).unwrap().lines().count();
+    for _ in 0..2 {
+        let seen = (count(&log), count(&events));
+        wait("lines come", || count(&log) > seen.0 + 5);
+        host.kill_agent();
+        std::thread::sleep(Duration::from_secs(2));
+        host.start_agent();
+        wait("lines come again", || count(&log) > seen.0 + 30 && count(&events) > seen.1);
+    }
+    for follower in &mut followers {
+        follower.kill().unwrap();
+        follower.wait().unwrap();
+    }
+    let text = fs::read_to_string(&log).unwrap();
+    for (number, line) in text.lines().enumerate() {
+        assert_eq!(line, format!("line {number}"), "lost or repeated in\n{text}");
+    }
+    let text = fs::read_to_string(&events).unwrap();
+    let cursors: Vec<u64> = text.lines().map(|line| line.parse().unwrap()).collect();
+    assert!(cursors.windows(2).all(|pair| pair[1] == pair[0] + 1), "lost or repeated in {cursors:?}");
+    let _ = host.form(&["destroy", "counter", "-y"]).ok();
     host.is_clean();
 }
 

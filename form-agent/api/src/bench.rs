@@ -3,9 +3,10 @@
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// What can be measured. Each gives one or more [`BenchRow`]s.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Measurement {
     /// From starting a VM process to the first instructions of its guest.
@@ -59,7 +60,7 @@ impl FromStr for Measurement {
 }
 
 /// Asks for measurements. The answer is NDJSON of [`BenchRow`].
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BenchRequest {
     /// How often each is repeated, 1 to [`MAX_RUNS`].
@@ -71,7 +72,7 @@ pub struct BenchRequest {
 pub const DEFAULT_RUNS: u32 = 5;
 pub const MAX_RUNS: u32 = 100;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum Unit {
     /// Time on the clock.
     #[serde(rename = "ms")]
@@ -107,7 +108,7 @@ impl Unit {
 }
 
 /// One measured value.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct BenchRow {
     /// `guest-init`, `guest-init/time`.
     pub name: String,
@@ -128,7 +129,7 @@ pub struct BenchRow {
     pub fault: Option<String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Peer {
     pub name: String,
     pub value: f64,

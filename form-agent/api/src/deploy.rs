@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use form_types::{Digest, Name, Spec};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// The VM that should run. The image and the kernel bundle have been uploaded before.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeployRequest {
     pub spec: Spec,
@@ -20,12 +21,12 @@ pub struct DeployRequest {
 }
 
 /// What a deploy would do: plain data, made by the agent, rendered by the CLI.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Plan {
     pub vms: Vec<PlannedVm>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PlannedVm {
     pub name: Name,
     pub action: PlanAction,
@@ -36,7 +37,7 @@ pub struct PlannedVm {
     pub loses: Vec<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum PlanAction {
     Create,
@@ -44,7 +45,7 @@ pub enum PlanAction {
     Unchanged,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FieldChange {
     /// `image`, `vcpus`, `memory`, `disk`, `ports`, `entrypoint`, `env`, `users` …
     pub field: String,

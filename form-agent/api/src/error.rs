@@ -4,9 +4,10 @@ use std::fmt;
 
 use form_types::OperationId;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// The kind of an error: one HTTP status and one exit code of the CLI each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ErrorCode {
     /// 500, exit 1: something failed that should not.
@@ -64,13 +65,13 @@ impl ErrorCode {
 }
 
 /// The body of every reply that is no success: `{"error": {…}}`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
     pub error: ApiError,
 }
 
 /// What went wrong, in words for a person, and what to do next.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ApiError {
     pub code: ErrorCode,
     pub message: String,

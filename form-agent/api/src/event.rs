@@ -3,8 +3,9 @@
 use form_types::{Name, OperationId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
     /// Grows by one; a follower resumes after the last one it saw. Starts anew when the agent's database does.
     pub cursor: u64,
@@ -16,7 +17,7 @@ pub struct Event {
     pub message: String,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum EventKind {
     OperationStarted,
@@ -37,7 +38,12 @@ pub enum EventKind {
     HostClaimed,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Response header of events: the cursor that the answer begins after. A follower whose connection breaks before it has got an event goes
+/// on from there.
+pub const EVENT_CURSOR_HEADER: &str = "form-event-cursor";
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct EventsQuery {
     /// Events after this cursor; without it the newest `tail`.
     pub after: Option<u64>,

@@ -3,8 +3,9 @@
 use form_types::{Digest, Name};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Image {
     pub name: Name,
     /// From 1, given by the host in the order of imports.
@@ -20,13 +21,13 @@ pub struct Image {
     pub used_by: Vec<Name>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MissingRequest {
     pub blocks: Vec<Digest>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MissingReply {
     pub missing: Vec<Digest>,
 }
@@ -56,13 +57,13 @@ impl BlockFrame {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct BlocksReply {
     pub stored: u64,
 }
 
 /// Makes an image, or a kernel bundle, of blocks that are all there.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ImportRequest {
     /// Of the manifest's text, which was sent before with `PUT /v1/manifests/{digest}`.
@@ -70,16 +71,45 @@ pub struct ImportRequest {
 }
 
 /// A manifest was taken in.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ManifestReply {
     /// Length of its text.
     pub bytes: u64,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Kernel {
     pub digest: Digest,
     /// `6.1.0-56-cloud-amd64`
     pub release: String,
     pub size_bytes: u64,
+}
+
+/// What reading the whole of an image found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Verification {
+    pub name: Name,
+    pub version: u32,
+    /// Of the manifest.
+    pub digest: Digest,
+    /// Blocks of 64 KiB that were read, holes included.
+    pub blocks: u64,
+    /// How many of them are not what they were.
+    pub damaged_blocks: u64,
+    /// The first of those, at most [`Verification::MAX_LISTED`].
+    pub damaged: Vec<DamagedBlock>,
+}
+
+impl Verification {
+    pub const MAX_LISTED: usize = 1000;
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DamagedBlock {
+    /// The block's number, from 0.
+    pub index: u64,
+    /// Where it begins in the root file system, in bytes.
+    pub offset: u64,
+    /// What it should hash to; `None` when it should be zeros, or should not be there.
+    pub digest: Option<Digest>,
 }

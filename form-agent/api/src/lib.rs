@@ -24,6 +24,7 @@
 //! | `GET /v1/vms/{name}/forward` (signed, Upgrade `form-forward`) | query [`vm::ForwardQuery`] | bytes |
 //! | `GET /v1/images` | | `Vec<`[`image::Image`]`>` |
 //! | `GET /v1/images/{reference}` | | [`image::Image`] |
+//! | `GET /v1/images/{reference}/verify` | | [`image::Verification`] |
 //! | `DELETE /v1/images/{reference}` (signed) | | [`operation::Operation`] |
 //! | `POST /v1/images/missing` | [`image::MissingRequest`] | [`image::MissingReply`] |
 //! | `PUT /v1/blocks` | stream of [`image::BlockFrame`] | [`image::BlocksReply`] |

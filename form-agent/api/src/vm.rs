@@ -2,7 +2,9 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     net::{Ipv4Addr, Ipv6Addr},
+    str::FromStr,
 };
 
 use form_types::{
@@ -11,10 +13,11 @@ use form_types::{
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
 
 use crate::deploy::DeployRequest;
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Vm {
     pub id: VmId,
     pub name: Name,
@@ -26,7 +29,9 @@ pub struct Vm {
     /// The guest has finished its boot and started its service.
     pub ready: bool,
     pub health: Health,
+    #[schema(value_type = Option<String>, format = Ipv4, example = "10.83.7.12")]
     pub ipv4: Option<Ipv4Addr>,
+    #[schema(value_type = Option<String>, format = Ipv6, example = "fd5e:1c2a:77b0::5f0c:1de2")]
     pub ipv6: Option<Ipv6Addr>,
     /// `web.default.form.internal`
     pub dns_name: String,
@@ -44,7 +49,7 @@ pub struct Vm {
     pub fault: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
     /// Wanted, nothing made yet.
@@ -74,7 +79,7 @@ impl VmState {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Health {
     /// No HEALTHCHECK, or not running.
@@ -95,7 +100,7 @@ impl Health {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PublishedPort {
     /// In the VM.
     pub port: u16,
@@ -104,7 +109,7 @@ pub struct PublishedPort {
     pub host_port: Option<u16>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmDetail {
     pub vm: Vm,
     /// What was last asked for. Only who may deploy sees it.
@@ -113,7 +118,7 @@ pub struct VmDetail {
     pub guest: Option<GuestReport>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GuestReport {
     pub kernel: String,
     pub hostname: String,
@@ -122,7 +127,7 @@ pub struct GuestReport {
     pub faults: Vec<String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GuestDevice {
     pub serial: String,
     /// `/dev/vda`
@@ -130,7 +135,8 @@ pub struct GuestDevice {
     pub size_bytes: u64,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct LogsQuery {
     #[serde(default)]
     pub follow: bool,
@@ -141,17 +147,77 @@ pub struct LogsQuery {
     /// The serial console instead of the service's output.
     #[serde(default)]
     pub console: bool,
+    /// Only what comes after the line with this cursor. When that line is no longer kept: everything that is.
+    pub after: Option<LogCursor>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Response header of a log: the cursor of the last line that comes before the first of the answer. A follower whose connection breaks
+/// before it has got a line goes on from there. Absent when there is no such line.
+pub const LOG_CURSOR_HEADER: &str = "form-log-cursor";
+
+/// A line's place in its VM's log, for going on after it. Written `RUN.NUMBER`: nanoseconds since the Unix epoch, and the line's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LogCursor {
+    /// When the VM's run began that the line is of.
+    pub run: Timestamp,
+    /// The line's number in that run.
+    pub sequence: u64,
+}
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("a log's cursor is a run and a line's number, as in 1767225600000000000.42")]
+pub struct LogCursorError;
+
+impl fmt::Display for LogCursor {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}.{}", self.run.as_nanosecond(), self.sequence)
+    }
+}
+
+impl FromStr for LogCursor {
+    type Err = LogCursorError;
+
+    fn from_str(text: &str) -> Result<Self, LogCursorError> {
+        let (run, sequence) = text.split_once('.').ok_or(LogCursorError)?;
+        let run = run.parse().ok().and_then(|nanoseconds| Timestamp::from_nanosecond(nanoseconds).ok()).ok_or(LogCursorError)?;
+        Ok(Self { run, sequence: sequence.parse().map_err(|_| LogCursorError)? })
+    }
+}
+
+impl TryFrom<String> for LogCursor {
+    type Error = LogCursorError;
+
+    fn try_from(text: String) -> Result<Self, LogCursorError> {
+        text.parse()
+    }
+}
+
+form_types::text_schema!(
+    LogCursor,
+    "^-?[0-9]{1,18}\\.[0-9]{1,19}$",
+    "1767225600000000000.42",
+    "A line's place in its VM's log: when the run began that it is of (nanoseconds since the Unix epoch), and the line's number there."
+);
+
+impl From<LogCursor> for String {
+    fn from(cursor: LogCursor) -> Self {
+        cursor.to_string()
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LogLine {
     pub at: Timestamp,
     pub stream: LogStream,
     /// Without its line feed; bytes that are no UTF-8 are replaced.
     pub line: String,
+    /// `None` for the console, which is no log.
+    #[serde(default)]
+    pub cursor: Option<LogCursor>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum LogStream {
     Stdout,
@@ -159,21 +225,22 @@ pub enum LogStream {
     Console,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct ForwardQuery {
     /// TCP port on the VM's loopback interface.
     pub port: u16,
 }
 
 /// Gives a VM another name.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RenameRequest {
     pub name: Name,
 }
 
 /// Changes a VM without a Formfile; what is left out stays. The next deploy of its Formfile says again what the Formfile says.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SetRequest {
     /// Label to its new value; `null` removes it.
@@ -201,5 +268,20 @@ impl SetRequest {
 
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty() && self.restart_policy.is_none() && !self.needs_start()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cursor_survives_its_text() {
+        let cursor = LogCursor { run: Timestamp::from_nanosecond(1_767_225_600_000_000_042).unwrap(), sequence: 7 };
+        assert_eq!(cursor.to_string(), "1767225600000000042.7");
+        assert_eq!(cursor.to_string().parse(), Ok(cursor));
+        for bad in ["", "7", "7.", ".7", "x.7", "7.x", "7.-1", "99999999999999999999999999.1"] {
+            assert_eq!(bad.parse::<LogCursor>(), Err(LogCursorError), "{bad}");
+        }
     }
 }

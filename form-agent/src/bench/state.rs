@@ -47,7 +47,8 @@ impl Bench<'_> {
         let identity = Identity::open(paths, None).map_err(|error| fault(&error))?;
         let cluster = identity.cluster();
         let path = paths.database().join("state.redb");
-        let replica = Replica::open(&path, identity.key(), cluster, Arc::new(AgentRules { cluster })).map_err(|error| fault(&error))?;
+        let replica = Replica::open(&path, identity.key(), cluster, Arc::new(AgentRules { cluster, founder: identity.key().public() }))
+            .map_err(|error| fault(&error))?;
         let mut times = Vec::new();
         let mut submit = |path: &str, body: &[u8]| -> Result<(), BenchError> {
             self.stop.check()?;

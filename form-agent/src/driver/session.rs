@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use form_api::vm::{GuestDevice, GuestReport, LogLine, LogStream};
+use form_api::vm::{GuestDevice, GuestReport, LogStream};
 use form_guest::protocol::{
     FrameKind, LogLine as GuestLine, LogStream as GuestStream, LogsRequest, ReadyReport, Reply, Request, StatusReport,
 };
@@ -158,18 +158,14 @@ async fn follow(control: &std::path::Path, writer: &mut Writer, run: Timestamp, 
         if line.continues && joined.len() < 64 * 1024 {
             continue;
         }
+        let at = i64::try_from(line.timestamp_ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
         let kept = KeptLine {
-            line: LogLine {
-                at: i64::try_from(line.timestamp_ms)
-                    .ok()
-                    .and_then(|ms| Timestamp::from_millisecond(ms).ok())
-                    .unwrap_or_else(Timestamp::now),
-                stream: match line.stream {
-                    GuestStream::Stdout => LogStream::Stdout,
-                    GuestStream::Stderr | GuestStream::Guest => LogStream::Stderr,
-                },
-                line: String::from_utf8_lossy(&joined).into_owned(),
+            at: at.unwrap_or_else(Timestamp::now),
+            stream: match line.stream {
+                GuestStream::Stdout => LogStream::Stdout,
+                GuestStream::Stderr | GuestStream::Guest => LogStream::Stderr,
             },
+            line: String::from_utf8_lossy(&joined).into_owned(),
             run,
             sequence: line.sequence,
         };

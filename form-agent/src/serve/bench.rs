@@ -22,7 +22,10 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::{Shared, changing};
+use super::{
+    Shared, changing,
+    openapi::{ChangeHeaders, InTheWay, Refused, Unreadable},
+};
 use crate::{
     agent::{Agent, internal},
     operation::{Begun, Opening},
@@ -30,6 +33,17 @@ use crate::{
 
 type Line = Result<BenchRow, ApiError>;
 
+/// Measures the host, which takes minutes.
+#[utoipa::path(
+    post,
+    path = "/v1/bench",
+    operation_id = "bench_host",
+    tag = "hosts",
+    params(ChangeHeaders),
+    request_body(content = BenchRequest, description = "What to measure, and how often"),
+    responses((status = 200, description = "One JSON object a line, as they come. An error in the middle is the last line, as `{\"error\": …}`", body = BenchRow, content_type = "application/x-ndjson"), Refused, Unreadable, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
 pub async fn measure(State(agent): State<Shared>, request: Request) -> Result<Response, ApiError> {
     let (caller, body) = changing(&agent, request).await?;
     let wanted: BenchRequest = read_json(&body)?;

@@ -6,13 +6,13 @@ use axum::{
 };
 use form_api::{
     ApiError, ErrorCode,
-    event::{Event, EventsQuery},
+    event::{EVENT_CURSOR_HEADER, Event, EventsQuery},
     server::ndjson,
 };
 use futures_util::stream;
 use tokio::sync::watch;
 
-use super::{Shared, query, reading};
+use super::{Shared, begins_after, openapi::Refused, query, reading};
 use crate::{agent::Agent, event::Events};
 
 struct Follower {
@@ -53,11 +53,25 @@ impl Follower {
     }
 }
 
+/// What happened on the host, in order.
+///
+/// A follower whose connection breaks goes on with `after` and the cursor of the last event it got.
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    operation_id = "list_events",
+    tag = "events",
+    params(EventsQuery),
+    responses((status = 200, description = "One JSON object a line, as they come. An error in the middle is the last line, as `{\"error\": …}`", body = Event, content_type = "application/x-ndjson", headers(("form-event-cursor" = u64, description = "The cursor that the answer begins after"))), Refused),
+    security((), ("key" = []))
+)]
 pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Response, ApiError> {
     let (parts, _) = reading(&agent, request).await?;
     let follower = Follower::new(&agent, query(&parts)?);
-    Ok(ndjson(stream::unfold(follower, |mut follower| async {
+    let start = follower.cursor.to_string();
+    let events = ndjson(stream::unfold(follower, |mut follower| async {
         let next = follower.next().await.transpose()?;
         Some((next, follower))
-    })))
+    }));
+    Ok(begins_after(events, EVENT_CURSOR_HEADER, Some(start)))
 }

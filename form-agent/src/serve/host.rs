@@ -10,17 +10,43 @@ use form_api::{
     server::{read_body, read_json},
 };
 
-use super::{Shared, blocking, changing, no_body, reading};
+use super::{
+    Shared, blocking, changing, no_body,
+    openapi::{ChangeHeaders, InTheWay, Refused, Unreadable},
+    reading,
+};
 use crate::{
     authorise, doctor,
     operation::{Begun, Opening},
 };
 
+/// The host: who it is, what it has, what of it is taken.
+#[utoipa::path(
+    get,
+    path = "/v1/host",
+    operation_id = "show_host",
+    tag = "hosts",
+    responses((status = 200, description = "The host", body = Host), Refused),
+    security((), ("key" = []))
+)]
 pub async fn show(State(agent): State<Shared>, request: Request) -> Result<Json<Host>, ApiError> {
     reading(&agent, request).await?;
     blocking(move || agent.host()).await.map(Json)
 }
 
+/// Makes the key that signed the request the owner of a host that has none.
+///
+/// The signature is over no cluster: the client does not know it yet.
+#[utoipa::path(
+    post,
+    path = "/v1/claim",
+    operation_id = "claim_host",
+    tag = "hosts",
+    params(ChangeHeaders),
+    request_body(content = ClaimRequest, description = "The secret half of the token"),
+    responses((status = 200, description = "The host, which is yours now", body = Host), Refused, Unreadable),
+    security((), ("key" = [], "signature" = []))
+)]
 pub async fn claim(State(agent): State<Shared>, request: Request) -> Result<Json<Host>, ApiError> {
     let (parts, body) = request.into_parts();
     let body = read_body(body).await?;
@@ -38,6 +64,7 @@ pub async fn claim(State(agent): State<Shared>, request: Request) -> Result<Json
             };
             return Err(ApiError::new(ErrorCode::NotAllowed, message).hint(hint));
         }
+        agent.record_owner()?;
         let opening = Opening {
             kind: OperationKind::Claim,
             vm: None,
@@ -57,11 +84,30 @@ pub async fn claim(State(agent): State<Shared>, request: Request) -> Result<Json
     .map(Json)
 }
 
+/// Looks for what the host lacks, and for leftovers.
+#[utoipa::path(
+    get,
+    path = "/v1/doctor",
+    operation_id = "examine_host",
+    tag = "hosts",
+    responses((status = 200, description = "What was found", body = DoctorReport), Refused),
+    security((), ("key" = []))
+)]
 pub async fn doctor(State(agent): State<Shared>, request: Request) -> Result<Json<DoctorReport>, ApiError> {
     reading(&agent, request).await?;
     Ok(Json(doctor::examine(&agent).await))
 }
 
+/// Removes leftovers, and looks again.
+#[utoipa::path(
+    post,
+    path = "/v1/doctor/fix",
+    operation_id = "mend_host",
+    tag = "hosts",
+    params(ChangeHeaders),
+    responses((status = 200, description = "What is left", body = DoctorReport), Refused, Unreadable, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
 pub async fn doctor_fix(State(agent): State<Shared>, request: Request) -> Result<Json<DoctorReport>, ApiError> {
     let (caller, body) = changing(&agent, request).await?;
     no_body(&body)?;

@@ -1,20 +1,27 @@
 use axum::{
     Json,
-    extract::{Path, Request, State},
+    extract::{Request, State},
     http::StatusCode,
 };
 use form_api::{
     ApiError, ErrorCode,
     event::EventKind,
-    image::{BlockFrame, BlocksReply, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest},
+    image::{
+        BlockFrame, BlocksReply, DamagedBlock, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification,
+    },
     operation::{Operation, OperationKind},
     server::read_json,
 };
+use form_bundle::BLOCK_SIZE;
 use form_store::{ImageEntry, StoreError};
 use form_types::{Digest, ImageReference, Name};
 use futures_util::StreamExt;
 
-use super::{Shared, StreamBody, accepted, authorise_peer, blocking, changing, parsed, reading};
+use super::{
+    Segment, Shared, StreamBody, accepted, authorise_peer, blocking, changing,
+    openapi::{Binary, ChangeHeaders, InTheWay, Missing, NoRoom, Refused, Unreadable},
+    parsed, reading,
+};
 use crate::{
     agent::Agent,
     desired,
@@ -58,6 +65,15 @@ fn described(agent: &Agent, entry: &ImageEntry) -> Image {
     }
 }
 
+/// All images, by name and then version.
+#[utoipa::path(
+    get,
+    path = "/v1/images",
+    operation_id = "list_images",
+    tag = "images",
+    responses((status = 200, description = "The images", body = Vec<Image>), Refused),
+    security((), ("key" = []))
+)]
 pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Json<Vec<Image>>, ApiError> {
     reading(&agent, request).await?;
     blocking(move || {
@@ -72,15 +88,72 @@ fn found(agent: &Agent, reference: &ImageReference) -> Result<ImageEntry, ApiErr
     agent.store.image(reference).map_err(|error| store_error(&error).hint("list them with `form image ls`"))
 }
 
-pub async fn show(State(agent): State<Shared>, Path(reference): Path<String>, request: Request) -> Result<Json<Image>, ApiError> {
+/// One image.
+#[utoipa::path(
+    get,
+    path = "/v1/images/{reference}",
+    operation_id = "show_image",
+    tag = "images",
+    params(("reference" = ImageReference, Path, description = "The image")),
+    responses((status = 200, description = "The image", body = Image), Refused, Missing),
+    security((), ("key" = []))
+)]
+pub async fn show(State(agent): State<Shared>, Segment(reference): Segment, request: Request) -> Result<Json<Image>, ApiError> {
     reading(&agent, request).await?;
     let reference = parsed(&reference)?;
     blocking(move || Ok(described(&agent, &found(&agent, &reference)?))).await.map(Json)
 }
 
+/// Reads the whole image and compares every block with its digest.
+///
+/// It takes as long as the disk needs.
+#[utoipa::path(
+    get,
+    path = "/v1/images/{reference}/verify",
+    operation_id = "verify_image",
+    tag = "images",
+    params(("reference" = ImageReference, Path, description = "The image")),
+    responses((status = 200, description = "What was found", body = Verification), Refused, Missing),
+    security((), ("key" = []))
+)]
+pub async fn verify(State(agent): State<Shared>, Segment(reference): Segment, request: Request) -> Result<Json<Verification>, ApiError> {
+    reading(&agent, request).await?;
+    let reference = parsed(&reference)?;
+    blocking(move || {
+        let entry = found(&agent, &reference)?;
+        let comparison = agent.store.verify(&entry.digest).map_err(|error| store_error(&error))?;
+        let map = agent.store.manifest(&entry.digest).map_err(|error| store_error(&error))?.rootfs.blocks;
+        let damaged = comparison.damaged.iter().take(Verification::MAX_LISTED).map(|index| DamagedBlock {
+            index: *index,
+            offset: index.saturating_mul(BLOCK_SIZE as u64),
+            digest: map.get(*index).copied(),
+        });
+        Ok(Verification {
+            name: entry.name,
+            version: entry.version,
+            digest: entry.digest,
+            blocks: comparison.blocks,
+            damaged_blocks: comparison.damaged.len() as u64,
+            damaged: damaged.collect(),
+        })
+    })
+    .await
+    .map(Json)
+}
+
+/// Removes an image that no VM uses.
+#[utoipa::path(
+    delete,
+    path = "/v1/images/{reference}",
+    operation_id = "remove_image",
+    tag = "images",
+    params(("reference" = ImageReference, Path, description = "The image"), ChangeHeaders),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
 pub async fn remove(
     State(agent): State<Shared>,
-    Path(reference): Path<String>,
+    Segment(reference): Segment,
     request: Request,
 ) -> Result<(StatusCode, Json<Operation>), ApiError> {
     let (caller, _) = changing(&agent, request).await?;
@@ -123,6 +196,16 @@ fn remove_entry(agent: &Agent, entry: &ImageEntry) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// Which of these blocks have to be uploaded.
+#[utoipa::path(
+    post,
+    path = "/v1/images/missing",
+    operation_id = "missing_blocks",
+    tag = "images",
+    request_body(content = MissingRequest, description = "Blocks of a manifest"),
+    responses((status = 200, description = "Those that the host lacks, in the order asked", body = MissingReply), Refused, Unreadable),
+    security((), ("key" = []))
+)]
 pub async fn missing(State(agent): State<Shared>, request: Request) -> Result<Json<MissingReply>, ApiError> {
     let (_, body) = reading(&agent, request).await?;
     let wanted: MissingRequest = read_json(&body)?;
@@ -133,7 +216,16 @@ pub async fn missing(State(agent): State<Shared>, request: Request) -> Result<Js
     .await
 }
 
-/// Reads block frames as they come. Each block is checked against its digest and kept: an upload that breaks off resumes.
+/// Uploads blocks. What has arrived is kept for a day, so that an upload that broke off goes on.
+#[utoipa::path(
+    put,
+    path = "/v1/blocks",
+    operation_id = "put_blocks",
+    tag = "images",
+    request_body(content = inline(Binary), description = "Frames without padding: the digest (32 bytes), the length of what follows (u32, little-endian), the block compressed with zstd", content_type = "application/octet-stream"),
+    responses((status = 200, description = "How many were stored", body = BlocksReply), Refused, Unreadable, NoRoom),
+    security((), ("key" = []))
+)]
 pub async fn put_blocks(State(agent): State<Shared>, request: Request) -> Result<Json<BlocksReply>, ApiError> {
     let (parts, body) = request.into_parts();
     authorise_peer(&agent, &parts)?;
@@ -198,10 +290,20 @@ impl Frames {
     }
 }
 
-/// Reads a manifest as it comes; what it names is looked at by the import.
+/// Uploads the text of a manifest, whatever its length. What it names is looked at by the import.
+#[utoipa::path(
+    put,
+    path = "/v1/manifests/{digest}",
+    operation_id = "put_manifest",
+    tag = "images",
+    params(("digest" = Digest, Path, description = "BLAKE3 of the text")),
+    request_body(content = inline(Binary), description = "The manifest's text", content_type = "application/octet-stream"),
+    responses((status = 200, description = "How long it is", body = ManifestReply), Refused, Unreadable, NoRoom),
+    security((), ("key" = []))
+)]
 pub async fn put_manifest(
     State(agent): State<Shared>,
-    Path(digest): Path<String>,
+    Segment(digest): Segment,
     request: Request,
 ) -> Result<Json<ManifestReply>, ApiError> {
     let (parts, body) = request.into_parts();
@@ -221,6 +323,17 @@ pub async fn put_manifest(
     Ok(Json(ManifestReply { bytes }))
 }
 
+/// Makes an image of blocks that are all there.
+#[utoipa::path(
+    post,
+    path = "/v1/images",
+    operation_id = "import_image",
+    tag = "images",
+    params(ChangeHeaders),
+    request_body(content = ImportRequest, description = "The manifest"),
+    responses((status = 200, description = "The image", body = Image), Refused, Unreadable, InTheWay, NoRoom),
+    security((), ("key" = [], "signature" = []))
+)]
 pub async fn import(State(agent): State<Shared>, request: Request) -> Result<Json<Image>, ApiError> {
     let (caller, body) = changing(&agent, request).await?;
     let import: ImportRequest = read_json(&body)?;
@@ -248,7 +361,17 @@ pub async fn import(State(agent): State<Shared>, request: Request) -> Result<Jso
     .map(Json)
 }
 
-pub async fn kernel(State(agent): State<Shared>, Path(digest): Path<String>, request: Request) -> Result<Json<Kernel>, ApiError> {
+/// One kernel bundle.
+#[utoipa::path(
+    get,
+    path = "/v1/kernels/{digest}",
+    operation_id = "show_kernel",
+    tag = "images",
+    params(("digest" = Digest, Path, description = "Of its manifest")),
+    responses((status = 200, description = "The kernel bundle", body = Kernel), Refused, Missing),
+    security((), ("key" = []))
+)]
+pub async fn kernel(State(agent): State<Shared>, Segment(digest): Segment, request: Request) -> Result<Json<Kernel>, ApiError> {
     reading(&agent, request).await?;
     let digest: Digest = parsed(&digest)?;
     blocking(move || {
@@ -258,6 +381,17 @@ pub async fn kernel(State(agent): State<Shared>, Path(digest): Path<String>, req
     .await
 }
 
+/// Makes a kernel bundle of blocks that are all there.
+#[utoipa::path(
+    post,
+    path = "/v1/kernels",
+    operation_id = "import_kernel",
+    tag = "images",
+    params(ChangeHeaders),
+    request_body(content = ImportRequest, description = "The manifest"),
+    responses((status = 200, description = "The kernel bundle", body = Kernel), Refused, Unreadable, InTheWay, NoRoom),
+    security((), ("key" = [], "signature" = []))
+)]
 pub async fn import_kernel(State(agent): State<Shared>, request: Request) -> Result<Json<Kernel>, ApiError> {
     let (_, body) = changing(&agent, request).await?;
     let import: ImportRequest = read_json(&body)?;

@@ -3,8 +3,10 @@
 mod bench;
 mod deploy;
 mod event;
+mod example;
 mod host;
 mod image;
+mod openapi;
 mod operation;
 mod stream;
 mod vm;
@@ -14,51 +16,97 @@ use std::sync::Arc;
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{DefaultBodyLimit, Request},
-    routing::{delete, get, post, put},
+    extract::{DefaultBodyLimit, FromRequestParts, Path, Request},
+    handler::Handler,
+    response::Response,
+    routing::{MethodFilter, MethodRouter},
 };
-use form_api::{ApiError, ErrorCode, operation::Operation, server::read_body};
+use form_api::{ApiError, ErrorCode, error::ErrorBody, operation::Operation, server::read_body};
 use http::{StatusCode, request::Parts};
+use utoipa::{Path as _, openapi::HttpMethod};
 
+pub use self::openapi::document;
 use crate::{agent::Agent, authorise, authorise::Caller};
 
 type Shared = Arc<Agent>;
 
+/// Makes the router and the OpenAPI document of one list, so that neither has what the other lacks. Method and path of a handler are in its
+/// `#[utoipa::path]`, which makes `__path_HANDLER` beside it.
+macro_rules! api {
+    ($($module:ident::$handler:ident),+ $(,)?) => {
+        fn routes() -> Router<Shared> {
+            pastey::paste! {
+                Router::new()$(.route(&$module::[<__path_ $handler>]::path(), method::<$module::[<__path_ $handler>], _, _>($module::$handler)))+
+            }
+        }
+
+        #[derive(utoipa::OpenApi)]
+        #[openapi(paths($($module::$handler),+))]
+        struct Described;
+    };
+}
+
+api! {
+    host::show,
+    host::claim,
+    host::doctor,
+    host::doctor_fix,
+    bench::measure,
+    openapi::show,
+    deploy::plan,
+    deploy::deploy,
+    vm::list,
+    vm::show,
+    vm::destroy,
+    vm::start,
+    vm::stop,
+    vm::restart,
+    vm::pause,
+    vm::resume,
+    vm::reset,
+    vm::rename,
+    vm::set,
+    vm::logs,
+    stream::exec,
+    stream::console,
+    stream::forward,
+    image::list,
+    image::import,
+    image::missing,
+    image::show,
+    image::remove,
+    image::verify,
+    image::put_blocks,
+    image::put_manifest,
+    image::import_kernel,
+    image::kernel,
+    operation::list,
+    operation::show,
+    event::list,
+}
+
+/// The handler for the methods that its description names.
+fn method<P: utoipa::Path, H: Handler<T, Shared>, T: 'static>(handler: H) -> MethodRouter<Shared> {
+    P::methods().into_iter().fold(MethodRouter::new(), |router, method| {
+        let method = match method {
+            HttpMethod::Get => MethodFilter::GET,
+            HttpMethod::Put => MethodFilter::PUT,
+            HttpMethod::Post => MethodFilter::POST,
+            HttpMethod::Delete => MethodFilter::DELETE,
+            HttpMethod::Options => MethodFilter::OPTIONS,
+            HttpMethod::Head => MethodFilter::HEAD,
+            HttpMethod::Patch => MethodFilter::PATCH,
+            HttpMethod::Trace => MethodFilter::TRACE,
+        };
+        router.on(method, handler.clone())
+    })
+}
+
 /// Everything that both transports serve.
 pub fn router(agent: Shared) -> Router {
-    Router::new()
-        .route("/v1/host", get(host::show))
-        .route("/v1/claim", post(host::claim))
-        .route("/v1/doctor", get(host::doctor))
-        .route("/v1/doctor/fix", post(host::doctor_fix))
-        .route("/v1/bench", post(bench::measure))
-        .route("/v1/plan", post(deploy::plan))
-        .route("/v1/deploy", post(deploy::deploy))
-        .route("/v1/vms", get(vm::list))
-        .route("/v1/vms/{name}", get(vm::show).patch(vm::set).delete(vm::destroy))
-        .route("/v1/vms/{name}/start", post(vm::start))
-        .route("/v1/vms/{name}/stop", post(vm::stop))
-        .route("/v1/vms/{name}/restart", post(vm::restart))
-        .route("/v1/vms/{name}/pause", post(vm::pause))
-        .route("/v1/vms/{name}/resume", post(vm::resume))
-        .route("/v1/vms/{name}/reset", post(vm::reset))
-        .route("/v1/vms/{name}/rename", post(vm::rename))
-        .route("/v1/vms/{name}/logs", get(vm::logs))
-        .route("/v1/vms/{name}/exec", get(stream::exec))
-        .route("/v1/vms/{name}/console", get(stream::console))
-        .route("/v1/vms/{name}/forward", get(stream::forward))
-        .route("/v1/images", get(image::list).post(image::import))
-        .route("/v1/images/missing", post(image::missing))
-        .route("/v1/images/{reference}", get(image::show))
-        .route("/v1/images/{reference}", delete(image::remove))
-        .route("/v1/blocks", put(image::put_blocks))
-        .route("/v1/manifests/{digest}", put(image::put_manifest))
-        .route("/v1/kernels", post(image::import_kernel))
-        .route("/v1/kernels/{digest}", get(image::kernel))
-        .route("/v1/operations", get(operation::list))
-        .route("/v1/operations/{id}", get(operation::show))
-        .route("/v1/events", get(event::list))
+    routes()
         .fallback(nothing_here)
+        .method_not_allowed_fallback(another_method)
         // Bodies are read by `read_body`, which has the limit, and the streams have theirs.
         .layer(DefaultBodyLimit::disable())
         .with_state(agent)
@@ -67,6 +115,27 @@ pub fn router(agent: Shared) -> Router {
 async fn nothing_here(request: Request) -> ApiError {
     ApiError::new(ErrorCode::NotFound, format!("there is nothing at {} {}", request.method(), request.uri().path()))
         .hint("client and agent may have different versions: compare `form version`")
+}
+
+/// Status 405 (RFC 9110, section 15.5.6); the header `allow`, which the router adds, says which methods there are.
+async fn another_method(request: Request) -> (StatusCode, axum::Json<ErrorBody>) {
+    let error = ApiError::new(ErrorCode::Invalid, format!("{} does not do {}", request.uri().path(), request.method()))
+        .hint("docs/openapi.json, or GET /v1/openapi.json, lists what there is");
+    (StatusCode::METHOD_NOT_ALLOWED, axum::Json(ErrorBody { error }))
+}
+
+/// The variable part of a path, as text.
+struct Segment(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let Path(text) = Path::from_request_parts(parts, state)
+            .await
+            .map_err(|error| ApiError::new(ErrorCode::Invalid, format!("the path is not understood: {}", error.body_text())))?;
+        Ok(Self(text))
+    }
 }
 
 /// A request that only the owner may make and that changes nothing.
@@ -105,6 +174,14 @@ fn query<T: serde::de::DeserializeOwned>(parts: &Parts) -> Result<T, ApiError> {
     let query = axum::extract::Query::<T>::try_from_uri(&parts.uri)
         .map_err(|error| ApiError::new(ErrorCode::Invalid, format!("the query does not fit: {}", error.body_text())))?;
     Ok(query.0)
+}
+
+/// Says where a stream of lines begins, for a follower that has to ask again before it got one.
+fn begins_after(mut lines: Response, header: &'static str, cursor: Option<String>) -> Response {
+    if let Some(value) = cursor.and_then(|cursor| http::HeaderValue::try_from(cursor).ok()) {
+        lines.headers_mut().insert(header, value);
+    }
+    lines
 }
 
 /// Runs what blocks (files, the state, KVM) where it may.

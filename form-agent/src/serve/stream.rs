@@ -1,7 +1,7 @@
 //! Exchanges that turn into streams: a command, the console, a port.
 
 use axum::{
-    extract::{Path, Request, State},
+    extract::{Request, State},
     response::Response,
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
@@ -17,7 +17,11 @@ use form_vmm::control::Client;
 use http::request::Parts;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::{Shared, parsed, query};
+use super::{
+    Segment, Shared,
+    openapi::{ChangeHeaders, ExecHeader, Impossible, InTheWay, Missing, Refused, UpgradeHeaders},
+    parsed, query,
+};
 use crate::{
     action::{self, Action},
     agent::{Agent, internal},
@@ -68,7 +72,19 @@ fn guest_error(error: &GuestError) -> ApiError {
     }
 }
 
-pub async fn exec(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
+/// Runs a command in a VM: an Upgrade to `form-exec`.
+///
+/// The signature is over the header that says what to run: there is no body.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/exec",
+    operation_id = "exec",
+    tag = "streams",
+    params(("name" = Name, Path, description = "The VM"), UpgradeHeaders, ExecHeader, ChangeHeaders),
+    responses((status = 101, description = "Frames both ways: one byte of kind, a length (u32, little-endian), the payload. From the client 1 standard input, 2 its end, 3 rows and columns (u16 each), 4 a signal; from the host 5 standard output, 6 standard error, 7 the exit code, 8 an error"), Refused, Missing, InTheWay, Impossible),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn exec(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Result<Response, ApiError> {
     let (mut request, parts, name) = authorised(&agent, request, &name)?;
     let header = parts
         .headers
@@ -180,7 +196,17 @@ fn frame_to_client(frame: &protocol::Frame) -> Vec<exec::Frame> {
     }
 }
 
-pub async fn console(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
+/// Opens the serial console of a VM: an Upgrade to `form-console`.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/console",
+    operation_id = "console",
+    tag = "streams",
+    params(("name" = Name, Path, description = "The VM"), UpgradeHeaders, ChangeHeaders),
+    responses((status = 101, description = "Bytes both ways: what is written is typed, what is read was printed"), Refused, Missing, InTheWay, Impossible),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn console(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Result<Response, ApiError> {
     let (mut request, _, name) = authorised(&agent, request, &name)?;
     let control = control_of(&agent, &name, Action::Console)?;
     let fd = tokio::task::spawn_blocking(move || Client::connect(&control)?.console())
@@ -199,7 +225,17 @@ pub async fn console(State(agent): State<Shared>, Path(name): Path<String>, requ
     Ok(response)
 }
 
-pub async fn forward(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
+/// Opens a connection to a TCP port of a VM's loopback interface: an Upgrade to `form-forward`.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/forward",
+    operation_id = "forward",
+    tag = "streams",
+    params(("name" = Name, Path, description = "The VM"), ForwardQuery, UpgradeHeaders, ChangeHeaders),
+    responses((status = 101, description = "The bytes of the connection, both ways"), Refused, Missing, InTheWay, Impossible),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn forward(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Result<Response, ApiError> {
     let (mut request, parts, name) = authorised(&agent, request, &name)?;
     let port = query::<ForwardQuery>(&parts)?.port;
     let control = control_of(&agent, &name, Action::Forward)?;

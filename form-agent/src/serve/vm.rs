@@ -1,8 +1,11 @@
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path as FilePath, PathBuf},
+    sync::Arc,
+};
 
 use axum::{
     Json,
-    extract::{Path, Request, State},
+    extract::{Request, State},
     http::StatusCode,
     response::Response,
 };
@@ -10,14 +13,18 @@ use form_api::{
     ApiError, ErrorCode,
     operation::Operation,
     server::{ndjson, read_json},
-    vm::{LogLine, LogStream, LogsQuery, RenameRequest, Vm, VmDetail, VmState},
+    vm::{LOG_CURSOR_HEADER, LogCursor, LogLine, LogStream, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail, VmState},
 };
 use form_types::Name;
 use futures_util::stream;
 use jiff::Timestamp;
 use tokio::sync::watch;
 
-use super::{Shared, accepted, blocking, changing, no_body, parsed, query, reading};
+use super::{
+    Segment, Shared, accepted, begins_after, blocking, changing, no_body,
+    openapi::{ChangeHeaders, InTheWay, Missing, Refused, Unreadable},
+    parsed, query, reading,
+};
 use crate::{
     action::{self, Action},
     agent::{Agent, internal},
@@ -25,9 +32,18 @@ use crate::{
     desired,
     driver::process::RuntimeDirectory,
     lifecycle::{self, Change},
-    logs::Reader,
+    logs::{KeptLine, Reader},
 };
 
+/// All VMs, by name.
+#[utoipa::path(
+    get,
+    path = "/v1/vms",
+    operation_id = "list_vms",
+    tag = "vms",
+    responses((status = 200, description = "The VMs", body = Vec<Vm>), Refused),
+    security((), ("key" = []))
+)]
 pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Json<Vec<Vm>>, ApiError> {
     reading(&agent, request).await?;
     let mut vms: Vec<Vm> = desired::vms(&agent.view()).values().map(|vm| agent.vm(vm)).collect();
@@ -35,7 +51,17 @@ pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Json<
     Ok(Json(vms))
 }
 
-pub async fn show(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Json<VmDetail>, ApiError> {
+/// One VM in full: as it is, as it was asked for, and as its guest found it.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}",
+    operation_id = "show_vm",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM")),
+    responses((status = 200, description = "The VM", body = VmDetail), Refused, Missing),
+    security((), ("key" = []))
+)]
+pub async fn show(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Result<Json<VmDetail>, ApiError> {
     reading(&agent, request).await?;
     let desired = agent.vm_named(&parsed(&name)?)?;
     let guest = agent.fleet.observed(&desired.id).and_then(|observed| observed.guest);
@@ -62,47 +88,151 @@ async fn begin(agent: Shared, caller: Caller, name: &str, change: Change) -> Acc
 
 type Accepted = Result<(StatusCode, Json<Operation>), ApiError>;
 
-pub async fn start(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+/// Starts a VM.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/start",
+    operation_id = "start_vm",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn start(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     change(agent, name, request, Change::Start).await
 }
 
-pub async fn stop(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+/// Stops a VM: its guest is asked to shut down, and ended when it does not.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/stop",
+    operation_id = "stop_vm",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn stop(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     change(agent, name, request, Change::Stop).await
 }
 
-pub async fn restart(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+/// Stops a VM and starts it again.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/restart",
+    operation_id = "restart_vm",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn restart(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     change(agent, name, request, Change::Restart).await
 }
 
-pub async fn pause(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+/// Stops the processors of a VM; everything else stays as it is.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/pause",
+    operation_id = "pause_vm",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn pause(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     change(agent, name, request, Change::Pause).await
 }
 
-pub async fn resume(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+/// Lets a paused VM go on.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/resume",
+    operation_id = "resume_vm",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn resume(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     change(agent, name, request, Change::Resume).await
 }
 
-pub async fn reset(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+/// Starts a VM again at once, as with the reset button: its guest is not asked.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/reset",
+    operation_id = "reset_vm",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn reset(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     change(agent, name, request, Change::Reset).await
 }
 
-pub async fn rename(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+/// Gives a VM another name.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/rename",
+    operation_id = "rename_vm",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
+    request_body(content = RenameRequest, description = "The new name"),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn rename(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     let (caller, body) = changing(&agent, request).await?;
     let RenameRequest { name: new } = read_json(&body)?;
     begin(agent, caller, &name, Change::Rename(new)).await
 }
 
-pub async fn set(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+/// Changes a VM without a Formfile; what is left out stays.
+#[utoipa::path(
+    patch,
+    path = "/v1/vms/{name}",
+    operation_id = "set_vm",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
+    request_body(content = SetRequest, description = "What to change"),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn set(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     let (caller, body) = changing(&agent, request).await?;
-    let change = Change::Set(read_json(&body)?);
-    begin(agent, caller, &name, change).await
+    let wanted: SetRequest = read_json(&body)?;
+    begin(agent, caller, &name, Change::Set(wanted)).await
 }
 
-pub async fn destroy(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Accepted {
+/// Destroys a VM, with its disk and its log.
+#[utoipa::path(
+    delete,
+    path = "/v1/vms/{name}",
+    operation_id = "destroy_vm",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn destroy(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     change(agent, name, request, Change::Destroy).await
 }
 
-pub async fn logs(State(agent): State<Shared>, Path(name): Path<String>, request: Request) -> Result<Response, ApiError> {
+/// What a VM's service wrote, or its console.
+///
+/// A follower whose connection breaks goes on with `after` and the cursor of the last line it got.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/logs",
+    operation_id = "vm_logs",
+    tag = "vms",
+    params(("name" = Name, Path, description = "The VM"), LogsQuery),
+    responses((status = 200, description = "One JSON object a line, as they come. An error in the middle is the last line, as `{\"error\": …}`", body = LogLine, content_type = "application/x-ndjson", headers(("form-log-cursor" = LogCursor, description = "The cursor of the line before the first one; absent when there is none"))), Refused, Missing),
+    security((), ("key" = []))
+)]
+pub async fn logs(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Result<Response, ApiError> {
     let (parts, _) = reading(&agent, request).await?;
     let name: Name = parsed(&name)?;
     let vm = agent.vm_named(&name)?;
@@ -117,10 +247,12 @@ pub async fn logs(State(agent): State<Shared>, Path(name): Path<String>, request
     }
     let directory = agent.log_directory(&vm.id);
     let follower = blocking(move || Follower::new(&agent, vm.id, directory, wanted)).await?;
-    Ok(ndjson(stream::unfold(follower, |mut follower| async {
+    let start = follower.start.map(|cursor| cursor.to_string());
+    let lines = ndjson(stream::unfold(follower, |mut follower| async {
         let next = follower.next().await.transpose()?;
         Some((next, follower))
-    })))
+    }));
+    Ok(begins_after(lines, LOG_CURSOR_HEADER, start))
 }
 
 /// The serial console's last output: of the running VM, or of its last run.
@@ -136,7 +268,12 @@ fn console_lines(directory: &RuntimeDirectory, kept: PathBuf, tail: Option<usize
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<&str> = text.lines().collect();
     let skip = tail.map_or(0, |tail| lines.len().saturating_sub(tail));
-    let line = |line: &&str| LogLine { at: Timestamp::now(), stream: LogStream::Console, line: line.trim_end_matches('\r').to_owned() };
+    let line = |line: &&str| LogLine {
+        at: Timestamp::now(),
+        stream: LogStream::Console,
+        line: line.trim_end_matches('\r').to_owned(),
+        cursor: None,
+    };
     Ok(lines[skip..].iter().map(line).collect())
 }
 
@@ -145,27 +282,19 @@ struct Follower {
     reader: Reader,
     query: LogsQuery,
     changed: watch::Receiver<u64>,
-    /// Lines to pass over, so that `tail` are left.
-    skip: usize,
+    /// The last line that was passed over.
+    start: Option<LogCursor>,
     agent: Arc<Agent>,
     vm: form_types::VmId,
 }
 
 impl Follower {
     fn new(agent: &Arc<Agent>, vm: form_types::VmId, directory: PathBuf, query: LogsQuery) -> Result<Self, ApiError> {
-        let failed = |error: std::io::Error| ApiError::new(ErrorCode::Internal, format!("the log cannot be read: {error}"));
         // Subscribed before the files are read, so nothing falls between.
         let changed = agent.log_changes(&vm).subscribe();
-        let mut skip = 0;
-        if let Some(tail) = query.tail {
-            let mut count = Reader::new(&directory);
-            let mut lines = 0_usize;
-            while let Some(kept) = count.next().map_err(failed)? {
-                lines += usize::from(query.since.is_none_or(|since| kept.line.at >= since));
-            }
-            skip = lines.saturating_sub(tail);
-        }
-        Ok(Self { reader: Reader::new(&directory), query, changed, skip, agent: Arc::clone(agent), vm })
+        let failed = |error: std::io::Error| ApiError::new(ErrorCode::Internal, format!("the log cannot be read: {error}"));
+        let (reader, start) = seek(&directory, &query).map_err(failed)?;
+        Ok(Self { reader, query, changed, start, agent: Arc::clone(agent), vm })
     }
 
     async fn next(&mut self) -> Result<Option<LogLine>, ApiError> {
@@ -173,14 +302,9 @@ impl Follower {
             self.changed.borrow_and_update();
             // Lines are short and the files are in the page cache: not worth a thread each.
             while let Some(kept) = self.reader.next().map_err(|error| internal(&error))? {
-                if self.query.since.is_some_and(|since| kept.line.at < since) {
-                    continue;
+                if self.query.since.is_none_or(|since| kept.at >= since) {
+                    return Ok(Some(kept.into()));
                 }
-                if self.skip > 0 {
-                    self.skip -= 1;
-                    continue;
-                }
-                return Ok(Some(kept.line));
             }
             if !self.query.follow || self.changed.changed().await.is_err() {
                 return Ok(None);
@@ -190,5 +314,66 @@ impl Follower {
                 return Ok(None);
             }
         }
+    }
+}
+
+/// A reader that stands where the query's answer begins, and the cursor of the line before.
+fn seek(directory: &FilePath, query: &LogsQuery) -> std::io::Result<(Reader, Option<LogCursor>)> {
+    let wanted = |kept: &KeptLine| query.since.is_none_or(|since| kept.at >= since);
+    let (mut lines, mut holds_after) = (0_usize, false);
+    if query.after.is_some() || query.tail.is_some() {
+        let mut count = Reader::new(directory);
+        while let Some(kept) = count.next()? {
+            lines += usize::from(wanted(&kept));
+            holds_after |= query.after == Some(kept.cursor());
+        }
+    }
+    let mut skip = match (query.after, query.tail) {
+        (None, Some(tail)) => lines.saturating_sub(tail),
+        _ => 0,
+    };
+    let (mut reader, mut start) = (Reader::new(directory), None);
+    while skip > 0 || (holds_after && start != query.after) {
+        let Some(kept) = reader.next()? else { break };
+        skip = skip.saturating_sub(usize::from(wanted(&kept)));
+        start = Some(kept.cursor());
+    }
+    Ok((reader, start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::logs::Writer;
+
+    fn sequences(directory: &FilePath, query: &LogsQuery) -> (Vec<u64>, Option<u64>) {
+        let (mut reader, start) = seek(directory, query).unwrap();
+        let rest = std::iter::from_fn(|| reader.next().unwrap()).map(|kept| kept.sequence).collect();
+        (rest, start.map(|cursor| cursor.sequence))
+    }
+
+    #[test]
+    fn an_answer_begins_where_the_query_says() {
+        let directory = tempfile::tempdir().unwrap();
+        // Two files of some lines each; the oldest lines are gone.
+        let mut writer = Writer::open(directory.path(), 1000, watch::Sender::new(0)).unwrap();
+        let run = Timestamp::UNIX_EPOCH;
+        for sequence in 0..30 {
+            let at = Timestamp::from_second(i64::try_from(sequence).unwrap()).unwrap();
+            writer.append(&KeptLine { at, stream: LogStream::Stdout, line: "x".to_owned(), run, sequence }).unwrap();
+        }
+        let (all, start) = sequences(directory.path(), &LogsQuery::default());
+        let first = all[0];
+        assert!(first > 0 && start.is_none() && all == (first..30).collect::<Vec<_>>(), "{all:?}");
+        let after = |sequence| LogsQuery { after: Some(LogCursor { run, sequence }), ..LogsQuery::default() };
+        assert_eq!(sequences(directory.path(), &after(27)), (vec![28, 29], Some(27)));
+        assert_eq!(sequences(directory.path(), &after(29)), (vec![], Some(29)));
+        assert_eq!(sequences(directory.path(), &after(first)).0.len(), all.len() - 1);
+        // That line is gone: everything after it that is still there.
+        assert_eq!(sequences(directory.path(), &after(0)), (all.clone(), None));
+        let tail = |tail| LogsQuery { tail: Some(tail), ..LogsQuery::default() };
+        assert_eq!(sequences(directory.path(), &tail(2)), (vec![28, 29], Some(27)));
+        assert_eq!(sequences(directory.path(), &tail(0)), (vec![], Some(29)));
+        assert_eq!(sequences(directory.path(), &tail(99)), (all, None));
     }
 }

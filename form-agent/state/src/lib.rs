@@ -12,6 +12,7 @@
 
 mod admit;
 mod change;
+mod compact;
 #[cfg(test)]
 mod crash_tests;
 mod document;
@@ -36,6 +37,7 @@ pub mod vm;
 mod write;
 
 pub use change::{ChangeHash, DecodeError, MAX_CHANGE, MAX_SIGNED_CHANGE, SignedChange, SignedRequest};
+pub use compact::compact;
 pub use error::StateError;
 pub use graph::Clock;
 pub use log::Proof;

@@ -10,7 +10,7 @@ use borsh::{BorshDeserialize, BorshSerialize};
 use form_types::{ClusterId, Failpoint, PublicKey, failpoint::reach};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
-use crate::{change::ChangeHash, error::StateError, write::Document};
+use crate::{change::ChangeHash, compact::compact, error::StateError, write::Document};
 
 const FORMAT: u64 = 1;
 /// Reads are rare (the index is in memory), so a small cache does.
@@ -102,7 +102,16 @@ fn open(path: &Path) -> Result<Database, StateError> {
 impl Log {
     /// Opens or makes the database at `path` for this host of this cluster.
     pub fn open(path: &Path, host: &PublicKey, cluster: &ClusterId) -> Result<Self, StateError> {
-        let log = Self { database: RwLock::new(Some(open(path)?)), path: path.to_owned() };
+        let mut database = open(path)?;
+        let compacted = catch_unwind(AssertUnwindSafe(|| compact(&mut database, path)))
+            .map_err(|_| StateError::corrupt(path, "the database cannot be made smaller"))?;
+        match compacted {
+            Ok(Some((before, after))) => tracing::info!(path = %path.display(), before, after, "the state's file was made smaller"),
+            Ok(None) => {}
+            // It costs room, nothing else.
+            Err(error) => tracing::warn!(path = %path.display(), %error, "the state's file cannot be made smaller"),
+        }
+        let log = Self { database: RwLock::new(Some(database)), path: path.to_owned() };
         log.claim(host, cluster)?;
         Ok(log)
     }

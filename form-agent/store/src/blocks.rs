@@ -13,7 +13,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use form_bundle::{BlockMap, blocks};
+use form_bundle::{BLOCK_SIZE, BlockMap, blocks};
 use form_types::{Digest, Failpoint, failpoint::reach};
 
 use crate::{
@@ -220,23 +220,26 @@ fn share(place: &Place, file: &File, offset: u64) -> Option<()> {
     (copied == place.length).then_some(())
 }
 
-/// Rehashes a file against its map, holes included.
-pub fn verify_file(path: &Path, map: &BlockMap) -> Result<()> {
+/// What is not as it was in a file that was read whole.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Comparison {
+    /// Blocks read, holes included.
+    pub blocks: u64,
+    /// Numbers of the blocks that differ, ascending.
+    pub damaged: Vec<u64>,
+}
+
+/// Rehashes a file against its map, holes included. Where the file is too short or too long, the blocks from its end on differ.
+pub fn compare_file(path: &Path, map: &BlockMap) -> Result<Comparison> {
     let file = File::open(path).map_err(StoreError::io("read", path))?;
     let found = BlockMap::build(io::BufReader::with_capacity(1 << 20, file), |_, _| Ok(())).map_err(StoreError::io("read", path))?;
-    let damaged = |reason| StoreError::Damaged { what: path.display().to_string(), reason };
+    let count = |bytes: u64| bytes.div_ceil(BLOCK_SIZE as u64);
+    let (expected, there): (BTreeMap<_, _>, BTreeMap<_, _>) = (map.iter().collect(), found.iter().collect());
+    let mut damaged: BTreeSet<u64> =
+        expected.keys().chain(there.keys()).filter(|index| expected.get(*index) != there.get(*index)).copied().collect();
     if found.size() != map.size() {
-        return Err(damaged(format!("it has {} bytes instead of {}", found.size(), map.size())));
+        let (short, long) = (found.size().min(map.size()), found.size().max(map.size()));
+        damaged.extend(short / BLOCK_SIZE as u64..count(long));
     }
-    let (mut expected, mut there) = (map.iter(), found.iter());
-    loop {
-        match (expected.next(), there.next()) {
-            (None, None) => return Ok(()),
-            (wanted, got) if wanted == got => {}
-            (wanted, got) => {
-                let first = wanted.into_iter().chain(got).map(|(index, _)| index).min().unwrap_or_default();
-                return Err(damaged(format!("block {first} is not what it was")));
-            }
-        }
-    }
+    Ok(Comparison { blocks: count(found.size()), damaged: damaged.into_iter().collect() })
 }

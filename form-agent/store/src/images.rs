@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Store,
-    blocks::{read_dir, verify_file},
+    blocks::{Comparison, compare_file, read_dir},
     durable::{Draft, Seal, read_json, replace_file, retire, to_json, write_file},
     error::{Result, StoreError},
     hold,
@@ -191,23 +191,27 @@ impl Store {
         self.image_record(digest)?.seal.check(&self.image_dir(digest).join(ROOTFS))
     }
 
-    /// Reads the whole image and checks every block. When all is well the seal is renewed: a restored backup has other times.
+    /// Reads the whole image and compares every block with its digest. When all is well the seal is renewed: a restored backup has
+    /// other times. It takes as long as the disk needs; imports and removals go on meanwhile.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`] with what is different.
-    pub fn verify(&self, digest: &Digest) -> Result<()> {
-        let _turn = hold(&self.locks.images);
-        let mut record = self.image_record(digest)?;
+    /// [`StoreError::NoImageDigest`], when the image cannot be read, or when somebody writes to it meanwhile.
+    pub fn verify(&self, digest: &Digest) -> Result<Comparison> {
+        self.image_record(digest)?;
         let rootfs = self.image_dir(digest).join(ROOTFS);
         let before = Seal::of(&rootfs)?;
-        verify_file(&rootfs, &self.manifest(digest)?.rootfs.blocks)?;
+        let comparison = compare_file(&rootfs, &self.manifest(digest)?.rootfs.blocks)?;
         before.check(&rootfs)?;
-        if before != record.seal {
-            record.seal = before;
-            let path = self.image_dir(digest).join(ENTRY);
-            replace_file(&self.images, &path, &to_json(&path, &record)?, 0o444)?;
+        if comparison.damaged.is_empty() {
+            let _turn = hold(&self.locks.images);
+            let mut record = self.image_record(digest)?;
+            if before != record.seal {
+                record.seal = before;
+                let path = self.image_dir(digest).join(ENTRY);
+                replace_file(&self.images, &path, &to_json(&path, &record)?, 0o444)?;
+            }
         }
-        Ok(())
+        Ok(comparison)
     }
 }
 

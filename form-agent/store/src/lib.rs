@@ -25,7 +25,7 @@ use form_types::{Digest, Name};
 
 use crate::blocks::{Assembler, Incoming, Stored};
 pub use crate::{
-    blocks::STALE_AFTER,
+    blocks::{Comparison, STALE_AFTER},
     disks::{DiskFiles, DiskFormat},
     error::{Result, StoreError},
     images::ImageEntry,

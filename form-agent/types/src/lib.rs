@@ -7,6 +7,8 @@ pub mod failpoint;
 pub mod id;
 pub mod key;
 pub mod name;
+#[cfg(feature = "openapi")]
+mod schema;
 pub mod settings;
 pub mod signed;
 pub mod size;

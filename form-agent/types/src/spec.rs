@@ -2,13 +2,14 @@
 //!
 //! Every key is always present in the JSON, so that two files which mean the same are byte-identical and share a digest.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::RangeInclusive};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Digest, Name};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Spec {
     pub name: Name,
     pub description: Option<String>,
@@ -28,6 +29,7 @@ pub struct Spec {
     pub ports: Vec<Port>,
     pub volumes: Vec<Volume>,
     pub networks: Vec<Name>,
+    #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     pub replicas: u32,
     pub restart: Restart,
     pub healthcheck: Option<Healthcheck>,
@@ -37,6 +39,7 @@ pub struct Spec {
 
 /// One build step, with the line of the Formfile that asked for it. The line is for messages and is no part of the digest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Step {
     #[serde(flatten)]
     pub action: StepAction,
@@ -44,6 +47,7 @@ pub struct Step {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(tag = "kind", content = "args", rename_all = "lowercase")]
 pub enum StepAction {
     Install {
@@ -65,6 +69,7 @@ pub enum StepAction {
 /// A shell text may have several lines (a heredoc). One that begins with `#!` is a script for the interpreter named there, any
 /// other is for `/bin/sh -c`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Command {
     Shell(String),
@@ -72,6 +77,7 @@ pub enum Command {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Copy {
     pub sources: Vec<CopySource>,
     /// Absolute. Ends in `/` when it is a directory to copy into.
@@ -83,6 +89,7 @@ pub struct Copy {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum CopySource {
     /// A path or glob below the build context, without `.` and `..`; `.` alone is the context itself. A glob that finds several
@@ -93,17 +100,22 @@ pub enum CopySource {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Resources {
     /// 1 to 128.
+    #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 128))]
     pub vcpus: u32,
     /// 128 to 262144.
+    #[cfg_attr(feature = "openapi", schema(minimum = 128, maximum = 262144))]
     pub memory_mib: u64,
     /// 5 to 65536.
+    #[cfg_attr(feature = "openapi", schema(minimum = 5, maximum = 65536))]
     pub disk_gib: u64,
     pub gpus: Vec<Gpu>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Gpu {
     /// A model, or a PCI address.
     pub model: String,
@@ -111,6 +123,7 @@ pub struct Gpu {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct User {
     pub name: String,
     pub sudo: bool,
@@ -149,6 +162,7 @@ impl std::fmt::Debug for Secret {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Env {
     pub scope: EnvScope,
     pub key: String,
@@ -188,14 +202,18 @@ impl From<EnvScope> for String {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Port {
+    #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     pub port: u16,
     pub protocol: Protocol,
     /// The host's port, when it is published there.
+    #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     pub host_port: Option<u16>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     Tcp,
@@ -212,6 +230,7 @@ impl Protocol {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Volume {
     pub name: Name,
     pub path: String,
@@ -219,6 +238,7 @@ pub struct Volume {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Restart {
     pub policy: RestartPolicy,
     /// For `on-failure` only; `None` is without end.
@@ -226,6 +246,7 @@ pub struct Restart {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum RestartPolicy {
     Always,
@@ -234,6 +255,7 @@ pub enum RestartPolicy {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Healthcheck {
     pub kind: HealthcheckKind,
     pub port: Option<u16>,
@@ -246,6 +268,7 @@ pub struct Healthcheck {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum HealthcheckKind {
     Http,
@@ -254,9 +277,17 @@ pub enum HealthcheckKind {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Model {
     pub id: String,
     pub required: bool,
+}
+
+impl Resources {
+    /// What a VM may have of each.
+    pub const VCPUS: RangeInclusive<u32> = 1..=128;
+    pub const MEMORY_MIB: RangeInclusive<u64> = 128..=262_144;
+    pub const DISK_GIB: RangeInclusive<u64> = 5..=65_536;
 }
 
 impl Spec {

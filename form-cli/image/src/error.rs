@@ -35,7 +35,7 @@ pub enum BuildError {
     FileSystem { reason: String },
     #[error("the cache is damaged at {path}: {reason}; remove that directory and build again")]
     Cache { path: PathBuf, reason: String },
-    #[error("block {0} is missing from the cache or damaged: run `form image verify`, or build with `--no-cache`")]
+    #[error("block {0} is missing from the cache or damaged: run `form image verify --local`, or build with `--no-cache`")]
     Block(Digest),
     #[error("--locked: {}", .differences.join("; "))]
     Locked { differences: Vec<String> },

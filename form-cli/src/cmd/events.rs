@@ -35,8 +35,8 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
         None => None,
     };
     let query = EventsQuery { after: None, tail: Some(args.tail), follow: args.follow, vm: args.vm, operation };
-    let mut events = client.events(&query).await?;
-    while let Some(event) = events.next().await {
+    let mut events = client.follow_events(&query).await?;
+    while let Some(event) = session.in_time(events.next(|error| session.interrupted(error))).await? {
         let event = event?;
         session.terminal.stream_item(&event, || line(&event, session.terminal.format()))?;
     }

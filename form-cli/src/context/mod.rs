@@ -5,6 +5,8 @@
 
 mod file;
 mod identity;
+mod passphrase;
+mod sealed;
 mod target;
 
 use std::path::{Path, PathBuf};
@@ -14,7 +16,11 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     file::ConfigFile,
-    identity::{create as create_identity, load as load_identity, load_or_create as load_or_create_identity, path as identity_path},
+    identity::{
+        create as create_identity, load as load_identity, load_or_create as load_or_create_identity, path as identity_path,
+        rewrite as rewrite_identity,
+    },
+    passphrase::Source as PassphraseSource,
     target::{LOCAL_SOCKET, Target, resolve},
 };
 use crate::failure::Failure;

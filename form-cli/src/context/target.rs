@@ -6,9 +6,9 @@ use form_api::{
     ErrorCode,
     client::{Client, Timeouts},
 };
-use form_types::Name;
+use form_types::{Name, SecretKey};
 
-use super::{Config, KnownHost, load_identity};
+use super::{Config, KnownHost};
 use crate::failure::Failure;
 
 /// Where the agent of this machine listens.
@@ -60,20 +60,20 @@ fn known(config: &Config, context: Option<&Name>, host: &str) -> Result<Target, 
 }
 
 impl Target {
+    /// `identity` gives the user's key; a socket needs none.
+    ///
     /// # Errors
-    /// When the user's key cannot be read.
-    pub fn client(&self, timeouts: Timeouts) -> Result<Client, Failure> {
+    /// When the user's key cannot be had.
+    pub fn client(&self, timeouts: Timeouts, identity: impl FnOnce() -> Result<SecretKey, Failure>) -> Result<Client, Failure> {
         match self {
             Self::Local(path) => Ok(Client::unix(path, timeouts)),
-            Self::Remote(host) => Ok(Client::quic(&host.address, host.public_key, &load_identity()?, timeouts)),
+            Self::Remote(host) => Ok(Client::quic(&host.address, host.public_key, &identity()?, timeouts)),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use form_types::SecretKey;
-
     use super::*;
     use crate::context::{Context, ContextKind};
 

@@ -188,7 +188,7 @@ pub fn require_programs() -> Result<(), Failure> {
 /// # Errors
 /// When QEMU ends, or the time is over; with the end of the host's console.
 pub async fn wait_until_it_answers(session: &Session, sandbox: &Sandbox, record: &Record) -> Result<Client, Failure> {
-    let timeouts = Timeouts { connect: Duration::from_secs(5), request: Duration::from_secs(20) };
+    let timeouts = Timeouts { connect: Duration::from_secs(5), request: Duration::from_secs(20), deadline: None };
     let client: Client = session.connect(&Target::Remote(record.known_host(&sandbox.name)?), timeouts)?;
     let deadline = session.deadline().unwrap_or_else(|| Instant::now() + HOST_PATIENCE);
     let console = || tail(&sandbox.directory.join(CONSOLE));

@@ -1,7 +1,8 @@
 //! Questions. Off a terminal nothing is asked: the command fails and names what answers the question instead.
 
-use dialoguer::{Confirm, Input, Select, theme::ColorfulTheme};
+use dialoguer::{Confirm, Input, Password, Select, theme::ColorfulTheme};
 use form_api::ErrorCode;
+use zeroize::Zeroizing;
 
 use super::Terminal;
 use crate::failure::Failure;
@@ -52,6 +53,19 @@ impl Terminal {
             .default(0)
             .interact()
             .map_err(|error| unanswered(&error))
+    }
+
+    /// Asks for what is not shown; with `twice`, until it was written the same way twice.
+    ///
+    /// # Errors
+    /// When the terminal goes away.
+    pub fn password(&self, question: &str, twice: bool) -> Result<Zeroizing<String>, Failure> {
+        let theme = theme(self);
+        let mut password = Password::with_theme(theme.as_ref()).with_prompt(question).allow_empty_password(true);
+        if twice {
+            password = password.with_confirmation("The same again", "That was another one");
+        }
+        self.progress.suspend(|| password.interact()).map(Zeroizing::new).map_err(|error| unanswered(&error))
     }
 
     pub const fn says_yes(&self) -> bool {

@@ -207,7 +207,7 @@ impl Client {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         // It ends with the exchange: when the response body or the tunnel is dropped.
         tokio::spawn(connection.with_upgrades());
-        let limit = call.limit.unwrap_or(self.inner.timeouts.request);
+        let limit = self.inner.timeouts.bound(call.limit.unwrap_or(self.inner.timeouts.request));
         let response = match tokio::time::timeout(limit, sender.send_request(request)).await {
             Ok(Ok(response)) => response,
             Ok(Err(error)) => return Err(broken(error)),
@@ -260,7 +260,7 @@ impl Client {
 
     /// Only the first `limit` may pass between an answer's head and its end.
     async fn whole(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {
-        let limit = self.inner.timeouts.request;
+        let limit = self.inner.timeouts.bound(self.inner.timeouts.request);
         match tokio::time::timeout(limit, Limited::new(response.into_body(), MAX_ANSWER).collect()).await {
             Ok(Ok(collected)) => Ok(collected.to_bytes()),
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(self.protocol(format!("more than {} MiB", MAX_ANSWER >> 20))),

@@ -8,14 +8,14 @@ use futures_util::Stream;
 use hyper::body::Bytes;
 use tokio::time::Instant;
 
-use super::{Client, ClientError, Lines, Tunnel, call::Call};
+use super::{Client, ClientError, Follower, Lines, Tunnel, call::Call};
 use crate::{
     bench::{BenchRequest, BenchRow},
     deploy::{DeployRequest, Plan},
     event::{Event, EventsQuery},
     exec::{EXEC_HEADER, ExecRequest},
     host::{ClaimRequest, DoctorReport, Host},
-    image::{BlocksReply, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest},
+    image::{BlocksReply, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
     operation::{Operation, OperationsQuery, WaitQuery},
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail},
 };
@@ -59,6 +59,26 @@ impl Query {
     fn flag(self, key: &str, value: bool) -> Self {
         self.with(key, value.then_some("true"))
     }
+}
+
+pub(super) fn logs_path(name: &Name, query: &LogsQuery) -> String {
+    Query::new(&format!("/v1/vms/{name}/logs"))
+        .flag("follow", query.follow)
+        .with("tail", query.tail)
+        .with("since", query.since)
+        .flag("console", query.console)
+        .with("after", query.after)
+        .0
+}
+
+pub(super) fn events_path(query: &EventsQuery) -> String {
+    Query::new("/v1/events")
+        .with("after", query.after)
+        .with("tail", query.tail)
+        .flag("follow", query.follow)
+        .with("vm", query.vm.as_ref())
+        .with("operation", query.operation)
+        .0
 }
 
 /// A fresh key for a request that nobody will repeat by hand.
@@ -150,12 +170,12 @@ impl Client {
     }
 
     pub async fn logs(&self, name: &Name, query: &LogsQuery) -> Result<Lines<LogLine>, ClientError> {
-        let path = Query::new(&format!("/v1/vms/{name}/logs"))
-            .flag("follow", query.follow)
-            .with("tail", query.tail)
-            .with("since", query.since)
-            .flag("console", query.console);
-        self.lines(&Call::get(path.0)).await
+        self.lines(&Call::get(logs_path(name, query))).await
+    }
+
+    /// As [`Client::logs`]; with `follow` it goes on past a restart of the agent, with no line lost or repeated.
+    pub async fn follow_logs(&self, name: &Name, query: &LogsQuery) -> Result<Follower<LogLine>, ClientError> {
+        Follower::begin(self.clone(), (name.clone(), query.clone())).await
     }
 
     /// Opens a tunnel of [`crate::exec::Frame`]s.
@@ -182,6 +202,11 @@ impl Client {
 
     pub async fn image(&self, reference: &ImageReference) -> Result<Image, ClientError> {
         self.read(&Call::get(format!("/v1/images/{reference}"))).await
+    }
+
+    /// Has the host read the whole image and compare it with its digests.
+    pub async fn verify_image(&self, reference: &ImageReference) -> Result<Verification, ClientError> {
+        self.read(&Call::get(format!("/v1/images/{reference}/verify")).limit(IMPORT)).await
     }
 
     pub async fn remove_image(&self, reference: &ImageReference) -> Result<Operation, ClientError> {
@@ -255,13 +280,12 @@ impl Client {
     }
 
     pub async fn events(&self, query: &EventsQuery) -> Result<Lines<Event>, ClientError> {
-        let path = Query::new("/v1/events")
-            .with("after", query.after)
-            .with("tail", query.tail)
-            .flag("follow", query.follow)
-            .with("vm", query.vm.as_ref())
-            .with("operation", query.operation);
-        self.lines(&Call::get(path.0)).await
+        self.lines(&Call::get(events_path(query))).await
+    }
+
+    /// As [`Client::events`]; with `follow` it goes on past a restart of the agent, with no event lost or repeated.
+    pub async fn follow_events(&self, query: &EventsQuery) -> Result<Follower<Event>, ClientError> {
+        Follower::begin(self.clone(), query.clone()).await
     }
 }
 

@@ -3,6 +3,7 @@
 mod call;
 mod calls;
 mod error;
+mod follow;
 mod lines;
 mod transport;
 
@@ -11,10 +12,14 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use form_types::{ClusterId, PublicKey, SecretKey};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use tokio::sync::OnceCell;
+use tokio::{sync::OnceCell, time::Instant};
 
 use self::transport::{Quic, Transport};
-pub use self::{error::ClientError, lines::Lines};
+pub use self::{
+    error::ClientError,
+    follow::{Followed, Follower},
+    lines::Lines,
+};
 
 /// The bytes after an Upgrade: reads and writes, and can be closed for writing alone.
 pub type Tunnel = TokioIo<Upgraded>;
@@ -26,11 +31,20 @@ pub struct Timeouts {
     pub connect: Duration,
     /// Until an answer has begun.
     pub request: Duration,
+    /// When no call may wait any longer, whatever its own limit.
+    pub deadline: Option<Instant>,
+}
+
+impl Timeouts {
+    /// What is left of `limit` before the deadline.
+    pub(crate) fn bound(&self, limit: Duration) -> Duration {
+        self.deadline.map_or(limit, |deadline| limit.min(deadline.saturating_duration_since(Instant::now())))
+    }
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { connect: Duration::from_secs(10), request: Duration::from_secs(60) }
+        Self { connect: Duration::from_secs(10), request: Duration::from_secs(60), deadline: None }
     }
 }
 
@@ -66,6 +80,11 @@ impl Client {
     /// Where it talks to, in words: an address or the path of a socket.
     pub fn target(&self) -> String {
         self.inner.transport.target()
+    }
+
+    /// Forgets a connection that has broken: the next call makes another.
+    pub(crate) async fn reconnect(&self) {
+        self.inner.transport.reset().await;
     }
 
     /// Says goodbye, so that the host need not wait for a silent client. Calls after it connect again.

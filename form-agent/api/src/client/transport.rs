@@ -42,7 +42,7 @@ impl Transport {
     /// A fresh stream for one exchange.
     pub(super) async fn open(&self, timeouts: &Timeouts) -> Result<Box<dyn Bytes>, ClientError> {
         match self {
-            Self::Unix(path) => Ok(Box::new(unix(path, timeouts.connect).await?)),
+            Self::Unix(path) => Ok(Box::new(unix(path, timeouts.bound(timeouts.connect)).await?)),
             Self::Quic(quic) => quic.open(timeouts).await,
         }
     }
@@ -120,10 +120,10 @@ impl Quic {
             let mut link = self.link.lock().await;
             match link.as_ref().filter(|link| link.connection.close_reason().is_none()) {
                 Some(link) => link.connection.clone(),
-                None => link.insert(self.connect(timeouts.connect).await?).connection.clone(),
+                None => link.insert(self.connect(timeouts.bound(timeouts.connect)).await?).connection.clone(),
             }
         };
-        match tokio::time::timeout(timeouts.connect, connection.open_bi()).await {
+        match tokio::time::timeout(timeouts.bound(timeouts.connect), connection.open_bi()).await {
             Ok(Ok((send, receive))) => Ok(Box::new(tokio::io::join(receive, send))),
             Ok(Err(error)) => Err(self.refusal(&error, &SeenKey::default())),
             Err(_) => Err(ClientError::TimedOut { target: self.address.clone(), seconds: timeouts.connect.as_secs() }),

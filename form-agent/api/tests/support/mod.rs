@@ -164,7 +164,7 @@ fn authenticate(agent: &Agent, parts: &http::request::Parts, body: &[u8]) -> Res
 async fn logs(Path(name): Path<String>) -> Response {
     let lines = (0..5).map(move |number| match (number, name.as_str()) {
         (3.., "broken") => Err(ApiError::new(ErrorCode::Failed, "the log is gone")),
-        _ => Ok(LogLine { at: Timestamp::UNIX_EPOCH, stream: LogStream::Stdout, line: format!("{number} of {name}") }),
+        _ => Ok(LogLine { at: Timestamp::UNIX_EPOCH, stream: LogStream::Stdout, line: format!("{number} of {name}"), cursor: None }),
     });
     server::ndjson(futures_util::stream::iter(lines))
 }

@@ -36,8 +36,9 @@ fn split(token: &str) -> Result<(PublicKey, String), Failure> {
 pub async fn run(args: Args, session: &Session) -> Outcome {
     let (public_key, secret) = split(&args.token)?;
     let mut file = ConfigFile::load()?;
-    let identity = load_or_create_identity()?;
-    let client = Client::quic(&args.address, public_key, &identity, Timeouts::default());
+    load_or_create_identity()?;
+    let timeouts = Timeouts { deadline: session.deadline(), ..Timeouts::default() };
+    let client = Client::quic(&args.address, public_key, &session.identity()?, timeouts);
     session.keep(&client);
     let host = client.claim(&ClaimRequest { secret }).await?;
 

@@ -29,7 +29,7 @@ struct Listed {
 }
 
 /// A list does not wait long for who is away.
-const TIMEOUTS: Timeouts = Timeouts { connect: Duration::from_secs(2), request: Duration::from_secs(5) };
+const TIMEOUTS: Timeouts = Timeouts { connect: Duration::from_secs(2), request: Duration::from_secs(5), deadline: None };
 
 pub async fn run(_: &Args, session: &Session) -> Outcome {
     let config = ConfigFile::load()?.config;

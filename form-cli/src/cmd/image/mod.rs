@@ -28,7 +28,7 @@ impl Verb {
             Self::Ls(args) => ls::run(&args, session).await,
             Self::Show(args) => show::run(&args, session).await,
             Self::Rm(args) => rm::run(args, session).await,
-            Self::Verify(args) => verify::run(&args, session),
+            Self::Verify(args) => verify::run(&args, session).await,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! `form key …`
 
 pub mod new;
+pub mod passphrase;
 pub mod show;
 
 use clap::Subcommand;
@@ -18,6 +19,7 @@ use crate::{
 pub enum Verb {
     Show(show::Args),
     New(new::Args),
+    Passphrase(passphrase::Args),
 }
 
 impl Verb {
@@ -25,6 +27,7 @@ impl Verb {
         match self {
             Self::Show(args) => show::run(&args, session),
             Self::New(args) => new::run(&args, session),
+            Self::Passphrase(args) => passphrase::run(&args, session),
         }
     }
 }
@@ -34,15 +37,19 @@ impl Verb {
 struct Shown {
     public_key: PublicKey,
     path: String,
+    has_passphrase: bool,
 }
 
 impl Shown {
-    fn new(public_key: PublicKey) -> Result<Self, Failure> {
-        Ok(Self { public_key, path: identity_path()?.display().to_string() })
+    fn new(public_key: PublicKey, has_passphrase: bool) -> Result<Self, Failure> {
+        Ok(Self { public_key, path: identity_path()?.display().to_string(), has_passphrase })
     }
 
     fn show(&self, session: &Session) -> Outcome {
-        let record = Record::new(self.public_key.to_string()).field("public key", self.public_key).field("file", &self.path);
+        let record = Record::new(self.public_key.to_string())
+            .field("public key", self.public_key)
+            .field("file", &self.path)
+            .field("passphrase", if self.has_passphrase { "yes" } else { "none" });
         session.terminal.show(self, &record)?;
         Ok(0)
     }

@@ -5,5 +5,6 @@ use crate::{context::load_identity, failure::Outcome, session::Session};
 pub struct Args {}
 
 pub fn run(_: &Args, session: &Session) -> Outcome {
-    super::Shown::new(load_identity()?.public())?.show(session)
+    let stored = load_identity()?;
+    super::Shown::new(stored.public(), stored.has_passphrase())?.show(session)
 }

@@ -18,7 +18,7 @@ pub struct Args {
 }
 
 /// Who only looks does not wait long.
-const TIMEOUTS: Timeouts = Timeouts { connect: Duration::from_secs(2), request: Duration::from_secs(5) };
+const TIMEOUTS: Timeouts = Timeouts { connect: Duration::from_secs(2), request: Duration::from_secs(5), deadline: None };
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
     let name = args.which.name;

@@ -32,10 +32,10 @@ pub struct Args {
 }
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
-    let query = LogsQuery { follow: args.follow, tail: args.tail, since: args.since, console: args.console };
+    let query = LogsQuery { follow: args.follow, tail: args.tail, since: args.since, console: args.console, after: None };
     let client = session.client()?;
-    let mut lines = client.logs(&args.name, &query).await?;
-    while let Some(line) = lines.next().await {
+    let mut lines = client.follow_logs(&args.name, &query).await?;
+    while let Some(line) = session.in_time(lines.next(|error| session.interrupted(error))).await? {
         let line = line?;
         session.terminal.stream_item(&line, || text(&line, session.terminal.format() == Format::Wide))?;
     }

@@ -1,0 +1,176 @@
+//! The rules, as replicas judge by them.
+
+use std::sync::Arc;
+
+use form_api::sign::{ToSign, sign_request};
+use form_state::{Replica, StateError};
+use form_types::{IdempotencyKey, SecretKey};
+
+use super::*;
+use crate::testing::request;
+
+const CLUSTER: ClusterId = ClusterId::from_bytes([3; 16]);
+
+fn key(seed: u8) -> SecretKey {
+    SecretKey::from_bytes([seed; 32])
+}
+
+/// The founder, and another host.
+const FOUNDER: u8 = 1;
+const OTHER: u8 = 2;
+const OWNER: u8 = 3;
+const STRANGER: u8 = 4;
+
+struct Host {
+    key: SecretKey,
+    replica: Replica,
+    directory: tempfile::TempDir,
+}
+
+impl Host {
+    fn new(seed: u8) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let key = key(seed);
+        let replica = open(directory.path(), &key);
+        Self { key, replica, directory }
+    }
+
+    fn ask(&self, signer: u8, method: &str, path: &str, body: &[u8], number: u32) -> Result<(), StateError> {
+        let mut idempotency_key = [0; 16];
+        idempotency_key[..4].copy_from_slice(&number.to_le_bytes());
+        let to_sign = ToSign {
+            cluster: Some(CLUSTER),
+            host: self.key.public(),
+            method,
+            path,
+            body,
+            idempotency_key: IdempotencyKey::from_bytes(idempotency_key),
+        };
+        let envelope = sign_request(&to_sign, &key(signer), Timestamp::UNIX_EPOCH).unwrap();
+        self.replica.submit(SignedRequest { envelope, body: body.to_vec() }).map(drop)
+    }
+
+    fn deploy(&self, signer: u8, name: &str, number: u32) -> Result<(), StateError> {
+        self.ask(signer, "POST", "/v1/deploy", &serde_json::to_vec(&request(name)).unwrap(), number)
+    }
+
+    fn own(&self, owner: u8) -> Result<(), StateError> {
+        self.replica.commit(None, owner_writes(&self.replica.view(), &key(owner).public())).map(drop)
+    }
+
+    fn names(&self) -> Vec<String> {
+        vms(&self.replica.view()).values().map(|vm| vm.name().to_string()).collect()
+    }
+}
+
+fn open(directory: &std::path::Path, key_of_host: &SecretKey) -> Replica {
+    let rules = Arc::new(AgentRules { cluster: CLUSTER, founder: key(FOUNDER).public() });
+    Replica::open(&directory.join("state.redb"), key_of_host, CLUSTER, rules).unwrap()
+}
+
+fn is_refused(result: Result<(), StateError>, word: &str) {
+    match result {
+        Err(StateError::Refused(refusal)) => assert!(refusal.0.contains(word), "{refusal}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn only_the_owner_and_the_host_itself_change_vms() {
+    let host = Host::new(FOUNDER);
+    host.own(OWNER).unwrap();
+    assert_eq!(owners(&host.replica.view()), [key(OWNER).public()].into());
+    host.deploy(OWNER, "web", 1).unwrap();
+    // Who came in through the Unix socket: the host has signed.
+    host.deploy(FOUNDER, "local", 2).unwrap();
+    is_refused(host.deploy(STRANGER, "evil", 3), "does not own");
+    for (method, path) in [("POST", "/v1/vms/web/stop"), ("POST", "/v1/vms/web/start"), ("DELETE", "/v1/vms/web")] {
+        is_refused(host.ask(STRANGER, method, path, b"", 4), "does not own");
+    }
+    host.ask(OWNER, "DELETE", "/v1/vms/web", b"", 5).unwrap();
+    assert_eq!(host.names(), ["local"]);
+}
+
+#[test]
+fn another_owner_takes_the_place_of_the_first_and_a_restart_forgets_neither() {
+    let host = Host::new(FOUNDER);
+    host.own(OWNER).unwrap();
+    assert!(owner_writes(&host.replica.view(), &key(OWNER).public()).is_empty());
+    host.own(STRANGER).unwrap();
+    assert_eq!(owners(&host.replica.view()), [key(STRANGER).public()].into());
+    is_refused(host.deploy(OWNER, "web", 1), "does not own");
+    let Host { key: secret, replica, directory } = host;
+    drop(replica);
+    assert_eq!(owners(&open(directory.path(), &secret).view()), [key(STRANGER).public()].into());
+}
+
+#[test]
+fn nobody_but_the_founder_says_who_owns() {
+    let other = Host::new(OTHER);
+    is_refused(other.own(OTHER), "without a request");
+    // Nor does a host that is not the founder let anybody in where no owner is recorded.
+    is_refused(other.deploy(OWNER, "web", 1), "does not own");
+    other.deploy(OTHER, "own", 2).unwrap();
+    let founder = Host::new(FOUNDER);
+    let forged = Write::put(Table::Owners, owner_id(&key(OWNER).public()), OWNER_KEY, key(STRANGER).public().to_string());
+    is_refused(founder.replica.commit(None, vec![forged]).map(drop), "hash");
+    let vm = Write::put(Table::Vms, VmId::from_bytes([9; 16]), "run", "running");
+    is_refused(founder.replica.commit(None, vec![vm]).map(drop), "nothing else");
+}
+
+/// The state of a version that recorded no owner is taken as it is, and goes on under the owner that is recorded at the next start.
+#[test]
+fn a_state_without_an_owner_goes_on() {
+    let host = Host::new(FOUNDER);
+    host.deploy(OWNER, "web", 1).unwrap();
+    host.own(OWNER).unwrap();
+    is_refused(host.deploy(STRANGER, "evil", 2), "does not own");
+    host.ask(OWNER, "POST", "/v1/vms/web/stop", b"", 3).unwrap();
+    assert_eq!(host.names(), ["web"]);
+}
+
+#[test]
+fn a_host_changes_its_own_vms_only() {
+    let view = {
+        let founder = Host::new(FOUNDER);
+        founder.own(OWNER).unwrap();
+        founder.deploy(OWNER, "web", 1).unwrap();
+        founder.replica.view()
+    };
+    let vm = vm_named(&view, &"web".parse().unwrap()).unwrap();
+    assert!(Authority::Owner.may_change(&vm).is_ok());
+    assert!(Authority::Host(HostId::of(&key(FOUNDER).public())).may_change(&vm).is_ok());
+    let refusal = Authority::Host(HostId::of(&key(OTHER).public())).may_change(&vm).unwrap_err();
+    assert!(refusal.0.contains("another host's"), "{refusal}");
+}
+
+/// What the history costs: prints the figures, and fails when a host could not live with them.
+#[test]
+fn slow_a_thousand_deploys_and_destroys_leave_a_state_that_loads() {
+    let host = Host::new(FOUNDER);
+    host.own(OWNER).unwrap();
+    let path = host.directory.path().join("state.redb");
+    let size = || std::fs::metadata(&path).unwrap().len() >> 10;
+    for round in 0..1000_u32 {
+        let begun = std::time::Instant::now();
+        let name = format!("vm-{}", round % 10);
+        host.deploy(OWNER, &name, 2 * round).unwrap();
+        host.ask(OWNER, "DELETE", &format!("/v1/vms/{name}"), b"", 2 * round + 1).unwrap();
+        if [0, 99, 499, 999].contains(&round) {
+            println!("round {round}: {:?}, {} KiB", begun.elapsed(), size());
+        }
+    }
+    assert!(host.names().is_empty());
+    let Host { key: secret, replica, directory } = host;
+    drop(replica);
+    let before = size();
+    let begun = std::time::Instant::now();
+    let replica = open(directory.path(), &secret);
+    let first = begun.elapsed();
+    drop(replica);
+    let begun = std::time::Instant::now();
+    let again = open(directory.path(), &secret);
+    println!("opened in {first:?}, again in {:?}; {before} KiB became {} KiB", begun.elapsed(), size());
+    assert_eq!(again.generation(), 2001);
+    assert!(size() < 32 << 10, "{} KiB", size());
+}

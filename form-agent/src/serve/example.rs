@@ -1,0 +1,246 @@
+//! One value of each kind that travels, for the OpenAPI document. They are values of the types themselves, so that they cannot be wrong.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use form_api::{
+    ApiError, ErrorCode,
+    deploy::{DeployRequest, FieldChange, Plan, PlanAction, PlannedVm},
+    error::ErrorBody,
+    event::{Event, EventKind},
+    exec::{ExecRequest, Terminal},
+    host::{Check, CheckStatus, ClaimRequest, DoctorReport, Host},
+    image::{BlocksReply, DamagedBlock, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
+    operation::{Operation, OperationKind, OperationStatus},
+    vm::{GuestDevice, GuestReport, Health, LogCursor, LogLine, LogStream, PublishedPort, Vm, VmDetail, VmState},
+};
+use form_types::{
+    ClusterId, Digest, HostId, IdempotencyKey, ImageReference, Name, OperationId, SecretKey, Spec, VmId,
+    spec::{Port, Protocol, Resources, Restart, RestartPolicy},
+};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+/// The examples by the name of their schema.
+pub fn all() -> Vec<(&'static str, Value)> {
+    // A name that does not parse would leave the examples out; a test looks that they are there.
+    make().unwrap_or_default()
+}
+
+/// The moment at which all of this happens.
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(1_767_225_600 + second).unwrap_or_default()
+}
+
+fn owner() -> SecretKey {
+    SecretKey::from_bytes([1; 32])
+}
+
+fn host_key() -> SecretKey {
+    SecretKey::from_bytes([2; 32])
+}
+
+fn make() -> Option<Vec<(&'static str, Value)>> {
+    let name: Name = "web".parse().ok()?;
+    let operation = operation();
+    let failed = Operation {
+        status: OperationStatus::Failed,
+        error: Some(refusal().operation(operation.id)),
+        finished_at: Some(at(3)),
+        ..operation.clone()
+    };
+    let deploy = deploy(&name);
+    let vm = vm(&name);
+    let detail = VmDetail { vm: vm.clone(), desired: deploy.clone(), guest: Some(guest()) };
+    let event = Event {
+        cursor: 42,
+        at: at(2),
+        kind: EventKind::VmReady,
+        vm: Some(name.clone()),
+        operation: Some(operation.id),
+        message: "web is ready".to_owned(),
+    };
+    let line = LogLine {
+        at: at(4),
+        stream: LogStream::Stdout,
+        line: "listening on 0.0.0.0:80".to_owned(),
+        cursor: Some(LogCursor { run: at(1), sequence: 0 }),
+    };
+    let exec = ExecRequest {
+        command: vec!["/bin/sh".to_owned()],
+        env: [("LANG".to_owned(), "C.UTF-8".to_owned())].into(),
+        user: Some("ada".to_owned()),
+        workdir: None,
+        terminal: Some(Terminal { rows: 24, columns: 80, kind: "xterm-256color".to_owned() }),
+    };
+    let import = ImportRequest { manifest: digest("manifest") };
+    let kernel = Kernel { digest: digest("kernel"), release: "6.1.0-56-cloud-amd64".to_owned(), size_bytes: 91_226_112 };
+    Some(vec![
+        ("ApiError", json!(refusal())),
+        ("BlocksReply", json!(BlocksReply { stored: 32 })),
+        ("ClaimRequest", json!(ClaimRequest { secret: "5d".repeat(32) })),
+        ("DeployRequest", json!(deploy)),
+        ("DoctorReport", json!(doctor())),
+        ("ErrorBody", json!(ErrorBody { error: refusal() })),
+        ("Event", json!(event)),
+        ("ExecRequest", json!(exec)),
+        ("Host", json!(host())),
+        ("Image", json!(image(&name))),
+        ("ImportRequest", json!(import)),
+        ("Kernel", json!(kernel)),
+        ("LogLine", json!(line)),
+        ("MissingReply", json!(MissingReply { missing: vec![digest("block")] })),
+        ("ManifestReply", json!(ManifestReply { bytes: 1_048_576 })),
+        ("MissingRequest", json!(MissingRequest { blocks: vec![digest("block"), digest("another block")] })),
+        ("Operation", json!(failed)),
+        ("Plan", json!(plan(&name))),
+        ("Spec", json!(spec(&name))),
+        ("Verification", json!(verification(&name))),
+        ("Vm", json!(vm)),
+        ("VmDetail", json!(detail)),
+    ])
+}
+
+fn digest(of: &str) -> Digest {
+    Digest::of(of.as_bytes())
+}
+
+fn refusal() -> ApiError {
+    ApiError::new(ErrorCode::Conflict, "port 8080/tcp is taken by vm/shop").hint("publish another one, or destroy shop")
+}
+
+fn operation() -> Operation {
+    let key = IdempotencyKey::from_bytes([0x7d; 16]);
+    Operation {
+        id: OperationId::derive(&owner().public(), &key),
+        kind: OperationKind::Deploy,
+        subject: "vm/web".to_owned(),
+        actor: owner().public().to_string(),
+        idempotency_key: key,
+        status: OperationStatus::Executing,
+        error: None,
+        created_at: at(0),
+        started_at: Some(at(0)),
+        finished_at: None,
+    }
+}
+
+fn spec(name: &Name) -> Spec {
+    Spec {
+        name: name.clone(),
+        description: None,
+        from: "debian:12".to_owned(),
+        args: [].into(),
+        steps: Vec::new(),
+        resources: Resources { vcpus: 1, memory_mib: 512, disk_gib: 5, gpus: Vec::new() },
+        users: Vec::new(),
+        run_as: None,
+        env: Vec::new(),
+        workdir: None,
+        entrypoint: vec!["python3".to_owned(), "-m".to_owned(), "http.server".to_owned(), "80".to_owned()],
+        cmd: Vec::new(),
+        ports: vec![Port { port: 80, protocol: Protocol::Tcp, host_port: Some(8080) }],
+        volumes: Vec::new(),
+        networks: Vec::new(),
+        replicas: 1,
+        restart: Restart { policy: RestartPolicy::Always, max_retries: None },
+        healthcheck: None,
+        labels: [("tier".to_owned(), "front".to_owned())].into(),
+        model: None,
+    }
+}
+
+fn deploy(name: &Name) -> DeployRequest {
+    DeployRequest { spec: spec(name), passwd_hashes: [].into(), image: digest("image"), kernel: digest("kernel") }
+}
+
+fn plan(name: &Name) -> Plan {
+    let change = FieldChange { field: "memory".to_owned(), from: Some("256 MiB".to_owned()), to: Some("512 MiB".to_owned()) };
+    let vm = PlannedVm { name: name.clone(), action: PlanAction::Update, changes: vec![change], restarts: true, loses: Vec::new() };
+    Plan { vms: vec![vm] }
+}
+
+fn vm(name: &Name) -> Vm {
+    Vm {
+        id: VmId::derive(&owner().public(), &IdempotencyKey::from_bytes([0x7d; 16]), name.as_str()),
+        name: name.clone(),
+        host: HostId::of(&host_key().public()),
+        host_name: "den".to_owned(),
+        image: ImageReference { name: name.clone(), version: Some(2) },
+        image_digest: digest("image"),
+        state: VmState::Running,
+        ready: true,
+        health: Health::Healthy,
+        ipv4: Some(Ipv4Addr::new(10, 83, 7, 12)),
+        ipv6: Some(Ipv6Addr::new(0xfd5e, 0x1c2a, 0x77b0, 0, 0, 0, 0x5f0c, 0x1de2)),
+        dns_name: format!("{name}.default.form.internal"),
+        ports: vec![PublishedPort { port: 80, protocol: Protocol::Tcp, host_port: Some(8080) }],
+        vcpus: 1,
+        memory_mib: 512,
+        disk_gib: 5,
+        labels: [("tier".to_owned(), "front".to_owned())].into(),
+        created_at: at(0),
+        started_at: Some(at(1)),
+        restarts: 0,
+        fault: None,
+    }
+}
+
+fn guest() -> GuestReport {
+    GuestReport {
+        kernel: "6.1.0-56-cloud-amd64".to_owned(),
+        hostname: "web".to_owned(),
+        addresses: vec!["eth0 10.83.7.12/32".to_owned()],
+        devices: vec![GuestDevice { serial: "root".to_owned(), path: "/dev/vda".to_owned(), size_bytes: 5 << 30 }],
+        faults: Vec::new(),
+    }
+}
+
+fn host() -> Host {
+    Host {
+        id: HostId::of(&host_key().public()),
+        name: "den".to_owned(),
+        public_key: host_key().public(),
+        cluster: ClusterId::from_bytes([0xc3; 16]),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: "6.1.0-56-amd64".to_owned(),
+        owner: Some(owner().public()),
+        started_at: at(0),
+        now: at(60),
+        vcpus_total: 8,
+        vcpus_allocated: 1,
+        memory_total_mib: 31_744,
+        memory_allocated_mib: 512,
+        disk_total_bytes: 250 << 30,
+        disk_free_bytes: 200 << 30,
+        vms: 1,
+        max_vms: 250,
+    }
+}
+
+fn doctor() -> DoctorReport {
+    let check = Check {
+        name: "cgroup".to_owned(),
+        status: CheckStatus::Problem,
+        message: "there is no cgroup v2 at /sys/fs/cgroup".to_owned(),
+        hint: Some("boot with systemd.unified_cgroup_hierarchy=1".to_owned()),
+        fixable: false,
+    };
+    DoctorReport { checks: vec![check] }
+}
+
+fn image(name: &Name) -> Image {
+    Image {
+        name: name.clone(),
+        version: 2,
+        digest: digest("image"),
+        size_bytes: 1 << 30,
+        stored_bytes: 187_432_960,
+        created_at: at(0),
+        used_by: vec![name.clone()],
+    }
+}
+
+fn verification(name: &Name) -> Verification {
+    let damaged = DamagedBlock { index: 17, offset: 17 << 16, digest: Some(digest("block")) };
+    Verification { name: name.clone(), version: 2, digest: digest("image"), blocks: 16_384, damaged_blocks: 1, damaged: vec![damaged] }
+}
