@@ -82,6 +82,22 @@ fn operation(kind: &str, subject: &str, status: &str) -> Value {
     })
 }
 
+fn host() -> Value {
+    json!({
+        "id": ID, "name": "den", "public_key": "ed25519:11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo", "cluster": ID, "version": "0.1.0",
+        "kernel": "6.1", "owner": null, "started_at": "2026-01-01T00:00:00Z", "now": "2026-01-01T00:00:00Z", "vcpus_total": 2,
+        "vcpus_allocated": 1, "memory_total_mib": 4096, "memory_allocated_mib": 512, "disk_total_bytes": 1, "disk_free_bytes": 1,
+        "vms": 1, "max_vms": 250
+    })
+}
+
+fn image() -> Value {
+    json!({
+        "name": "web", "version": 1, "digest": "ab".repeat(32), "size_bytes": 65536, "stored_bytes": 65536,
+        "created_at": "2026-01-01T00:00:00Z", "used_by": ["web"]
+    })
+}
+
 type Vms = State<Arc<Vec<Value>>>;
 
 fn router(vms: Arc<Vec<Value>>) -> Router {
@@ -92,7 +108,17 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/vms/{name}/logs", get(logs))
         .route("/v1/vms/{name}/exec", get(exec))
         .route("/v1/operations/{id}", get(wait))
+        .route("/v1/operations", get(async || axum::Json(json!([operation("vm-start", "vm/web", "completed")]))))
         .route("/v1/events", get(events))
+        .route("/v1/host", get(async || axum::Json(host())))
+        .route(
+            "/v1/doctor",
+            get(async || {
+                axum::Json(json!({"checks": [{"name": "kvm", "status": "ok", "message": "runs guests", "hint": null, "fixable": false}]}))
+            }),
+        )
+        .route("/v1/images", get(async || axum::Json(json!([image()]))))
+        .fallback(async || ApiError::new(ErrorCode::NotFound, "there is no such thing").hint("look for what there is"))
         .route("/v1/bench", post(bench))
         .with_state(vms)
 }
