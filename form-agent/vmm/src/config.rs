@@ -36,6 +36,30 @@ pub struct VmConfig {
     pub jail: JailConfig,
 }
 
+/// What a saved VM goes on from. vCPUs, memory and CPU model are in the state; devices are given again, the same and in the same order,
+/// each with its own descriptors. Only the vsock CID may be another than it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig {
+    /// `/dev/kvm`, opened read-write.
+    pub kvm: Fd,
+    /// What `ControlRequest::Save` wrote to its `state`, opened for reading.
+    pub state: Fd,
+    /// What it wrote to its `memory`, opened for reading. It is mapped and never changes; it must not be cut while the VM runs.
+    pub memory: Fd,
+    /// Disks with the content that they had at the save.
+    pub disks: Vec<DiskConfig>,
+    pub networks: Vec<NetworkConfig>,
+    pub vsock_cid: Option<u64>,
+    pub rng: bool,
+    pub balloon: bool,
+    pub console_log: Option<Fd>,
+    pub exit_record: Option<Fd>,
+    pub jail: JailConfig,
+    /// Run at once; otherwise the VM waits for `ControlRequest::Resume`.
+    pub resume: bool,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {

@@ -10,7 +10,7 @@ pub use client::{Client, ClientError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::VmConfig;
+use crate::config::{Fd, RestoreConfig, VmConfig};
 
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 256 * 1024;
@@ -22,7 +22,17 @@ pub enum ControlRequest {
     Boot {
         config: Box<VmConfig>,
     },
+    /// Instead of `Boot`: goes on with a VM that `Save` wrote.
+    Restore {
+        config: Box<RestoreConfig>,
+    },
     Status,
+    /// Writes the paused VM to two passed files, opened for writing: its state, and its memory as a sparse file. Both are whole and on
+    /// stable storage when the reply comes; the VM stays paused.
+    Save {
+        state: Fd,
+        memory: Fd,
+    },
     /// All vCPUs and devices stop at a consistent point.
     Pause,
     Resume,

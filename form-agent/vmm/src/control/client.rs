@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 
 use super::channel::Channel;
 use super::{ControlReply, ControlRequest, ErrorKind, Metrics, VmState};
-use crate::config::VmConfig;
+use crate::config::{Fd, RestoreConfig, VmConfig};
 
 /// How long a VM process may take to answer. Booting reads a kernel and an initramfs, which may come from a slow disk.
 const TIMEOUT: Duration = Duration::from_secs(10);
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+/// A save writes all of a VM's memory.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(1800);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -64,6 +66,24 @@ impl Client {
     pub fn boot(&self, config: &VmConfig, fds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
         let request = ControlRequest::Boot { config: Box::new(config.clone()) };
         self.done(&request, fds, self.timeout.max(BOOT_TIMEOUT))
+    }
+
+    /// Goes on with a saved VM. Each `Fd` in `config` is an index into `fds`.
+    ///
+    /// # Errors
+    /// When the state cannot be used here; its process then ends.
+    pub fn restore(&self, config: &RestoreConfig, fds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        let request = ControlRequest::Restore { config: Box::new(config.clone()) };
+        self.done(&request, fds, self.timeout.max(BOOT_TIMEOUT))
+    }
+
+    /// Writes the paused VM to two files that are open for writing.
+    ///
+    /// # Errors
+    /// When the VM is not paused, or a file cannot be written; the VM is as it was.
+    pub fn save(&self, state: BorrowedFd<'_>, memory: BorrowedFd<'_>) -> Result<(), ClientError> {
+        let request = ControlRequest::Save { state: Fd(0), memory: Fd(1) };
+        self.done(&request, &[state, memory], self.timeout.max(SAVE_TIMEOUT))
     }
 
     /// The state of the VM and the process id as the VM process sees it.

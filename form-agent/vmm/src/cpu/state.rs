@@ -1,5 +1,7 @@
 //! The saved state of a vCPU.
 
+use std::time::Duration;
+
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -18,12 +20,15 @@ pub enum VcpuStateError {
     },
     #[error("too many {0} for one call")]
     TooMany(&'static str),
+    #[error("this host's time stamp counter runs at {host} kHz, the saved vCPU's at {saved} kHz, and cannot be scaled")]
+    TscFrequency { saved: u32, host: u32 },
     #[error("this host does not take model-specific register {0:#x} of the saved vCPU")]
     Msr(u32),
 }
 
 /// Everything that KVM keeps of a vCPU, in the order in which it is set again.
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VcpuState {
     pub cpuid: Vec<kvm_cpuid_entry2>,
     pub mp_state: kvm_mp_state,
@@ -83,13 +88,41 @@ fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, VcpuS
     Ok(saved)
 }
 
-/// Sets the state of a vCPU that has not run yet.
+/// Two counters of one nominal frequency are calibrated to values that differ by less than this: NTP corrects as much.
+const TSC_TOLERANCE_PPM: u64 = 250;
+const MSR_TSC: u32 = 0x10;
+
+/// Gives the vCPU the frequency that it was saved with.
+fn restore_tsc_frequency(vcpu: &VcpuFd, saved: Option<u32>) -> Result<(), VcpuStateError> {
+    let (Some(saved), Ok(host)) = (saved, vcpu.get_tsc_khz()) else { return Ok(()) };
+    if !differs(saved, host) {
+        return Ok(());
+    }
+    vcpu.set_tsc_khz(saved).map_err(|_| VcpuStateError::TscFrequency { saved, host })
+}
+
+fn differs(saved: u32, host: u32) -> bool {
+    u64::from(saved.abs_diff(host)) * 1_000_000 > u64::from(saved) * TSC_TOLERANCE_PPM
+}
+
+/// The registers as they would be now, had the time stamp counter gone on.
+fn with_time(msrs: &[kvm_msr_entry], tsc_khz: Option<u32>, away: Duration) -> Vec<kvm_msr_entry> {
+    let ticks = tsc_khz.map_or(0, |khz| away.as_nanos() * u128::from(khz) / 1_000_000) as u64;
+    let mut msrs = msrs.to_vec();
+    for msr in msrs.iter_mut().filter(|msr| msr.index == MSR_TSC) {
+        msr.data = msr.data.wrapping_add(ticks);
+    }
+    msrs
+}
+
+/// Sets the state of a vCPU that has not run yet and was `away` for so long: its clocks have gone on meanwhile.
 ///
 /// # Errors
 /// When this host's KVM does not take it.
-pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
+pub fn restore(vcpu: &VcpuFd, state: &VcpuState, away: Duration) -> Result<(), VcpuStateError> {
     let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| VcpuStateError::TooMany("CPUID leaves"))?;
     vcpu.set_cpuid2(&cpuid).map_err(set("CPUID"))?;
+    restore_tsc_frequency(vcpu, state.tsc_khz)?;
     vcpu.set_mp_state(state.mp_state).map_err(set("run state"))?;
     vcpu.set_regs(&state.regs).map_err(set("registers"))?;
     vcpu.set_sregs(&state.sregs).map_err(set("system registers"))?;
@@ -98,10 +131,32 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
     vcpu.set_xcrs(&state.xcrs).map_err(set("extended control registers"))?;
     vcpu.set_debug_regs(&state.debug).map_err(set("debug registers"))?;
     vcpu.set_lapic(&state.lapic).map_err(set("local APIC"))?;
-    let msrs = Msrs::from_entries(&state.msrs).map_err(|_| VcpuStateError::TooMany("model-specific registers"))?;
+    let msrs = Msrs::from_entries(&with_time(&state.msrs, state.tsc_khz, away))
+        .map_err(|_| VcpuStateError::TooMany("model-specific registers"))?;
     let count = vcpu.set_msrs(&msrs).map_err(set("model-specific registers"))?;
     if let Some(refused) = state.msrs.get(count) {
         return Err(VcpuStateError::Msr(refused.index));
     }
     vcpu.set_vcpu_events(&state.events).map_err(set("pending events"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_stamp_counter_goes_on_while_away_and_nothing_else_does() {
+        let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+        let saved = [msr(0x1B, 5), msr(MSR_TSC, u64::MAX - 1)];
+        let now = with_time(&saved, Some(2_000_000), Duration::from_micros(3));
+        assert_eq!((now[0].data, now[1].data), (5, 5_998));
+        assert_eq!(with_time(&saved, None, Duration::from_secs(1))[1].data, u64::MAX - 1);
+    }
+
+    #[test]
+    fn frequencies_are_compared_with_tolerance() {
+        assert!(!differs(2_000_000, 2_000_400));
+        assert!(differs(2_000_000, 2_001_000));
+        assert!(differs(0, 1));
+    }
 }

@@ -1,4 +1,4 @@
-//! From a configuration to a VM that is ready to run.
+//! From a configuration, or from a saved state, to a VM that is ready to run.
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
@@ -9,20 +9,22 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::MachineError;
 use super::devices::{self, Handles};
+use super::state::{self, DeviceState, MachineState};
+use super::{Device, MachineError, saved};
 use crate::bus::Bus;
-use crate::config::VmConfig;
-use crate::cpu::{cpuid, registers};
+use crate::config::{Fd, RestoreConfig, VmConfig};
+use crate::cpu::{cpuid, features, registers, state as vcpu_state};
 use crate::descriptors::Descriptors;
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS, Layout};
+use crate::memory::image;
 use crate::pci::bus::PciBus;
 use crate::pci::interrupts::{Interrupts, Router, io_error};
 use crate::platform::power::Power;
 use crate::platform::serial::{SerialPort, Sink};
 use crate::platform::{EVENT_IRQ, SERIAL_IRQ};
-use crate::virtio::GuestMemory;
 use crate::virtio::pci::{Activations, BAR_SIZE, Doorbells, Host, VirtioPci};
+use crate::virtio::{GuestMemory, VirtioDevice};
 use crate::{acpi, boot, log_ring, memory};
 
 const MAX_VCPUS: u8 = 128;
@@ -34,7 +36,7 @@ pub struct Prepared {
     pub(super) vcpus: Vec<VcpuFd>,
     pub(super) msr_indices: Vec<u32>,
     pub(super) bus: Bus,
-    pub(super) devices: Vec<Arc<Mutex<VirtioPci>>>,
+    pub(super) devices: Vec<Device>,
     pub(super) activations: Arc<Activations>,
     pub(super) handles: Handles,
 }
@@ -61,45 +63,42 @@ impl Doorbells for KvmDoorbells {
     }
 }
 
-impl Prepared {
-    /// Builds the VM and loads its kernel.
-    ///
-    /// # Errors
-    /// When the configuration cannot be satisfied.
-    pub fn new(config: &VmConfig, fds: &mut Descriptors) -> Result<Self, MachineError> {
-        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
-            return Err(MachineError::Invalid { what: "a number of vCPUs", value: config.vcpus.into(), allowed: "1 to 128" });
-        }
-        let hypervisor = open_kvm(fds.take(config.kvm, "kvm")?)?;
+/// An empty VM and what its host can do.
+struct Empty {
+    hypervisor: Kvm,
+    vm: Arc<VmFd>,
+    cpuid: CpuId,
+}
+
+impl Empty {
+    fn new(kvm_fd: OwnedFd) -> Result<Self, MachineError> {
+        let hypervisor = open_kvm(kvm_fd)?;
         let vm = Arc::new(hypervisor.create_vm().map_err(kvm("create a VM"))?);
         vm.set_tss_address(KVM_TSS).map_err(kvm("place the TSS"))?;
         vm.set_identity_map_address(KVM_IDENTITY_MAP).map_err(kvm("place the identity map"))?;
         vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
+        let cpuid = cpuid::template(&hypervisor, hypervisor.check_extension(Cap::TscDeadlineTimer)).map_err(kvm("read the CPUID"))?;
+        Ok(Empty { hypervisor, vm, cpuid })
+    }
 
-        let template = cpuid::template(&hypervisor, hypervisor.check_extension(Cap::TscDeadlineTimer)).map_err(kvm("read the CPUID"))?;
-        let layout = Layout::new(config.memory_mib, cpuid::address_bits(&template))?;
-        let memory = memory::map(&layout)?;
-        register_memory(&vm, &memory)?;
+    fn layout(&self, memory_mib: u64) -> Result<Layout, MachineError> {
+        Ok(Layout::new(memory_mib, cpuid::address_bits(&self.cpuid))?)
+    }
 
-        let mut kernel = File::from(fds.take(config.kernel, "kernel")?);
-        let mut initramfs = Vec::with_capacity(config.initramfs.len());
-        for segment in &config.initramfs {
-            initramfs.push(File::from(fds.take(*segment, "initramfs")?));
-        }
-        let rsdp = acpi::write(&memory, &layout, config.vcpus)?;
-        let entry = boot::load(&memory, &layout, &mut kernel, &mut initramfs, &config.cmdline, rsdp)?;
-        let vcpus = create_vcpus(&vm, config.vcpus, &template, entry)?;
-        let msr_indices = hypervisor.get_msr_index_list().map_err(kvm("list the model-specific registers"))?.as_slice().to_vec();
+    fn create_vcpus(&self, count: u8) -> Result<Vec<VcpuFd>, MachineError> {
+        (0..count).map(|id| self.vm.create_vcpu(u64::from(id)).map_err(kvm("create a vCPU"))).collect()
+    }
 
-        let interrupts = Arc::new(Interrupts::new(Arc::clone(&vm)));
-        let bus = Bus {
-            serial: Arc::new(serial(config, fds, &interrupts)?),
-            power: Arc::new(Power::new(interrupts.edge(EVENT_IRQ).map_err(io("connect the event line"))?)),
-            pci: Arc::new(PciBus::default()),
-        };
-        let (backends, handles) = devices::build(config, fds)?;
+    fn edge(&self, interrupts: &Interrupts, line: u32) -> Result<EventFd, MachineError> {
+        interrupts.edge(line).map_err(io("connect an interrupt line"))
+    }
+
+    /// Puts the devices on the bus, in order.
+    fn finish(self, layout: &Layout, memory: GuestMemoryMmap, vcpus: Vec<VcpuFd>, parts: Parts) -> Result<Prepared, MachineError> {
+        let Parts { interrupts, bus, backends, handles } = parts;
+        let msr_indices = self.hypervisor.get_msr_index_list().map_err(kvm("list the model-specific registers"))?.as_slice().to_vec();
         let activations = Arc::new(Activations::new().map_err(io("make an eventfd"))?);
-        let doorbells: Arc<dyn Doorbells> = Arc::new(KvmDoorbells(Arc::clone(&vm)));
+        let doorbells: Arc<dyn Doorbells> = Arc::new(KvmDoorbells(Arc::clone(&self.vm)));
         let memory = GuestMemory::new(memory);
         let mut devices = Vec::with_capacity(backends.len());
         for (index, device) in backends.into_iter().enumerate() {
@@ -113,11 +112,123 @@ impl Prepared {
             let address = layout.mmio64_start + index as u64 * BAR_SIZE;
             let device = VirtioPci::new(index, device, address, host).map_err(|source| MachineError::Device { id, source })?;
             let device = Arc::new(Mutex::new(device));
-            bus.pci.add(Arc::clone(&device) as _).ok_or(MachineError::Slots)?;
-            devices.push(device);
+            let slot = bus.pci.add(Arc::clone(&device) as _).ok_or(MachineError::Slots)?;
+            devices.push(Device { slot, device });
         }
-        Ok(Prepared { vm, memory, vcpus, msr_indices, bus, devices, activations, handles })
+        Ok(Prepared { vm: self.vm, memory, vcpus, msr_indices, bus, devices, activations, handles })
     }
+}
+
+struct Parts {
+    interrupts: Arc<Interrupts>,
+    bus: Bus,
+    backends: Vec<Box<dyn VirtioDevice>>,
+    handles: Handles,
+}
+
+impl Prepared {
+    /// Builds the VM and loads its kernel.
+    ///
+    /// # Errors
+    /// When the configuration cannot be satisfied.
+    pub fn new(config: &VmConfig, fds: &mut Descriptors) -> Result<Self, MachineError> {
+        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+            return Err(MachineError::Invalid { what: "a number of vCPUs", value: config.vcpus.into(), allowed: "1 to 128" });
+        }
+        let empty = Empty::new(fds.take(config.kvm, "kvm")?)?;
+        let layout = empty.layout(config.memory_mib)?;
+        let memory = memory::map(&layout)?;
+        register_memory(&empty.vm, &memory)?;
+
+        let mut kernel = File::from(fds.take(config.kernel, "kernel")?);
+        let mut initramfs = Vec::with_capacity(config.initramfs.len());
+        for segment in &config.initramfs {
+            initramfs.push(File::from(fds.take(*segment, "initramfs")?));
+        }
+        let rsdp = acpi::write(&memory, &layout, config.vcpus)?;
+        let entry = boot::load(&memory, &layout, &mut kernel, &mut initramfs, &config.cmdline, rsdp)?;
+        let vcpus = empty.create_vcpus(config.vcpus)?;
+        set_up_vcpus(&vcpus, &empty.cpuid, entry)?;
+
+        let interrupts = Arc::new(Interrupts::new(Arc::clone(&empty.vm)));
+        let serial = SerialPort::new(sink(config.console_log, fds)?, empty.edge(&interrupts, SERIAL_IRQ)?);
+        let bus = Bus {
+            serial: Arc::new(serial.map_err(io("make the serial port"))?),
+            power: Arc::new(Power::new(empty.edge(&interrupts, EVENT_IRQ)?)),
+            pci: Arc::new(PciBus::default()),
+        };
+        let (backends, handles) = devices::build(&config.into(), fds)?;
+        empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles })
+    }
+
+    /// Builds the VM that was saved, up to the instruction where it stood.
+    ///
+    /// # Errors
+    /// When the state is torn, foreign or of another version, when this host cannot go on with it, or when the devices of the
+    /// configuration are not those that were saved.
+    pub fn restore(config: &RestoreConfig, fds: &mut Descriptors) -> Result<Self, MachineError> {
+        let state = saved::read(&File::from(fds.take(config.state, "saved state")?))?;
+        let empty = Empty::new(fds.take(config.kvm, "kvm")?)?;
+        let count = u8::try_from(state.vcpus.len()).ok().filter(|count| (1..=MAX_VCPUS).contains(count));
+        let count =
+            count.ok_or(MachineError::Invalid { what: "a number of vCPUs", value: state.vcpus.len() as u64, allowed: "1 to 128" })?;
+        check_host(&empty, &state)?;
+        let layout = empty.layout(state.memory_mib)?;
+        let memory = image::map(&layout, File::from(fds.take(config.memory, "memory")?), &state.save)?;
+        register_memory(&empty.vm, &memory)?;
+
+        let vcpus = empty.create_vcpus(count)?;
+        let away = state.clock.away(state::world_ns());
+        for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
+            vcpu_state::restore(vcpu, saved, away)?;
+        }
+        // After the local APICs, which they may interrupt at once.
+        state::restore_chips(&empty.vm, &state.chips)?;
+
+        let interrupts = Arc::new(Interrupts::new(Arc::clone(&empty.vm)));
+        let serial = SerialPort::restore(&state.serial, sink(config.console_log, fds)?, empty.edge(&interrupts, SERIAL_IRQ)?);
+        let power = Power::restore(state.power, empty.edge(&interrupts, EVENT_IRQ)?);
+        let bus = Bus {
+            serial: Arc::new(serial.map_err(io("restore the serial port"))?),
+            power: Arc::new(power.map_err(io("restore the power registers"))?),
+            pci: Arc::new(PciBus::default()),
+        };
+        bus.pci.set_address(state.pci_address);
+        let (backends, handles) = devices::build(&config.into(), fds)?;
+        let prepared = empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles })?;
+        restore_devices(&prepared, &state.devices)?;
+        state.clock.restore(&prepared.vm, away)?;
+        Ok(prepared)
+    }
+}
+
+/// Refuses a VM that was told of more than this host has.
+fn check_host(empty: &Empty, state: &MachineState) -> Result<(), MachineError> {
+    for vcpu in &state.vcpus {
+        let missing = features::missing(&vcpu.cpuid, empty.cpuid.as_slice());
+        if !missing.is_empty() {
+            return Err(MachineError::Features(missing.into_iter().collect::<Vec<_>>().join(", ")));
+        }
+    }
+    Ok(())
+}
+
+fn restore_devices(prepared: &Prepared, saved: &[DeviceState]) -> Result<(), MachineError> {
+    let ours: Vec<(String, usize)> =
+        prepared.devices.iter().map(|device| (super::lock(&device.device).id().to_owned(), device.slot)).collect();
+    if !ours.iter().map(|(id, slot)| (id, slot)).eq(saved.iter().map(|device| (&device.id, &device.slot))) {
+        let name = |(id, slot): (&str, usize)| format!("{id} in slot {slot}");
+        return Err(MachineError::OtherDevices {
+            saved: saved.iter().map(|device| name((&device.id, device.slot))).collect::<Vec<_>>().join(", "),
+            given: ours.iter().map(|(id, slot)| name((id, *slot))).collect::<Vec<_>>().join(", "),
+        });
+    }
+    for (device, saved) in prepared.devices.iter().zip(saved) {
+        super::lock(&device.device).restore(&saved.state).map_err(|source| MachineError::DeviceState { id: saved.id.clone(), source })?;
+        // Its memory may lie elsewhere than where it was made.
+        prepared.bus.pci.refresh(device.slot);
+    }
+    Ok(())
 }
 
 fn open_kvm(fd: OwnedFd) -> Result<Kvm, MachineError> {
@@ -158,26 +269,23 @@ fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), MachineErr
     Ok(())
 }
 
-fn create_vcpus(vm: &VmFd, count: u8, template: &CpuId, entry: u64) -> Result<Vec<VcpuFd>, MachineError> {
-    let mut vcpus = Vec::with_capacity(usize::from(count));
-    for id in 0..count {
-        let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm("create a vCPU"))?;
+/// What firmware would have done.
+fn set_up_vcpus(vcpus: &[VcpuFd], template: &CpuId, entry: u64) -> Result<(), MachineError> {
+    let count = vcpus.len() as u8;
+    for (id, vcpu) in (0u8..).zip(vcpus) {
         let cpuid = cpuid::for_vcpu(template, id, count).map_err(|_| MachineError::Capability("room for all CPUID leaves"))?;
         vcpu.set_cpuid2(&cpuid).map_err(kvm("set a vCPU's CPUID"))?;
-        registers::set_common_state(&vcpu).map_err(kvm("set a vCPU's model-specific registers"))?;
+        registers::set_common_state(vcpu).map_err(kvm("set a vCPU's model-specific registers"))?;
         if id == 0 {
-            registers::set_boot_state(&vcpu, entry).map_err(kvm("set the first vCPU's registers"))?;
+            registers::set_boot_state(vcpu, entry).map_err(kvm("set the first vCPU's registers"))?;
         }
-        vcpus.push(vcpu);
     }
-    Ok(vcpus)
+    Ok(())
 }
 
-fn serial(config: &VmConfig, fds: &mut Descriptors, interrupts: &Interrupts) -> Result<SerialPort, MachineError> {
-    let sink = match config.console_log {
+fn sink(console_log: Option<Fd>, fds: &mut Descriptors) -> Result<Sink, MachineError> {
+    Ok(match console_log {
         Some(fd) => Sink::Ring(log_ring::Writer::open(&File::from(fds.take(fd, "console log")?))?),
         None => Sink::Stdout,
-    };
-    let interrupt = interrupts.edge(SERIAL_IRQ).map_err(io("connect the serial port's line"))?;
-    SerialPort::new(sink, interrupt).map_err(io("make the serial port"))
+    })
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::MachineError;
-use crate::config::{DiskConfig, VmConfig};
+use crate::config::{DiskConfig, NetworkConfig, RestoreConfig, VmConfig};
 use crate::control::Metrics;
 use crate::descriptors::Descriptors;
 use crate::virtio::VirtioDevice;
@@ -36,11 +36,34 @@ impl Handles {
     }
 }
 
+/// The part of a configuration that names devices.
+pub struct Devices<'a> {
+    disks: &'a [DiskConfig],
+    networks: &'a [NetworkConfig],
+    vsock_cid: Option<u64>,
+    rng: bool,
+    balloon: bool,
+}
+
+impl<'a> From<&'a VmConfig> for Devices<'a> {
+    fn from(config: &'a VmConfig) -> Self {
+        let VmConfig { disks, networks, vsock_cid, rng, balloon, .. } = config;
+        Devices { disks, networks, vsock_cid: *vsock_cid, rng: *rng, balloon: *balloon }
+    }
+}
+
+impl<'a> From<&'a RestoreConfig> for Devices<'a> {
+    fn from(config: &'a RestoreConfig) -> Self {
+        let RestoreConfig { disks, networks, vsock_cid, rng, balloon, .. } = config;
+        Devices { disks, networks, vsock_cid: *vsock_cid, rng: *rng, balloon: *balloon }
+    }
+}
+
 /// In PCI order: disks and networks as configured, then vsock, rng, balloon.
-pub fn build(config: &VmConfig, fds: &mut Descriptors) -> Result<(Vec<Box<dyn VirtioDevice>>, Handles), MachineError> {
+pub fn build(config: &Devices<'_>, fds: &mut Descriptors) -> Result<(Vec<Box<dyn VirtioDevice>>, Handles), MachineError> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     let mut handles = Handles::default();
-    for disk in &config.disks {
+    for disk in config.disks {
         if disk.serial.len() > SERIAL_MAX {
             return Err(MachineError::Invalid {
                 what: "a disk serial with a length",
@@ -52,7 +75,7 @@ pub fn build(config: &VmConfig, fds: &mut Descriptors) -> Result<(Vec<Box<dyn Vi
         handles.disks.push((disk.id.clone(), block.counters()));
         devices.push(Box::new(block));
     }
-    for network in &config.networks {
+    for network in config.networks {
         let tap = fds.take(network.tap, "tap")?;
         let net = Net::new(network.id.clone(), tap, network.mac, network.mtu).map_err(device(&network.id))?;
         handles.networks.push((network.id.clone(), net.counters()));

@@ -1,22 +1,28 @@
-//! One VM: built from its configuration, then run, paused, resumed and ended.
+//! One VM: built from its configuration or a saved state, then run, paused, saved, resumed and ended.
 
 mod build;
 mod devices;
+pub mod saved;
 pub mod state;
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kvm_ioctls::VmFd;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 pub use self::build::Prepared;
 use self::devices::Handles;
-use self::state::MachineState;
+use self::state::{ClockState, DeviceState, MachineState};
 use crate::control::{Metrics, VmState};
 use crate::cpu::run::{Surroundings, Vcpus};
 use crate::cpu::state::VcpuStateError;
 use crate::exit::ExitSlot;
+use crate::layout::MIB;
+use crate::memory::image;
+use crate::pci::bus::PciBus;
 use crate::platform::power::Power;
 use crate::platform::serial::SerialPort;
 use crate::virtio::GuestMemory;
@@ -65,6 +71,18 @@ pub enum MachineError {
     Jail(#[from] crate::jail::JailError),
     #[error(transparent)]
     Vcpu(#[from] VcpuStateError),
+    #[error(transparent)]
+    Saved(#[from] saved::SavedStateError),
+    #[error("this host's CPU lacks what the saved VM uses: {0}")]
+    Features(String),
+    #[error("the saved VM has the devices {saved}; the configuration gives {given}: configure it as it was saved")]
+    OtherDevices { saved: String, given: String },
+    #[error("cannot restore device {id}")]
+    DeviceState {
+        id: String,
+        #[source]
+        source: crate::virtio::DeviceError,
+    },
 }
 
 /// The whole chain of causes on one line.
@@ -84,13 +102,20 @@ pub fn explain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// A device and its place on the PCI bus.
+pub struct Device {
+    slot: usize,
+    device: Arc<Mutex<VirtioPci>>,
+}
+
 /// A VM whose vCPUs have threads. It starts paused.
 pub struct Machine {
     vm: Arc<VmFd>,
     vcpus: Vcpus,
     /// Keeps the VM's memory mapped as long as its vCPUs are there.
-    _memory: GuestMemory,
-    devices: Vec<Arc<Mutex<VirtioPci>>>,
+    memory: GuestMemory,
+    devices: Vec<Device>,
+    pci: Arc<PciBus>,
     activations: Arc<Activations>,
     exit: Arc<ExitSlot>,
     serial: Arc<SerialPort>,
@@ -108,15 +133,16 @@ impl Machine {
     pub fn start(prepared: Prepared) -> Result<Self, MachineError> {
         let Prepared { vm, memory, vcpus, msr_indices, bus, devices, activations, handles } = prepared;
         let exit = Arc::new(ExitSlot::new().map_err(|source| MachineError::Io { context: "make an eventfd", source })?);
-        let (serial, power) = (Arc::clone(&bus.serial), Arc::clone(&bus.power));
+        let (serial, power, pci) = (Arc::clone(&bus.serial), Arc::clone(&bus.power), Arc::clone(&bus.pci));
         let around = Surroundings { bus: Arc::new(bus), exit: Arc::clone(&exit) };
         let vcpus =
             Vcpus::start(vcpus, msr_indices, &around).map_err(|source| MachineError::Io { context: "start the vCPU threads", source })?;
         Ok(Machine {
             vm,
             vcpus,
-            _memory: memory,
+            memory,
             devices,
+            pci,
             activations,
             exit,
             serial,
@@ -155,7 +181,7 @@ impl Machine {
     pub fn activate_devices(&self) {
         for index in self.activations.take() {
             if let Some(device) = self.devices.get(index).filter(|_| !self.paused.load(Ordering::Acquire)) {
-                lock(device).activate();
+                lock(&device.device).activate();
             }
         }
     }
@@ -164,7 +190,7 @@ impl Machine {
     pub fn pause(&self) {
         self.vcpus.pause();
         for device in &self.devices {
-            lock(device).pause();
+            lock(&device.device).pause();
         }
         self.paused.store(true, Ordering::Release);
     }
@@ -172,7 +198,7 @@ impl Machine {
     pub fn resume(&self) {
         self.paused.store(false, Ordering::Release);
         for device in &self.devices {
-            lock(device).activate();
+            lock(&device.device).activate();
         }
         self.vcpus.resume();
     }
@@ -209,11 +235,36 @@ impl Machine {
     /// # Errors
     /// When KVM does not give a part of it.
     pub fn save(&self) -> Result<MachineState, MachineError> {
-        let devices = self.devices.iter().map(|device| {
+        let mut save: image::SaveId = [0; 16];
+        rustix::rand::getrandom(&mut save, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| MachineError::Io { context: "draw a random number", source: error.into() })?;
+        let devices = self.devices.iter().map(|Device { slot, device }| {
             let device = lock(device);
-            (device.id().to_owned(), device.save())
+            DeviceState { id: device.id().to_owned(), slot: *slot, state: device.save() }
         });
-        state::save(&self.vm, self.vcpus.save()?, self.serial.save(), devices.collect())
+        Ok(MachineState {
+            save,
+            memory_mib: self.memory.memory().iter().map(GuestMemoryRegion::len).sum::<u64>() / MIB,
+            vcpus: self.vcpus.save()?,
+            chips: state::save_chips(&self.vm)?,
+            clock: ClockState::save(&self.vm)?,
+            serial: self.serial.save(),
+            power: self.power.save(),
+            pci_address: self.pci.address(),
+            devices: devices.collect(),
+        })
+    }
+
+    /// Writes state and memory to two files. Call only while paused. Disks are the caller's to copy, before the VM goes on. Each file is
+    /// whole only when this has returned; the state is written last.
+    ///
+    /// # Errors
+    /// When KVM does not give a part of it, or a file cannot be written; the VM can go on.
+    pub fn save_to(&self, state: &File, memory: &File) -> Result<(), MachineError> {
+        let saved = self.save()?;
+        image::save(&self.memory.memory(), memory, &saved.save).map_err(crate::memory::MemoryError::Image)?;
+        saved::write(state, &saved)?;
+        Ok(())
     }
 }
 

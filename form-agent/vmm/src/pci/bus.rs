@@ -66,6 +66,16 @@ impl PciBus {
         Some(slot)
     }
 
+    /// The address port, to be saved.
+    #[must_use]
+    pub fn address(&self) -> u32 {
+        *self.address.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn set_address(&self, address: u32) {
+        *self.address.lock().unwrap_or_else(PoisonError::into_inner) = address;
+    }
+
     /// Reads from the ECAM window.
     pub fn read_ecam(&self, offset: u64, data: &mut [u8]) {
         self.read_config(offset & (ECAM_SIZE - 1), data);
@@ -79,7 +89,7 @@ impl PciBus {
     pub fn read_port(&self, port: u16, data: &mut [u8]) {
         match port {
             0..4 => {
-                let bytes = self.address.lock().unwrap_or_else(PoisonError::into_inner).to_le_bytes();
+                let bytes = self.address().to_le_bytes();
                 for (index, byte) in data.iter_mut().enumerate() {
                     *byte = bytes.get(usize::from(port) + index).copied().unwrap_or(0xFF);
                 }
@@ -94,8 +104,7 @@ impl PciBus {
     pub fn write_port(&self, port: u16, data: &[u8]) {
         match port {
             0 if data.len() == 4 => {
-                let value = u32::from_le_bytes([data[0], data[1], data[2], data[3]]);
-                *self.address.lock().unwrap_or_else(PoisonError::into_inner) = value;
+                self.set_address(u32::from_le_bytes([data[0], data[1], data[2], data[3]]));
             }
             // Narrow writes to the address port mean other devices (0xCF9 is a reset register on PCs).
             0..4 => {}
@@ -130,7 +139,7 @@ impl PciBus {
 
     /// The ECAM offset that the address port names, with the low bits of the data port.
     fn port_target(&self, port: u16) -> Option<u64> {
-        let address = *self.address.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = self.address();
         if address & (1 << 31) == 0 {
             return None;
         }

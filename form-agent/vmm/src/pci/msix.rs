@@ -234,6 +234,8 @@ pub(crate) mod tests {
         pub connected: Mutex<Vec<(u32, Message)>>,
         events: Mutex<Vec<(u32, EventFd)>>,
         next: Mutex<u32>,
+        /// No further line can be had.
+        pub full: std::sync::atomic::AtomicBool,
     }
 
     impl FakeRouter {
@@ -246,6 +248,9 @@ pub(crate) mod tests {
 
     impl Router for FakeRouter {
         fn allocate(&self) -> io::Result<u32> {
+            if self.full.load(std::sync::atomic::Ordering::SeqCst) {
+                return Err(io::Error::other("all interrupt lines are taken"));
+            }
             let mut next = self.next.lock().unwrap();
             *next += 1;
             Ok(*next - 1)

@@ -2,8 +2,9 @@
 //! reset, the power management timer, and the register that tells the generic event device what happened.
 
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Offsets from `POWER_PORT`.
@@ -30,8 +31,20 @@ pub enum PowerRequest {
     Reset,
 }
 
+/// What is saved of the power registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PowerState {
+    /// Bits of `EVENTS` that the guest has not read.
+    pub events: u8,
+    /// How long the timer has run.
+    pub timer_ns: u64,
+}
+
 pub struct Power {
     started: Instant,
+    /// What the timer showed then.
+    before: Duration,
     events: AtomicU8,
     interrupt: EventFd,
 }
@@ -40,7 +53,29 @@ impl Power {
     /// `interrupt` raises the event device's line.
     #[must_use]
     pub fn new(interrupt: EventFd) -> Self {
-        Power { started: Instant::now(), events: AtomicU8::new(0), interrupt }
+        Power { started: Instant::now(), before: Duration::ZERO, events: AtomicU8::new(0), interrupt }
+    }
+
+    #[must_use]
+    pub fn save(&self) -> PowerState {
+        let timer_ns = u64::try_from(self.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        PowerState { events: self.events.load(Ordering::Acquire), timer_ns }
+    }
+
+    /// Registers with saved state. The interrupt of an event that the guest has not read may have been on its way: it is raised again.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn restore(state: PowerState, interrupt: EventFd) -> std::io::Result<Self> {
+        if state.events != 0 {
+            interrupt.write(1)?;
+        }
+        let before = Duration::from_nanos(state.timer_ns);
+        Ok(Power { started: Instant::now(), before, events: AtomicU8::new(state.events), interrupt })
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.before.saturating_add(self.started.elapsed())
     }
 
     /// # Errors
@@ -68,7 +103,7 @@ impl Power {
                 }
             }
             TIMER => {
-                let ticks = self.started.elapsed().as_nanos() * TIMER_HZ / 1_000_000_000;
+                let ticks = self.elapsed().as_nanos() * TIMER_HZ / 1_000_000_000;
                 for (byte, value) in data.iter_mut().zip((ticks as u32).to_le_bytes()) {
                     *byte = value;
                 }
@@ -109,6 +144,24 @@ mod tests {
         assert_eq!(data, [EVENT_POWER_BUTTON]);
         power.read(EVENTS, &mut data);
         assert_eq!(data, [0]);
+    }
+
+    #[test]
+    fn saved_registers_come_back_with_their_interrupt() {
+        let power = power();
+        power.press_button().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        let state = power.save();
+        assert!(state.timer_ns >= 2_000_000);
+        let again = Power::restore(state, EventFd::new(libc::EFD_NONBLOCK).unwrap()).unwrap();
+        assert_eq!(again.interrupt.read().unwrap(), 1);
+        assert!(again.save().timer_ns >= state.timer_ns);
+        let mut data = [0u8; 1];
+        again.read(EVENTS, &mut data);
+        assert_eq!(data, [EVENT_POWER_BUTTON]);
+        let quiet = Power::restore(again.save(), EventFd::new(libc::EFD_NONBLOCK).unwrap()).unwrap();
+        assert!(quiet.interrupt.read().is_err());
+        assert!(Power::restore(PowerState { events: 0, timer_ns: u64::MAX }, EventFd::new(0).unwrap()).is_ok());
     }
 
     #[test]

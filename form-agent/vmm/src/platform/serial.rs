@@ -101,7 +101,7 @@ impl Trigger for Irq {
 }
 
 /// The saved state of the serial port.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialPortState {
     pub baud_divisor: [u8; 2],
     pub interrupt_enable: u8,

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 
 use self::consoles::Consoles;
-use crate::config::VmConfig;
+use crate::config::{Fd, JailConfig, RestoreConfig, VmConfig};
 use crate::control::channel::Channel;
 use crate::control::{ControlReply, ControlRequest, ExitReason};
 use crate::descriptors::Descriptors;
@@ -79,17 +79,35 @@ impl Server {
     /// When the VM cannot be made as configured.
     pub fn boot(&mut self, config: &VmConfig, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
         let mut fds = Descriptors::new(fds);
-        if let Some(record) = config.exit_record {
-            exit::record_to(File::from(fds.take(record, "exit record")?));
-        }
+        record_exit(config.exit_record, &mut fds)?;
         let prepared = Prepared::new(config, &mut fds)?;
         drop(fds);
-        jail::prepare(&config.jail)?;
+        self.enter(prepared, &config.jail)?.resume();
+        Ok(())
+    }
+
+    /// Goes on with a saved VM, or holds it where it stood.
+    ///
+    /// # Errors
+    /// When the state cannot be used here.
+    pub fn restore(&mut self, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
+        let mut fds = Descriptors::new(fds);
+        record_exit(config.exit_record, &mut fds)?;
+        let prepared = Prepared::restore(config, &mut fds)?;
+        drop(fds);
+        let machine = self.enter(prepared, &config.jail)?;
+        if config.resume {
+            machine.resume();
+        }
+        Ok(())
+    }
+
+    /// Gives up what the VM must not have, and starts its threads. It is paused then.
+    fn enter(&mut self, prepared: Prepared, config: &JailConfig) -> Result<&Machine, MachineError> {
+        jail::prepare(config)?;
         let machine = Machine::start(prepared)?;
         jail::enter_main();
-        machine.resume();
-        self.machine = Some(machine);
-        Ok(())
+        Ok(self.machine.insert(machine))
     }
 
     /// Serves until the VM ends; writes the exit record and returns the status to exit with.
@@ -253,6 +271,13 @@ impl Server {
             _ => self.stdin = None,
         }
     }
+}
+
+fn record_exit(record: Option<Fd>, fds: &mut Descriptors) -> Result<(), MachineError> {
+    if let Some(record) = record {
+        exit::record_to(File::from(fds.take(record, "exit record")?));
+    }
+    Ok(())
 }
 
 enum Served {

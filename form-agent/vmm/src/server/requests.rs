@@ -1,5 +1,6 @@
 //! What each request does in each state of the VM.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -7,9 +8,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{DONE, REPLY_TIME, Served, Server};
+use crate::config::Fd;
 use crate::control::channel::Channel;
 use crate::control::{ControlReply, ControlRequest, ErrorKind, ExitReason, VmState};
-use crate::machine::{Machine, explain};
+use crate::descriptors::Descriptors;
+use crate::machine::saved::SavedStateError;
+use crate::machine::{Machine, MachineError, explain};
+use crate::memory::MemoryError;
+use crate::memory::image::ImageError;
 use crate::virtio::vsock::Connector;
 
 /// How long a guest may take to accept a vsock connection. Less than a client waits for its answer.
@@ -22,19 +28,15 @@ impl Server {
     pub(super) fn handle(&mut self, channel: &Arc<Channel>, request: ControlRequest, fds: Vec<OwnedFd>) -> Served {
         let state = self.machine.as_ref().map_or(VmState::Empty, Machine::state);
         match (request, &self.machine) {
-            (ControlRequest::Boot { config }, None) => match self.boot(&config, fds) {
-                Ok(()) => reply(channel, &DONE, &[]),
-                Err(problem) => {
-                    let message = explain(&problem);
-                    let kind = match problem {
-                        crate::machine::MachineError::Kvm { .. } | crate::machine::MachineError::Io { .. } => ErrorKind::System,
-                        _ => ErrorKind::Invalid,
-                    };
-                    self.farewell = Some((Arc::clone(channel), error(kind, message.clone())));
-                    Served::End((ExitReason::Failed, Some(message)))
-                }
-            },
-            (ControlRequest::Boot { .. }, Some(_)) => refuse(channel, state),
+            (ControlRequest::Boot { config }, None) => {
+                let started = self.boot(&config, fds);
+                self.started(channel, started)
+            }
+            (ControlRequest::Restore { config }, None) => {
+                let started = self.restore(&config, fds);
+                self.started(channel, started)
+            }
+            (ControlRequest::Boot { .. } | ControlRequest::Restore { .. }, Some(_)) => refuse(channel, state),
             (ControlRequest::Status, _) => reply(channel, &ControlReply::Status { state, pid: std::process::id() }, &[]),
             (ControlRequest::Stop, _) => {
                 self.farewell = Some((Arc::clone(channel), DONE));
@@ -71,9 +73,41 @@ impl Server {
                         None => reply(channel, &error(ErrorKind::Invalid, "too many consoles are attached".to_owned()), &[]),
                     }
                 }
-                (ControlRequest::Boot { .. } | ControlRequest::Status | ControlRequest::Stop, _) => refuse(channel, state),
+                (ControlRequest::Save { state, memory }, VmState::Paused) => match save(machine, state, memory, fds) {
+                    Ok(()) => reply(channel, &DONE, &[]),
+                    Err(problem) => reply(channel, &error(kind_of_machine(&problem), explain(&problem)), &[]),
+                },
+                (ControlRequest::Save { .. }, _) => refuse(channel, state),
+                (ControlRequest::Boot { .. } | ControlRequest::Restore { .. } | ControlRequest::Status | ControlRequest::Stop, _) => {
+                    refuse(channel, state)
+                }
             },
         }
+    }
+
+    /// A process whose VM could not be made is good for nothing more.
+    fn started(&mut self, channel: &Arc<Channel>, started: Result<(), MachineError>) -> Served {
+        let Err(problem) = started else { return reply(channel, &DONE, &[]) };
+        let message = explain(&problem);
+        self.farewell = Some((Arc::clone(channel), error(kind_of_machine(&problem), message.clone())));
+        Served::End((ExitReason::Failed, Some(message)))
+    }
+}
+
+fn save(machine: &Machine, state: Fd, memory: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
+    let mut fds = Descriptors::new(fds);
+    let state = File::from(fds.take(state, "state file")?);
+    let memory = File::from(fds.take(memory, "memory file")?);
+    machine.save_to(&state, &memory)
+}
+
+fn kind_of_machine(problem: &MachineError) -> ErrorKind {
+    match problem {
+        MachineError::Kvm { .. }
+        | MachineError::Io { .. }
+        | MachineError::Saved(SavedStateError::Write(_) | SavedStateError::Read(_))
+        | MachineError::Memory(MemoryError::Image(ImageError::Write(_) | ImageError::Read(_))) => ErrorKind::System,
+        _ => ErrorKind::Invalid,
     }
 }
 

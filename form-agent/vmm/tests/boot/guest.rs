@@ -19,7 +19,15 @@ const MODULES: [&str; 12] = [
     "virtio_balloon",
     "button",
 ];
-const MORE_MODULES: [&str; 1] = ["evdev"];
+const MORE_MODULES: [&str; 4] = ["evdev", "vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport"];
+/// Speaks vsock, which busybox does not; it and what it needs.
+const PERL: [&str; 5] = [
+    "/usr/bin/perl",
+    "/lib64/ld-linux-x86-64.so.2",
+    "/lib/x86_64-linux-gnu/libc.so.6",
+    "/lib/x86_64-linux-gnu/libm.so.6",
+    "/lib/x86_64-linux-gnu/libcrypt.so.1",
+];
 
 const PROLOGUE: &str = "#!/bin/sh
 /bin/busybox --install -s /bin
@@ -41,7 +49,7 @@ pub fn kernel() -> PathBuf {
 }
 
 /// Two segments, so that the VM has something to put together: programs and modules; the script.
-pub fn initramfs(script: &str) -> [Vec<u8>; 2] {
+pub fn initramfs(script: &str, perl: bool) -> [Vec<u8>; 2] {
     let mut base = Archive::default();
     for directory in ["bin", "dev", "proc", "sys", "tmp", "mnt", "modules"] {
         base.add(directory, 0o040_755, &[]);
@@ -52,6 +60,15 @@ pub fn initramfs(script: &str) -> [Vec<u8>; 2] {
     for name in MODULES.iter().chain(&MORE_MODULES) {
         let path = find(&modules, &format!("{name}.ko")).unwrap_or_else(|| panic!("no {name}.ko below {}", modules.display()));
         base.add(&format!("modules/{name}.ko"), 0o100_644, &fs::read(path).unwrap());
+    }
+    if perl {
+        for directory in ["usr", "usr/bin", "lib64", "lib", "lib/x86_64-linux-gnu"] {
+            base.add(directory, 0o040_755, &[]);
+        }
+        for path in PERL {
+            base.add(&path[1..], 0o100_755, &fs::read(path).unwrap_or_else(|error| panic!("{path}: {error}")));
+        }
+        base.link("bin/perl", "/usr/bin/perl");
     }
     let mut init = Archive::default();
     init.add("init", 0o100_755, format!("{PROLOGUE}{script}\n").as_bytes());

@@ -9,6 +9,7 @@
 //! busybox. Part of the tests needs root, as the daemon does.
 
 mod guest;
+mod restore;
 mod vm;
 
 use std::os::unix::process::ExitStatusExt;
@@ -213,9 +214,9 @@ fn kvm_a_paused_vm_can_be_saved_and_its_vcpus_set_up_again() {
     machine.pause();
     let json = serde_json::to_string(&machine.save().unwrap()).unwrap();
     let state: MachineState = serde_json::from_str(&json).unwrap();
-    assert_eq!((state.vcpus.len(), state.devices.len(), state.devices[0].0.as_str()), (2, 1, "root"));
+    assert_eq!((state.vcpus.len(), state.devices.len(), state.devices[0].id.as_str()), (2, 1, "root"));
     // The guest's driver is at work: its queue has indices.
-    assert!(state.devices[0].1.common.queues[0].next_used > 0, "{json}");
+    assert!(state.devices[0].state.common.queues[0].next_used > 0, "{json}");
 
     let other = hypervisor.create_vm().unwrap();
     other.create_irq_chip().unwrap();
@@ -231,7 +232,7 @@ fn kvm_a_paused_vm_can_be_saved_and_its_vcpus_set_up_again() {
     form_vmm::machine::state::restore_chips(&other, &state.chips).unwrap();
     for (id, saved) in (0..).zip(&state.vcpus) {
         let vcpu = other.create_vcpu(id).unwrap();
-        form_vmm::cpu::state::restore(&vcpu, saved).unwrap();
+        form_vmm::cpu::state::restore(&vcpu, saved, Duration::ZERO).unwrap();
         let indices: Vec<u32> = saved.msrs.iter().map(|msr| msr.index).collect();
         let again = form_vmm::cpu::state::save(&vcpu, &indices).unwrap();
         assert_eq!((again.regs, again.mp_state, again.xcrs), (saved.regs, saved.mp_state, saved.xcrs));

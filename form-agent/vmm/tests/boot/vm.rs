@@ -3,15 +3,16 @@
 use std::cell::{Cell, RefCell};
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, ExitStatus};
+use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use form_vmm::config::{DiskConfig, DiskFormat, Fd, JailConfig, VmConfig};
+use form_vmm::config::{DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, RestoreConfig, VmConfig};
 use form_vmm::control::{Client, ClientError, ExitRecord, Metrics, launch};
 use form_vmm::log_ring;
+use imago::{FormatCreateBuilder, file::File as Storage, qcow2::Qcow2};
 
 use crate::guest;
 
@@ -25,6 +26,10 @@ pub struct Shape {
     pub vcpus: u8,
     pub memory_mib: u64,
     pub disk_mib: Option<u64>,
+    /// A second disk, in qcow2.
+    pub qcow2_mib: Option<u64>,
+    pub tap: Option<&'static str>,
+    pub vsock: bool,
     pub rng: bool,
     pub balloon: bool,
     pub user: Option<u32>,
@@ -40,6 +45,9 @@ pub fn shape(script: &str) -> Shape {
         vcpus: 1,
         memory_mib: 256,
         disk_mib: None,
+        qcow2_mib: None,
+        tap: None,
+        vsock: false,
         rng: false,
         balloon: false,
         user: None,
@@ -85,6 +93,34 @@ impl Vm {
         let (config, fds) = parts(shape, self.directory.path(), true);
         let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         self.client.boot(&config, &borrowed)
+    }
+
+    /// A process that goes on with what `saved` left behind.
+    pub fn restore(saved: &Vm, shape: &Shape, state: &File, memory: &File, resume: bool) -> Result<Self, ClientError> {
+        let vm = Vm::spawn();
+        let mut fds: Vec<OwnedFd> = Vec::new();
+        let mut add = |file: File| {
+            fds.push(file.into());
+            Fd(fds.len() as u16 - 1)
+        };
+        let own = vm.directory.path();
+        let config = RestoreConfig {
+            kvm: add(open_kvm()),
+            state: add(state.try_clone().unwrap()),
+            memory: add(memory.try_clone().unwrap()),
+            disks: disks(shape, saved.directory.path(), &mut add),
+            networks: networks(shape, &mut add),
+            vsock_cid: shape.vsock.then_some(4),
+            rng: shape.rng,
+            balloon: shape.balloon,
+            console_log: Some(add(log_file(own))),
+            exit_record: Some(add(file(own, "record", &[]))),
+            jail: jail(shape, true),
+            resume,
+        };
+        let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        vm.client.restore(&config, &borrowed)?;
+        Ok(vm)
     }
 
     pub fn client(&self) -> &Client {
@@ -213,39 +249,111 @@ fn parts(shape: &Shape, directory: &Path, jailed: bool) -> (VmConfig, Vec<OwnedF
         Some(bytes) => file(directory, "kernel", bytes),
         None => File::open(guest::kernel()).unwrap(),
     };
-    let [base, init] = guest::initramfs(&shape.script);
-    let root = rustix::process::geteuid().is_root();
-    let disks = shape.disk_mib.map(|mib| {
-        let disk = file(directory, "disk", &[]);
-        disk.set_len(mib << 20).unwrap();
-        DiskConfig {
-            id: "root".into(),
-            serial: "TEST-SERIAL".into(),
-            format: DiskFormat::Raw,
-            file: add(disk),
-            backing: Vec::new(),
-            read_only: false,
-        }
-    });
-    let log = file(directory, "log", &[]);
-    log_ring::create(&log, 256 * 1024).unwrap();
+    let [base, init] = guest::initramfs(&shape.script, shape.vsock);
     let config = VmConfig {
         vcpus: shape.vcpus,
         memory_mib: shape.memory_mib,
-        kvm: add(File::options().read(true).write(true).open("/dev/kvm").unwrap()),
+        kvm: add(open_kvm()),
         kernel: add(kernel),
         initramfs: vec![add(file(directory, "base", &base)), add(file(directory, "init", &init))],
         cmdline: format!("console=ttyS0 quiet panic=-1 {}", shape.cmdline),
-        disks: disks.into_iter().collect(),
-        networks: Vec::new(),
-        vsock_cid: None,
+        disks: disks(shape, directory, &mut add),
+        networks: networks(shape, &mut add),
+        vsock_cid: shape.vsock.then_some(3),
         rng: shape.rng,
         balloon: shape.balloon,
-        console_log: Some(add(log)),
+        console_log: Some(add(log_file(directory))),
         exit_record: Some(add(file(directory, "record", &[]))),
-        jail: JailConfig { uid: shape.user, gid: shape.user, namespaces: jailed && root, seccomp: jailed, landlock: jailed },
+        jail: jail(shape, jailed),
     };
     (config, fds)
+}
+
+fn open_kvm() -> File {
+    File::options().read(true).write(true).open("/dev/kvm").unwrap()
+}
+
+fn log_file(directory: &Path) -> File {
+    let log = file(directory, "log", &[]);
+    log_ring::create(&log, 256 * 1024).unwrap();
+    log
+}
+
+fn jail(shape: &Shape, jailed: bool) -> JailConfig {
+    let root = rustix::process::geteuid().is_root();
+    JailConfig { uid: shape.user, gid: shape.user, namespaces: jailed && root, seccomp: jailed, landlock: jailed }
+}
+
+/// The disks of `shape` in `directory`, made when they are not there.
+fn disks(shape: &Shape, directory: &Path, add: &mut dyn FnMut(File) -> Fd) -> Vec<DiskConfig> {
+    let open = |name: &str| File::options().read(true).write(true).create(true).truncate(false).open(directory.join(name)).unwrap();
+    let mut disks = Vec::new();
+    let mut disk = |id: &str, serial: &str, format, file| {
+        disks.push(DiskConfig { id: id.into(), serial: serial.into(), format, file: add(file), backing: Vec::new(), read_only: false });
+    };
+    if let Some(mib) = shape.disk_mib {
+        let file = open("disk");
+        file.set_len(mib << 20).unwrap();
+        disk("root", "TEST-SERIAL", DiskFormat::Raw, file);
+    }
+    if let Some(mib) = shape.qcow2_mib {
+        let file = open("disk.qcow2");
+        if file.metadata().unwrap().len() == 0 {
+            let storage = Storage::try_from(file.try_clone().unwrap()).unwrap();
+            Qcow2::<Storage>::create_builder(storage).size(mib << 20).create().unwrap();
+        }
+        disk("data", "TEST-QCOW2", DiskFormat::Qcow2, file);
+    }
+    disks
+}
+
+fn networks(shape: &Shape, add: &mut dyn FnMut(File) -> Fd) -> Vec<NetworkConfig> {
+    let network = |name| NetworkConfig { id: "net".into(), tap: add(Tap::open(name)), mac: [2, 0, 0, 0, 0, 9], mtu: 1500 };
+    shape.tap.map(network).into_iter().collect()
+}
+
+/// A tap with an address, gone with this value.
+pub struct Tap {
+    pub name: &'static str,
+}
+
+impl Tap {
+    pub const HOST: &'static str = "10.99.7.1";
+    pub const GUEST: &'static str = "10.99.7.2";
+
+    pub fn new(name: &'static str) -> Self {
+        let tap = Tap { name };
+        ip(&["tuntap", "add", name, "mode", "tap", "vnet_hdr"]);
+        ip(&["addr", "add", &format!("{}/24", Tap::HOST), "dev", name]);
+        ip(&["link", "set", name, "up"]);
+        tap
+    }
+
+    fn open(name: &str) -> File {
+        let file = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
+        // SAFETY: `ifreq` is plain data, for which all zeros are valid.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (target, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *target = byte as libc::c_char;
+        }
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        // SAFETY: TUNSETIFF reads and writes one `ifreq`, which lives across the call.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+        assert_eq!(result, 0, "{name}: {}", std::io::Error::last_os_error());
+        file
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        // It goes with the machine at the latest.
+        let _ = Command::new("ip").args(["link", "del", self.name]).status();
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    let status = Command::new("ip").args(arguments).status().unwrap();
+    assert!(status.success(), "ip {}", arguments.join(" "));
 }
 
 fn file(directory: &Path, name: &str, content: &[u8]) -> File {

@@ -34,6 +34,15 @@ impl PciInterrupt {
         self.status.swap(0, Ordering::AcqRel)
     }
 
+    /// The interrupt status, to be saved: this does not clear it.
+    pub fn status(&self) -> u8 {
+        self.status.load(Ordering::Acquire)
+    }
+
+    pub fn set_status(&self, status: u8) {
+        self.status.store(status & (ISR_QUEUE | ISR_CONFIG), Ordering::Release);
+    }
+
     /// Changes whenever the device's configuration does.
     pub fn generation(&self) -> u8 {
         self.generation.load(Ordering::Acquire)

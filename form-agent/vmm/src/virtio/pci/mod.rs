@@ -116,6 +116,8 @@ pub struct VirtioPci {
     attached: Option<u64>,
     needs_reset: Arc<AtomicBool>,
     phase: Phase,
+    /// Interrupts may have been on their way when the state was saved.
+    restored: bool,
 }
 
 impl VirtioPci {
@@ -158,6 +160,7 @@ impl VirtioPci {
             attached: None,
             needs_reset: Arc::new(AtomicBool::new(false)),
             phase: Phase::Idle,
+            restored: false,
         })
     }
 
@@ -173,6 +176,9 @@ impl VirtioPci {
         }
         if self.try_activate().is_ok() {
             self.phase = Phase::Active;
+            if std::mem::take(&mut self.restored) {
+                self.raise_again();
+            }
         } else {
             self.fail();
         }
@@ -206,8 +212,24 @@ impl VirtioPci {
         })
     }
 
-    /// Shows DEVICE_NEEDS_RESET and tells the driver to look.
+    /// KVM injects some interrupts from a thread of its own, so one that was raised just before the save may be in no saved state. A
+    /// driver takes one too many for what it is: a reason to look.
+    fn raise_again(&self) {
+        for (index, queue) in (0..).zip(&self.common.queues) {
+            if queue.ready {
+                // What cannot be raised could not be raised before either.
+                let _ = self.interrupt.queue(index);
+            }
+        }
+        let _ = self.interrupt.config();
+    }
+
+    /// Stops the device, shows DEVICE_NEEDS_RESET and tells the driver to look.
     fn fail(&mut self) {
+        if self.phase == Phase::Active {
+            // The driver has to set the queues up again.
+            drop(self.device.stop());
+        }
         self.needs_reset.store(true, Ordering::Release);
         self.phase = Phase::Idle;
         let _ = self.interrupt.config();
@@ -231,6 +253,7 @@ impl VirtioPci {
         VirtioPciState {
             config: self.config.bytes().to_vec(),
             vectors: self.interrupt.msix.save(),
+            interrupt_status: self.interrupt.status(),
             common: self.common.save(),
             needs_reset: self.needs_reset.load(Ordering::Acquire),
             device: self.device.save(),
@@ -246,11 +269,13 @@ impl VirtioPci {
         self.config.restore(&state.config).map_err(wrong)?;
         self.interrupt.msix.restore(&state.vectors).map_err(wrong)?;
         self.common.restore(&state.common).map_err(wrong)?;
+        self.interrupt.set_status(state.interrupt_status);
         self.needs_reset.store(state.needs_reset, Ordering::Release);
         self.device.restore(&state.device)?;
         self.interrupt.msix.control_written(&self.config, self.msix_at).map_err(|error| wrong(&error.to_string()))?;
         self.move_doorbells();
         self.phase = if self.common.driver_ok() && !state.needs_reset { Phase::Ready } else { Phase::Idle };
+        self.restored = self.phase == Phase::Ready;
         Ok(())
     }
 

@@ -6,9 +6,12 @@ use virtio_queue::QueueState;
 use crate::pci::msix::VectorState;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VirtioPciState {
     pub config: Vec<u8>,
     pub vectors: Vec<VectorState>,
+    /// The interrupt status register.
+    pub interrupt_status: u8,
     pub common: CommonSave,
     pub needs_reset: bool,
     /// The device's own state: see `VirtioDevice::save`.
@@ -16,6 +19,7 @@ pub struct VirtioPciState {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CommonSave {
     pub driver_features: u64,
     pub device_feature_select: u32,
@@ -27,6 +31,7 @@ pub struct CommonSave {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueSave {
     pub size: u16,
     pub ready: bool,

@@ -370,11 +370,44 @@ fn a_paused_device_goes_on_with_its_indices_here_or_elsewhere() {
     other.pci.restore(&serde_json::from_str(&json).unwrap()).unwrap();
     assert_eq!(other.status(), 15);
     other.pci.activate();
+    // An interrupt that was on its way at the save is not lost, once.
+    assert_eq!(other.router.raised(1), 1);
     let active = other.active.lock().unwrap();
     let activation = active.as_ref().unwrap();
     assert_eq!(activation.queues[1].1.next_avail(), 5);
     activation.interrupt.queue(0).unwrap();
     assert_eq!(other.router.raised(1), 1);
+}
+
+#[test]
+fn a_device_without_an_interrupt_route_is_stopped() {
+    let mut rig = rig();
+    rig.drive();
+    rig.activate();
+    rig.router.full.store(true, Ordering::SeqCst);
+    let at = rig.pci.msix_at as u16;
+    rig.pci.write_config(at + 2, &0x8000u16.to_le_bytes());
+    rig.write(MSIX_TABLE + 12, 0, 4);
+    assert_eq!(rig.status(), 15 | 64);
+    assert!(rig.active.lock().unwrap().is_none(), "it works on while the transport takes it for idle");
+    rig.router.full.store(false, Ordering::SeqCst);
+    rig.write(20, 0, 1);
+    rig.drive();
+    rig.activate();
+    assert!(rig.active.lock().unwrap().is_some());
+}
+
+#[test]
+fn an_interrupt_status_that_was_not_read_comes_back() {
+    let mut rig = rig();
+    rig.drive();
+    rig.activate();
+    Arc::clone(&rig.active.lock().unwrap().as_ref().unwrap().interrupt).queue(0).unwrap();
+    rig.pci.pause();
+    let saved = rig.pci.save();
+    let mut other = self::rig();
+    other.pci.restore(&saved).unwrap();
+    assert_eq!(other.read(ISR, 1), 1);
 }
 
 #[test]

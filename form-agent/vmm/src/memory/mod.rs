@@ -1,10 +1,13 @@
 //! Guest RAM.
 
+pub mod image;
+
 use std::io;
 
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion};
+use vm_memory::{FileOffset, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError};
 
+use self::image::ImageError;
 use crate::layout::Layout;
 
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +25,8 @@ pub enum MemoryError {
     Overflow { start: u64 },
     #[error("cannot keep guest memory out of core dumps")]
     Advise(#[source] io::Error),
+    #[error(transparent)]
+    Image(#[from] ImageError),
 }
 
 /// Maps anonymous memory for each range of RAM. Pages are taken from the host when the guest first touches them.
@@ -29,20 +34,25 @@ pub enum MemoryError {
 /// # Errors
 /// When the host refuses the address space.
 pub fn map(layout: &Layout) -> Result<GuestMemoryMmap, MemoryError> {
+    map_with(layout, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, |_| None)
+}
+
+/// `source` tells for each range, by its length in bytes, which file it is mapped from.
+fn map_with(
+    layout: &Layout,
+    flags: libc::c_int,
+    mut source: impl FnMut(u64) -> Option<FileOffset>,
+) -> Result<GuestMemoryMmap, MemoryError> {
     let mut regions = Vec::with_capacity(2);
     for (start, bytes) in layout.ram() {
         let size = usize::try_from(bytes).map_err(|_| MemoryError::Overflow { start })?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let mapping = MmapRegion::build(None, size, libc::PROT_READ | libc::PROT_WRITE, flags).map_err(|source| MemoryError::Map {
-            start,
-            bytes,
-            source,
-        })?;
+        let region = image::map_range(start, size, flags, source(bytes))?;
         // SAFETY: the range is the mapping just made; MADV_DONTDUMP changes nothing but core dumps.
-        if unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_DONTDUMP) } != 0 {
+        if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_DONTDUMP) } != 0 {
             return Err(MemoryError::Advise(io::Error::last_os_error()));
         }
-        regions.push(GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Overflow { start })?);
+        debug_assert_eq!(region.len(), bytes);
+        regions.push(region);
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)
 }
@@ -50,7 +60,7 @@ pub fn map(layout: &Layout) -> Result<GuestMemoryMmap, MemoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryBackend};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
     #[test]
     fn both_sides_of_the_hole_are_mapped_and_the_hole_is_not() {

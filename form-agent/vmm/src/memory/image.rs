@@ -1,0 +1,256 @@
+//! Guest RAM as a file: written sparse while the VM is paused, and mapped privately when it is restored, so that a page is read when
+//! it is first touched and the file never changes.
+//!
+//! The file holds the ranges of RAM one behind the other, without the hole, and then one page that tells which save it belongs to.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+
+use super::MemoryError;
+use crate::layout::Layout;
+
+const MAGIC: [u8; 8] = *b"FORMVMEM";
+const PAGE: usize = 4096;
+/// One write moves at most this much, so that a signal or a full disk is noticed early.
+const RUN_MAX: usize = 4 << 20;
+
+/// Names one save: memory and state belong together only when both carry the same.
+pub type SaveId = [u8; 16];
+
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    #[error("cannot write the memory file")]
+    Write(#[source] io::Error),
+    #[error("cannot read the memory file")]
+    Read(#[source] io::Error),
+    #[error("the memory file has {found} bytes, the saved VM's has {expected}: it is torn, or another VM's")]
+    Size { expected: u64, found: u64 },
+    #[error("the memory file is not one of a saved VM, or it was never finished")]
+    Foreign,
+    #[error("the memory file belongs to another save than the state: pass the two that were written together")]
+    OtherSave,
+}
+
+fn trailer(id: &SaveId) -> [u8; 24] {
+    let mut bytes = [0; 24];
+    bytes[..8].copy_from_slice(&MAGIC);
+    bytes[8..].copy_from_slice(id);
+    bytes
+}
+
+fn ram_bytes(memory: &GuestMemoryMmap) -> u64 {
+    memory.iter().map(GuestMemoryRegion::len).sum()
+}
+
+/// Writes all of `memory` to `file`, whose former content is dropped; pages of zeros become holes. The VM must be paused. When it
+/// returns the file is on stable storage.
+///
+/// # Errors
+/// When the file cannot be written, for example because the disk is full.
+pub fn save(memory: &GuestMemoryMmap, file: &File, id: &SaveId) -> Result<(), ImageError> {
+    let write = ImageError::Write;
+    let ram = ram_bytes(memory);
+    file.set_len(0).map_err(write)?;
+    file.set_len(ram + PAGE as u64).map_err(write)?;
+    let mut offset = 0;
+    for region in memory.iter() {
+        let length = usize::try_from(region.len()).map_err(|_| write(io::ErrorKind::InvalidInput.into()))?;
+        let mut at = 0;
+        while at < length {
+            let run = run(region, at, length);
+            if run.zero {
+                at += run.length;
+                continue;
+            }
+            write_run(region, at, run.length, file, offset + at as u64).map_err(write)?;
+            at += run.length;
+        }
+        offset += region.len();
+    }
+    // The mark comes last: a file without it was never finished.
+    file.sync_data().map_err(write)?;
+    file.write_all_at(&trailer(id), ram).map_err(write)?;
+    file.sync_data().map_err(write)
+}
+
+/// Neighbouring pages that are all zero, or all not.
+struct Run {
+    zero: bool,
+    length: usize,
+}
+
+fn run(region: &GuestRegionMmap, start: usize, end: usize) -> Run {
+    let zero = is_zero(region, start);
+    let mut at = start + PAGE;
+    while at < end && (zero || at - start < RUN_MAX) && is_zero(region, at) == zero {
+        at += PAGE;
+    }
+    Run { zero, length: at - start }
+}
+
+/// Whether the page at offset `at` of `region` holds only zeros.
+fn is_zero(region: &GuestRegionMmap, at: usize) -> bool {
+    debug_assert!(at + PAGE <= region.size() && at.is_multiple_of(PAGE));
+    let words = region.as_ptr().wrapping_add(at).cast::<u64>();
+    // Eight words at a time: the loop is what a save mostly consists of.
+    (0..PAGE / 64).all(|line| {
+        let word = |index: usize| {
+            // SAFETY: the page lies inside the region's mapping, which is readable, lives as long as `region`, and begins at a page, so
+            // the pointer is aligned. Volatile, since others may map the same memory.
+            unsafe { words.add(line * 8 + index).read_volatile() }
+        };
+        (word(0) | word(1) | word(2) | word(3) | word(4) | word(5) | word(6) | word(7)) == 0
+    })
+}
+
+fn write_run(region: &GuestRegionMmap, at: usize, length: usize, file: &File, offset: u64) -> io::Result<()> {
+    debug_assert!(at + length <= region.size());
+    let mut done = 0;
+    while done < length {
+        let position = libc::off_t::try_from(offset + done as u64).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let from = region.as_ptr().wrapping_add(at + done);
+        // SAFETY: the range lies inside the region's mapping, which is readable and lives as long as `region`.
+        let result = unsafe { libc::pwrite(file.as_raw_fd(), from.cast(), length - done, position) };
+        match usize::try_from(result) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => done += count,
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Maps `file`, as [`save`] wrote it, as the RAM of `layout`.
+///
+/// # Errors
+/// When the file was never finished, was cut, or belongs to another save than `id`.
+pub fn map(layout: &Layout, file: File, id: &SaveId) -> Result<GuestMemoryMmap, MemoryError> {
+    let ram: u64 = layout.ram().iter().map(|(_, bytes)| bytes).sum();
+    check(&file, ram, id)?;
+    let file = std::sync::Arc::new(file);
+    let mut offset = 0;
+    super::map_with(layout, libc::MAP_PRIVATE | libc::MAP_NORESERVE, |bytes| {
+        let from = FileOffset::from_arc(std::sync::Arc::clone(&file), offset);
+        offset += bytes;
+        Some(from)
+    })
+}
+
+fn check(file: &File, ram: u64, id: &SaveId) -> Result<(), ImageError> {
+    let found = file.metadata().map_err(ImageError::Read)?.len();
+    let expected = ram + PAGE as u64;
+    if found != expected {
+        return Err(ImageError::Size { expected, found });
+    }
+    let mut bytes = [0; 24];
+    file.read_exact_at(&mut bytes, ram).map_err(ImageError::Read)?;
+    if bytes[..8] != MAGIC {
+        return Err(ImageError::Foreign);
+    }
+    if bytes[8..] != id[..] {
+        return Err(ImageError::OtherSave);
+    }
+    Ok(())
+}
+
+/// One range of RAM, from `from` of a file or anonymous.
+pub(super) fn map_range(start: u64, size: usize, flags: libc::c_int, from: Option<FileOffset>) -> Result<GuestRegionMmap, MemoryError> {
+    let mapping = MmapRegion::build(from, size, libc::PROT_READ | libc::PROT_WRITE, flags).map_err(|source| MemoryError::Map {
+        start,
+        bytes: size as u64,
+        source,
+    })?;
+    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Overflow { start })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::layout::{HOLE_END, MIB};
+
+    const ID: SaveId = [7; 16];
+
+    /// RAM on both sides of a hole, small enough to scan in a test.
+    fn layout() -> Layout {
+        Layout { low_ram: 16 * MIB, high_ram: MIB, mmio64_start: 8 << 30, mmio64_end: 16 << 30 }
+    }
+
+    fn saved() -> (tempfile::NamedTempFile, GuestMemoryMmap) {
+        let memory = super::super::map(&layout()).unwrap();
+        memory.write_obj(0x1122_3344_u32, GuestAddress(3 * MIB + 5)).unwrap();
+        memory.write_slice(&[9; 3 * PAGE], GuestAddress(16 * MIB - 3 * PAGE as u64)).unwrap();
+        memory.write_obj(1_u8, GuestAddress(HOLE_END + MIB - 1)).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        save(&memory, file.as_file(), &ID).unwrap();
+        (file, memory)
+    }
+
+    fn restored(file: &tempfile::NamedTempFile) -> Result<GuestMemoryMmap, MemoryError> {
+        map(&layout(), File::open(file.path()).unwrap(), &ID)
+    }
+
+    #[test]
+    fn memory_comes_back_from_a_sparse_file_that_then_stays_as_it_is() {
+        let (file, memory) = saved();
+        assert!(file.as_file().metadata().unwrap().blocks() * 512 < 64 * 1024, "zeros take space");
+        let before = std::fs::read(file.path()).unwrap();
+        let again = restored(&file).unwrap();
+        for address in [0, 3 * MIB, 16 * MIB - 4 * PAGE as u64, HOLE_END + MIB - PAGE as u64] {
+            let (mut one, mut other) = ([0; PAGE], [1; PAGE]);
+            memory.read_slice(&mut one, GuestAddress(address)).unwrap();
+            again.read_slice(&mut other, GuestAddress(address)).unwrap();
+            assert_eq!(one, other, "at {address:#x}");
+        }
+        again.write_obj(u64::MAX, GuestAddress(3 * MIB)).unwrap();
+        assert_eq!(std::fs::read(file.path()).unwrap(), before);
+    }
+
+    #[test]
+    fn what_was_in_the_file_before_is_gone() {
+        let (file, _) = saved();
+        let empty = super::super::map(&layout()).unwrap();
+        save(&empty, file.as_file(), &ID).unwrap();
+        assert_eq!(restored(&file).unwrap().read_obj::<u32>(GuestAddress(3 * MIB + 5)).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_torn_a_foreign_and_anothers_file_are_refused() {
+        let (file, _) = saved();
+        let refused = |file: &tempfile::NamedTempFile| match restored(file) {
+            Err(MemoryError::Image(error)) => error,
+            other => panic!("{:?}", other.map(|_| ())),
+        };
+        let length = file.as_file().metadata().unwrap().len();
+        file.as_file().set_len(length - 1).unwrap();
+        assert!(matches!(refused(&file), ImageError::Size { .. }));
+        file.as_file().set_len(length).unwrap();
+        file.as_file().write_all_at(&[0; 24], 17 * MIB).unwrap();
+        assert!(matches!(refused(&file), ImageError::Foreign));
+        file.as_file().write_all_at(&trailer(&[8; 16]), 17 * MIB).unwrap();
+        assert!(matches!(refused(&file), ImageError::OtherSave));
+        file.as_file().write_all_at(&trailer(&ID), 17 * MIB).unwrap();
+        assert!(restored(&file).is_ok());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_an_error() {
+        let memory = super::super::map(&layout()).unwrap();
+        memory.write_obj(1_u8, GuestAddress(0)).unwrap();
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        assert!(matches!(save(&memory, &full, &ID), Err(ImageError::Write(_))));
+    }
+}

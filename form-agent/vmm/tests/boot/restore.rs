@@ -1,0 +1,169 @@
+//! A VM is saved, its process killed, and another process goes on with it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use form_vmm::control::{ClientError, ErrorKind, VmState};
+
+use crate::vm::{Shape, Tap, Vm, shape};
+use crate::wanted;
+
+const VSOCK_PORT: u32 = 1024;
+/// A listener that answers each line with it and the guest's time of day; `sockaddr_vm` is family, reserved, port, cid, flags, zeros.
+const ECHO: &str = "perl -e '$|=1; socket(L,40,1,0) or die; bind(L,pack(q(SSLLCx3),40,0,1024,0xffffffff,0)) or die; listen(L,5);
+        print qq(VSOCK LISTENS\\n); while(accept(C,L)){ my $l=<C>; chomp $l; syswrite(C,qq(ECHO $l ).time()); close C }' &";
+
+fn script() -> String {
+    format!(
+        "for m in virtio_blk virtio_net virtio-rng virtio_balloon; do insmod_virtio $m; done
+        for m in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod $m; done
+        ip link set eth0 up; ip addr add {guest}/24 dev eth0
+        {ECHO}
+        for d in vda vdb; do echo on-$d | dd of=/dev/$d bs=512 conv=sync,fsync 2>/dev/null; done
+        first() {{ dd if=/dev/$1 bs=512 count=1 iflag=direct 2>/dev/null | tr -d '\\0'; }}
+        echo $$ >/tmp/kept; n=0
+        while :; do n=$((n+1))
+          echo $n | dd of=/dev/vda bs=512 seek=8 conv=sync,notrunc,fsync 2>/dev/null
+          ping -c 1 -W 2 {host} >/dev/null && p=pong || p=silence
+          echo TICK $n $(first vda) $(first vdb) KEPT=$(cat /tmp/kept) RANDOM=$(head -c 8 /dev/hwrng | wc -c) $p CPUS=$(grep -c ^processor /proc/cpuinfo) END
+          sleep 0.2
+        done",
+        guest = Tap::GUEST,
+        host = Tap::HOST,
+    )
+}
+
+struct Tick {
+    number: u64,
+    whole: bool,
+}
+
+/// The last whole line that the loop printed.
+fn last_tick(log: &str) -> Option<Tick> {
+    let line = log.lines().rfind(|line| line.starts_with("TICK ") && line.trim_end().ends_with("END"))?;
+    let words: Vec<&str> = line.split_whitespace().collect();
+    Some(Tick {
+        number: words.get(1)?.parse().ok()?,
+        whole: words[2..] == ["on-vda", "on-vdb", "KEPT=1", "RANDOM=8", "pong", "CPUS=2", "END"],
+    })
+}
+
+/// Has the guest answer over vsock, and looks at its clock: it must show the world's time at every moment.
+fn echo(vm: &Vm, text: &str) {
+    let before = world();
+    let mut stream = UnixStream::from(vm.client().vsock_connect(VSOCK_PORT).unwrap());
+    writeln!(stream, "{text}").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let time = answer.strip_prefix(&format!("ECHO {text} ")).unwrap_or_else(|| panic!("{answer}"));
+    let time: u64 = time.parse().unwrap();
+    let window = before - 1..=world() + 1;
+    assert!(window.contains(&time), "{text}: the guest's clock shows {time}, the world's {window:?}");
+}
+
+fn world() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+#[test]
+#[ignore = "boots a guest and restores it: FORM_TEST_KVM=1, root"]
+fn kvm_a_saved_vm_goes_on_in_another_process() {
+    wanted();
+    let tap = Tap::new("formsave0");
+    let whole = Shape {
+        vcpus: 2,
+        disk_mib: Some(8),
+        qcow2_mib: Some(8),
+        tap: Some(tap.name),
+        vsock: true,
+        rng: true,
+        balloon: true,
+        user: Some(4242),
+        ..shape(&script())
+    };
+    let vm = Vm::boot(&whole);
+    vm.await_log("a whole tick", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number >= 3));
+    vm.await_line("VSOCK LISTENS");
+    echo(&vm, "before");
+    vm.client().balloon(16).unwrap();
+    vm.await_metric("a balloon of 16 MiB", |metrics| metrics.balloon_mib == 16);
+
+    let directory = tempfile::tempdir().unwrap();
+    let create =
+        |name: &str| OpenOptions::new().read(true).write(true).create(true).truncate(false).open(directory.path().join(name)).unwrap();
+    let (state, memory) = (create("state"), create("memory"));
+    let refused = vm.client().save(state.as_fd(), memory.as_fd());
+    assert!(matches!(refused, Err(ClientError::Refused { kind: ErrorKind::WrongState, .. })), "{refused:?}");
+    vm.client().pause().unwrap();
+    let start = Instant::now();
+    vm.client().save(state.as_fd(), memory.as_fd()).unwrap();
+    let metadata = memory.metadata().unwrap();
+    println!(
+        "MEASURED: save {} ms, state {} bytes, memory {} KiB of {} KiB",
+        start.elapsed().as_millis(),
+        state.metadata().unwrap().len(),
+        metadata.blocks() / 2,
+        metadata.len() / 1024
+    );
+    assert!(metadata.blocks() * 512 < metadata.len() * 3 / 4, "the memory file is not sparse");
+    // A VM that was saved can also go on itself.
+    let before = last_tick(&vm.log()).unwrap();
+    vm.client().resume().unwrap();
+    vm.await_log("a tick after the save", |log| last_tick(log).is_some_and(|tick| tick.number > before.number));
+    vm.client().pause().unwrap();
+    vm.client().save(state.as_fd(), memory.as_fd()).unwrap();
+    let saved = last_tick(&vm.log()).unwrap();
+    vm.kill();
+    vm.wait();
+    std::thread::sleep(Duration::from_secs(3));
+
+    damaged_states_are_refused(&vm, &whole, &state, &memory);
+    let start = Instant::now();
+    let again = Vm::restore(&vm, &whole, &state, &memory, true).unwrap();
+    let restored = start.elapsed();
+    again.await_log("a tick after the restore", |log| last_tick(log).is_some());
+    println!("MEASURED: restore {} ms, first tick {} ms", restored.as_millis(), start.elapsed().as_millis());
+    let log = again.log();
+    let first = last_tick(&log).unwrap();
+    assert!(first.number > saved.number, "{log}");
+    again.await_log("whole ticks after the restore", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number > first.number + 2));
+    echo(&again, "after");
+    again.client().balloon(8).unwrap();
+    again.await_metric("a balloon of 8 MiB", |metrics| metrics.balloon_mib == 8);
+    again.assert_jailed(4242);
+    assert_eq!(again.client().status().unwrap().0, VmState::Running);
+
+    // Held where it stood until it is asked to go on.
+    again.kill();
+    again.wait();
+    let held = Vm::restore(&vm, &whole, &state, &memory, false).unwrap();
+    assert_eq!(held.client().status().unwrap().0, VmState::Paused);
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(held.log(), "");
+    held.client().resume().unwrap();
+    held.await_log("a tick of the second copy", |log| last_tick(log).is_some_and(|tick| tick.whole));
+}
+
+fn damaged_states_are_refused(vm: &Vm, whole: &Shape, state: &File, memory: &File) {
+    let refusal = |shape: &Shape| match Vm::restore(vm, shape, state, memory, true) {
+        Err(ClientError::Refused { kind: ErrorKind::Invalid, message }) => message,
+        other => panic!("{:?}", other.map(|_| ())),
+    };
+    let mut byte = [0];
+    state.read_exact_at(&mut byte, 100).unwrap();
+    state.write_all_at(&[!byte[0]], 100).unwrap();
+    let message = refusal(whole);
+    assert!(message.contains("damaged"), "{message}");
+    state.write_all_at(&byte, 100).unwrap();
+    let message = refusal(&Shape { rng: false, ..whole.clone() });
+    assert!(message.contains("rng in slot 5"), "{message}");
+    let length = memory.metadata().unwrap().len();
+    memory.set_len(length - 1).unwrap();
+    let message = refusal(whole);
+    assert!(message.contains("torn"), "{message}");
+    memory.set_len(length).unwrap();
+}
