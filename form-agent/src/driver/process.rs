@@ -2,12 +2,9 @@
 
 use std::{
     fs, io,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::process::CommandExt,
-    },
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, ExitStatus},
     time::Duration,
 };
 
@@ -15,13 +12,10 @@ use form_api::deploy::DeployRequest;
 use form_types::{Digest, Failpoint, VmId, failpoint::reach};
 use form_vmm::{
     config::VmConfig,
-    control::{Client, ExitRecord, VmState},
+    control::{self, Client, ExitRecord, VmState},
 };
 use jiff::Timestamp;
-use rustix::{
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
-    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
-};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
@@ -275,20 +269,15 @@ impl Process {
 /// When the directory, the socket, the file or the process cannot be made.
 pub fn spawn(program: &Path, directory: &RuntimeDirectory) -> Result<Child, ProcessError> {
     fs::create_dir_all(directory.path()).map_err(io_error("the VM's runtime directory"))?;
-    let listener = listen(&directory.control()).map_err(io_error("the VM's control socket"))?;
+    let listener = control_socket(directory).map_err(io_error("the VM's control socket"))?;
     let output = fs::File::create(directory.output()).map_err(io_error("the VM's output file"))?;
     let errors = output.try_clone().map_err(io_error("the VM's output file"))?;
-    Command::new(program)
-        .args(["--control-fd", "0", NAME])
+    control::launch::command(program, listener)
+        .arg(NAME)
         // The VM's id.
         .arg(directory.path().file_name().unwrap_or_default())
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::from(listener))
         .stdout(output)
         .stderr(errors)
-        // Signals of the agent's terminal are not for the VM.
-        .process_group(0)
         .spawn()
         .map_err(io_error(format!("cannot start {}", program.display())))
 }
@@ -322,12 +311,10 @@ fn write_record(directory: &RuntimeDirectory, record: &Record) -> Result<(), Pro
     write_atomically(&directory.record(), 0o600, &json).map_err(io_error("the VM's process record"))
 }
 
-fn listen(path: &Path) -> io::Result<OwnedFd> {
-    let _ = fs::remove_file(path);
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    rustix::net::listen(&socket, 16)?;
-    Ok(socket)
+fn control_socket(directory: &RuntimeDirectory) -> io::Result<OwnedFd> {
+    // One that an earlier process left behind leads nowhere.
+    let _ = fs::remove_file(directory.control());
+    control::launch::listen(&directory.control())
 }
 
 #[cfg(test)]

@@ -1,12 +1,11 @@
 //! Starting a VM process: the listening socket is made here and inherited by it.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use rustix::io::FdFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// Connections that wait to be accepted.
@@ -24,22 +23,12 @@ pub fn listen(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// A command that starts `program` (the `form-vmm` binary) as a VM process that serves `listener`. It gets no standard input, no
-/// environment, and `/` as its directory; the caller adds what else it wants. `listener` must stay open until the command is spawned
-/// and can be closed then.
+/// A command that starts `program` (the `form-vmm` binary) as a VM process that serves `listener`, which becomes its standard input. It
+/// gets no environment, `/` as its directory and a process group of its own, for signals of the caller's terminal are not for it; the
+/// caller adds what else it wants.
 #[must_use]
-pub fn command(program: &Path, listener: &OwnedFd) -> Command {
+pub fn command(program: &Path, listener: OwnedFd) -> Command {
     let mut command = Command::new(program);
-    let fd = listener.as_raw_fd();
-    command.arg("--control-fd").arg(fd.to_string()).env_clear().current_dir("/").stdin(Stdio::null());
-    // SAFETY: between fork and exec only `fcntl` is called, which is async-signal-safe; the descriptor is open there because the
-    // child has a copy of it.
-    unsafe {
-        command.pre_exec(move || {
-            let listener = std::os::fd::BorrowedFd::borrow_raw(fd);
-            rustix::io::fcntl_setfd(listener.as_fd(), FdFlags::empty())?;
-            Ok(())
-        });
-    }
+    command.args(["--control-fd", "0"]).env_clear().current_dir("/").stdin(Stdio::from(listener)).process_group(0);
     command
 }

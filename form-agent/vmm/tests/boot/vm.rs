@@ -69,7 +69,7 @@ impl Vm {
         let socket = directory.path().join("control");
         let listener = launch::listen(&socket).unwrap();
         let program = Path::new(env!("CARGO_BIN_EXE_form-vmm"));
-        let child = launch::command(program, &listener).spawn().unwrap();
+        let child = launch::command(program, listener).spawn().unwrap();
         let client = Client::connect(&socket).unwrap().with_timeout(Duration::from_secs(60));
         Vm { directory, child: RefCell::new(child), client, ended: Cell::new(None) }
     }
