@@ -248,7 +248,7 @@ fn images_built_here_are_listed_shown_verified_and_removed() {
     place.write("Formfile", "NAME app\nFROM scratch\nCOPY file /file\nWORKDIR /\nENTRYPOINT [\"/file\"]\n");
     place.write("file", &"x".repeat(100_000));
     assert_eq!(place.run(&["image", "ls", "--local", "-o", "json"]).out.trim(), "[]");
-    for verb in [vec!["show", "--local"], vec!["verify"], vec!["rm", "--local"]] {
+    for verb in [vec!["show", "--local"], vec!["verify", "--local"], vec!["rm", "--local"]] {
         let run = place.run(&[vec!["image"], verb, vec!["app"]].concat());
         assert_eq!((run.code, run.out.as_str()), (3, ""), "nobody is asked about what is not there: {}", run.err);
         assert_data_eq!(
@@ -285,13 +285,13 @@ hint: `form image ls --local` lists them
     assert!(shown.contains("image    app:1\n") && shown.contains("  COPY file /file ("), "{shown}");
     let json: serde_json::Value = serde_json::from_str(&place.run(&["image", "show", "--local", "app:1", "-o", "json"]).out).unwrap();
     assert_eq!((&json["version"], json["layers"].as_array().map(Vec::len)), (&1.into(), Some(2)));
-    assert!(place.run(&["image", "verify", "app"]).out.contains("blocks are as they should be"));
+    assert!(place.run(&["image", "verify", "--local", "app"]).out.contains("blocks are as they should be"));
 
     // A block that is not what its name says.
     let mut blocks: Vec<_> = files_below(&place.path("home/.cache/form/blocks"));
     blocks.sort();
     std::fs::write(&blocks[0], "damaged").unwrap();
-    let bad = place.run(&["image", "verify", "app"]);
+    let bad = place.run(&["image", "verify", "--local", "app"]);
     assert_eq!(bad.code, 1);
     assert!(bad.err.contains("1 block of ") && bad.err.contains("form build --no-cache"), "{}", bad.err);
     assert_eq!(place.run(&["image", "rm", "--local", "app"]).code, 2, "off a terminal nobody can be asked");

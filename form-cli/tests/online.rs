@@ -131,7 +131,7 @@ fn exec_gives_the_commands_own_code() {
     assert_eq!((run.code, run.out.as_str()), (42, "through and back"));
     let run = setting.run(&["exec", "web", "broken"]);
     assert_eq!((run.code, run.err.as_str()), (125, "error: the guest does not answer\n"));
-    assert_eq!(setting.run(&["exec", "nope", "ls"]).code, 3);
+    assert_eq!(setting.run(&["exec", "nope", "ls"]).code, 125);
     let run = setting.run(&["exec", "-t", "web", "sh"]);
     assert!(run.code == 2 && run.err.contains("no terminal"), "{run:?}");
 }

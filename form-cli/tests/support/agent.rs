@@ -103,7 +103,7 @@ type Vms = State<Arc<Vec<Value>>>;
 fn router(vms: Arc<Vec<Value>>) -> Router {
     Router::new()
         .route("/v1/vms", get(|State(vms): Vms| async move { axum::Json(Value::Array(vms.to_vec())) }))
-        .route("/v1/vms/{name}", get(show).delete(destroy))
+        .route("/v1/vms/{name}", get(show).delete(destroy).patch(set))
         .route("/v1/vms/{name}/start", post(start))
         .route("/v1/vms/{name}/logs", get(logs))
         .route("/v1/vms/{name}/exec", get(exec))
@@ -130,6 +130,11 @@ fn find(vms: &[Value], name: &str) -> Result<Value, ApiError> {
 
 async fn show(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
     Ok(axum::Json(detail(&find(&vms, &name)?)))
+}
+
+async fn set(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    find(&vms, &name)?;
+    Ok(axum::Json(operation("vm-set", &format!("vm/{name}"), "completed")))
 }
 
 async fn destroy(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {

@@ -11,8 +11,8 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Its name or address
-    #[arg(add = ArgValueCompleter::new(complete::hosts))]
-    host: String,
+    #[arg(value_name = "HOST", add = ArgValueCompleter::new(complete::hosts))]
+    name: String,
 }
 
 pub fn run(args: &Args, session: &Session) -> Outcome {
@@ -20,11 +20,11 @@ pub fn run(args: &Args, session: &Session) -> Outcome {
     let wanted = session.global.context.clone();
     let matches = |context: &crate::context::Context| wanted.as_ref().is_none_or(|name| *name == context.name);
     let removed = file.config.contexts.iter_mut().filter(|context| matches(context)).find_map(|context| {
-        let index = context.hosts.iter().position(|host| host.is_called(&args.host))?;
+        let index = context.hosts.iter().position(|host| host.is_called(&args.name))?;
         Some((context.name.clone(), context.hosts.remove(index)))
     });
     let Some((context, host)) = removed else {
-        return Err(Failure::not_found(format!("no host `{}` has been added", args.host)).hint("`form host ls` lists them"));
+        return Err(Failure::not_found(format!("no host `{}` has been added", args.name)).hint("`form host ls` lists them"));
     };
     session.terminal.confirm(&format!("Forget {} ({}) of the context {context}?", host.label(), host.address))?;
     file.save()?;

@@ -14,13 +14,13 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Its name or address; the one that commands talk to without it
-    #[arg(add = ArgValueCompleter::new(complete::hosts))]
-    host: Option<String>,
+    #[arg(value_name = "HOST", add = ArgValueCompleter::new(complete::hosts))]
+    name: Option<String>,
 }
 
 pub async fn run(args: &Args, session: &Session) -> Outcome {
     let config = ConfigFile::load()?.config;
-    let wanted = args.host.as_deref().or(session.global.host.as_deref());
+    let wanted = args.name.as_deref().or(session.global.host.as_deref());
     let target = resolve(&config, session.global.context.as_ref(), wanted, Path::new(LOCAL_SOCKET))?;
     let client = session.connect(&target, Timeouts::default())?;
     let host = client.host().await?;

@@ -55,10 +55,18 @@ fn variable(text: &str) -> Result<(String, String), String> {
 /// The exec itself failed, as docker says it.
 const EXEC_FAILED: u8 = 125;
 
+/// What is wrong outside the guest has a code of its own, so that scripts can tell it from what the command says.
 pub async fn run(args: Args, session: &Session) -> Outcome {
     if args.tty && !std::io::stdin().is_terminal() {
         return Err(Failure::usage("standard input is no terminal").hint("leave out -t, or run the command on a terminal"));
     }
+    exec(args, session).await.or_else(|failure| {
+        session.terminal.failure(&failure);
+        Ok(EXEC_FAILED)
+    })
+}
+
+async fn exec(args: Args, session: &Session) -> Outcome {
     let request = ExecRequest {
         command: args.command,
         env: args.env.into_iter().collect::<BTreeMap<_, _>>(),
@@ -73,10 +81,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     drop(raw);
     match end? {
         Frame::Exit { code } => Ok(code),
-        Frame::Error(message) => {
-            session.terminal.failure(&Failure::failed(message));
-            Ok(EXEC_FAILED)
-        }
+        Frame::Error(message) => Err(Failure::failed(message)),
         other => Err(Failure::failed(format!("the agent sent a frame that only a client sends: {other:?}"))),
     }
 }
