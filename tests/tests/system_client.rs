@@ -96,7 +96,7 @@ fn system_a_build_that_fails_says_where_and_leaves_nothing() {
 #[ignore = "needs root and loop devices: tests/run-system"]
 fn system_a_full_disk_ends_a_build_and_nothing_of_it_is_kept() {
     let host = Host::new();
-    let disk = SmallDisk::mount(&host.path("disk"), &host.path("cache"), 96);
+    let disk = SmallDisk::mount(&host.path("disk"), &host.path("cache"), 160);
     let cache = own_cache(host.path("cache"));
     let app = host.app("app", SERVE, 18100);
     add_ballast(&host, "app", 24);

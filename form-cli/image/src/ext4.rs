@@ -5,7 +5,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{BufRead, BufReader, BufWriter, Read, Write},
+    io::{self, BufRead, BufReader, BufWriter, Read, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
@@ -15,6 +15,10 @@ use std::{
 };
 
 use form_types::Digest;
+use rustix::{
+    fs::{self, FallocateFlags, SeekFrom},
+    io::Errno,
+};
 
 use crate::{
     BuildError, Cancel,
@@ -40,6 +44,30 @@ const LARGE: u64 = 128 << 10;
 /// Of the smaller ones as many begin a block too, chosen by their names, that about this many bytes lie between.
 const REGION: u64 = 256 << 10;
 
+/// Frees the room of ranges that were never written: `mke2fs` reserves 98 MiB for a journal and tables of zeroes.
+fn free_what_holds_nothing(path: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let end = file.metadata()?.len();
+    let mut at = 0;
+    while at < end {
+        let hole = fs::seek(&file, SeekFrom::Hole(at))?;
+        let data = match fs::seek(&file, SeekFrom::Data(hole)) {
+            Ok(data) => data,
+            Err(Errno::NXIO) => end,
+            Err(error) => return Err(error.into()),
+        };
+        if data > hole {
+            match fs::fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, hole, data - hole) {
+                // A file system without holes keeps the room.
+                Ok(()) | Err(Errno::OPNOTSUPP) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        at = data;
+    }
+    Ok(())
+}
+
 /// A file system in a sparse file.
 #[derive(Debug)]
 pub(crate) struct Ext4 {
@@ -60,6 +88,7 @@ impl Ext4 {
         command.env("MKE2FS_CONFIG", "/dev/null").args(["-O", FEATURES, "-i", "16384"]);
         command.args(["-U", UUID, "-E", &extended]).arg(&path);
         run(command, "mke2fs", &[0])?;
+        free_what_holds_nothing(&path).during("make holes in", &path)?;
         Ok(Self { path })
     }
 
@@ -468,4 +497,24 @@ fn quote(bytes: &[u8]) -> Result<Vec<u8>, BuildError> {
     }
     quoted.push(b'"');
     Ok(quoted)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn an_empty_file_system_takes_little_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        let ext4 = Ext4::create(path.clone(), BASE_SIZE).unwrap();
+        let metadata = std::fs::metadata(&path).unwrap();
+        assert_eq!(metadata.len(), BASE_SIZE);
+        assert!(metadata.blocks() * 512 < 8 << 20, "{} bytes", metadata.blocks() * 512);
+        let mut check = program("e2fsck");
+        check.args(["-f", "-n"]).arg(&ext4.path);
+        run(check, "e2fsck", &[0]).unwrap();
+    }
 }
