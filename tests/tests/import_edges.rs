@@ -52,3 +52,27 @@ fn no_source_file_is_over_800_lines() {
         assert!(text.lines().count() <= 800, "{file} is over 800 lines: split it along what it does");
     }
 }
+
+/// A test that is ignored runs only where `tests/run-system` names its program.
+#[test]
+fn every_program_of_ignored_tests_is_run() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let script = std::fs::read_to_string(format!("{root}/tests/run-system")).expect("tests/run-system");
+    let mut ignoring = 0;
+    for entry in std::fs::read_dir(format!("{root}/tests/tests")).expect("tests/tests") {
+        let path = entry.expect("an entry").path();
+        let text = std::fs::read_to_string(&path).expect("a test program");
+        let program = path.file_stem().expect("a name").to_string_lossy().into_owned();
+        for ignored in text.split("#[ignore").skip(1) {
+            let name = ignored.split_once("fn ").map_or("", |(_, rest)| rest).split('(').next().unwrap_or_default();
+            let run = match name.split('_').next() {
+                Some("system") => format!("--test {program} "),
+                Some("kvm") => format!("binary form-tests {program})"),
+                _ => continue,
+            };
+            ignoring += 1;
+            assert!(script.contains(&run), "nothing runs {name} of {program}");
+        }
+    }
+    assert!(ignoring >= 20, "only {ignoring} tests are ignored: is this looking in the right place?");
+}

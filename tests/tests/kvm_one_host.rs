@@ -159,7 +159,7 @@ fn kvm_a_vm_is_paused_renamed_set_and_reset() {
     let _ = host.form(&["vm", "pause", "web"]).ok();
     let _ = host.form(&["vm", "pause", "web"]).ok();
     assert_eq!(host.vm("web")["state"], "paused");
-    let refused = host.form(&["exec", "web", "--", "true"]).exits(5);
+    let refused = host.form(&["exec", "web", "--", "true"]).exits(125);
     assert!(refused.stderr.contains("vm/web is paused") && refused.stderr.contains("form vm resume web"), "{}", refused.stderr);
     let _ = host.form(&["vm", "start", "web"]).exits(5);
     let _ = host.form(&["vm", "set", "web", "--memory", "160M", "--restart"]).exits(5);
