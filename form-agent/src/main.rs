@@ -18,6 +18,7 @@ mod event;
 mod failpoint;
 mod fleet;
 mod headroom;
+mod heap;
 mod identity;
 mod lifecycle;
 mod logs;
@@ -61,6 +62,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    heap::keep_small();
     let arguments = Arguments::parse();
     let paths = Paths::new(&arguments.root);
     let result = match arguments.command {

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     agent::Agent,
-    desired,
+    desired, heap,
     operation::{Begun, Opening},
 };
 
@@ -349,6 +349,8 @@ pub async fn import(State(agent): State<Shared>, request: Request) -> Result<Jso
         };
         let begun = agent.operations.begin(opening)?;
         let imported = agent.store.import_uploaded(&import.manifest).map_err(|error| store_error(&error));
+        // The upload before it and the import itself needed much.
+        heap::give_back();
         if let Begun::New(id) = begun {
             if let Ok(entry) = &imported {
                 agent.events.emit(EventKind::ImageImported, None, Some(id), format!("image {}:{} imported", entry.name, entry.version));
@@ -396,7 +398,9 @@ pub async fn import_kernel(State(agent): State<Shared>, request: Request) -> Res
     let (_, body) = changing(&agent, request).await?;
     let import: ImportRequest = read_json(&body)?;
     blocking(move || {
-        let kernel = agent.store.import_kernel_uploaded(&import.manifest).map_err(|error| store_error(&error))?;
+        let kernel = agent.store.import_kernel_uploaded(&import.manifest);
+        heap::give_back();
+        let kernel = kernel.map_err(|error| store_error(&error))?;
         Ok(Json(Kernel { digest: kernel.digest, release: kernel.release, size_bytes: kernel.size_bytes }))
     })
     .await
