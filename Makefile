@@ -5,6 +5,9 @@ CARGO_PROFILE_DIR = $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 STATIC = x86_64-unknown-linux-gnu
 DIST = $(TARGET)/dist/$(CARGO_PROFILE_DIR)
+# A VM process pays for every library it loads: what is installed loads none. Development builds are spared the second build.
+STATIC_VMM = $(if $(filter release,$(PROFILE)),-p form-vmm --bin form-vmm)
+VMM = $(TARGET)/$(if $(STATIC_VMM),$(STATIC)/)$(CARGO_PROFILE_DIR)/form-vmm
 
 .PHONY: demo test test-fast test-system fuzz check build packages install docs clean
 
@@ -36,10 +39,10 @@ check:
 ## build: the programs, laid out as they are installed, below $(DIST)
 build: packages
 	cargo build --profile $(PROFILE) --workspace --bins
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build --profile $(PROFILE) -p form-guest --bin form-guest --target $(STATIC)
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --profile $(PROFILE) -p form-guest --bin form-guest $(STATIC_VMM) --target $(STATIC)
 	@install -d $(DIST)/bin $(DIST)/lib/formation
 	@install -C -m 755 $(TARGET)/$(CARGO_PROFILE_DIR)/form $(TARGET)/$(CARGO_PROFILE_DIR)/form-agent $(DIST)/bin/
-	@install -C -m 755 $(TARGET)/$(CARGO_PROFILE_DIR)/form-vmm $(DIST)/lib/formation/
+	@install -C -m 755 $(VMM) $(DIST)/lib/formation/
 	@install -C -m 755 $(TARGET)/$(STATIC)/$(CARGO_PROFILE_DIR)/form-guest $(DIST)/lib/formation/
 
 ## packages: install the Debian packages that building, demo and tests need
