@@ -9,7 +9,7 @@ DIST = $(TARGET)/dist/$(CARGO_PROFILE_DIR)
 STATIC_VMM = $(if $(filter release,$(PROFILE)),-p form-vmm --bin form-vmm)
 VMM = $(TARGET)/$(if $(STATIC_VMM),$(STATIC)/)$(CARGO_PROFILE_DIR)/form-vmm
 
-.PHONY: demo test test-fast test-system fuzz check build packages install docs clean
+.PHONY: demo test test-fast test-system fuzz check build release-vmm packages install docs clean
 
 ## demo: build, start a host, deploy examples/hello, show its answer
 demo: build
@@ -44,6 +44,13 @@ build: packages
 	@install -C -m 755 $(TARGET)/$(CARGO_PROFILE_DIR)/form $(TARGET)/$(CARGO_PROFILE_DIR)/form-agent $(DIST)/bin/
 	@install -C -m 755 $(VMM) $(DIST)/lib/formation/
 	@install -C -m 755 $(TARGET)/$(STATIC)/$(CARGO_PROFILE_DIR)/form-guest $(DIST)/lib/formation/
+
+## release-vmm: the programs of VMs as they are installed, beside a development build; says where
+release-vmm:
+	@RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --release -p form-vmm --bin form-vmm --target $(STATIC) >&2
+	@install -d $(DIST)/lib/release
+	@install -C -m 755 $(TARGET)/$(STATIC)/release/form-vmm $(DIST)/lib/formation/form-guest $(DIST)/lib/release/ >&2
+	@echo $(abspath $(DIST)/lib/release)
 
 ## packages: install the Debian packages that building, demo and tests need
 packages:

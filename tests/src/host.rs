@@ -68,8 +68,20 @@ impl Host {
     /// # Panics
     /// Without a place for temporary files.
     pub fn new() -> Self {
+        Self::of(Programs::new)
+    }
+
+    /// As [`Host::new`], with the programs of VMs that are in `library`.
+    ///
+    /// # Panics
+    /// As [`Host::new`].
+    pub fn with_library(library: &Path) -> Self {
+        Self::of(|home| Programs::new(home).with_library(library))
+    }
+
+    fn of(programs: impl FnOnce(PathBuf) -> Programs) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        Self { programs: Programs::new(directory.path().join("home")), directory, agent: None }
+        Self { programs: programs(directory.path().join("home")), directory, agent: None }
     }
 
     /// A host with its agent.
@@ -248,7 +260,7 @@ impl Host {
         // Not /sys/class/net: that shows the network that /sys was mounted in.
         let links = output("ip", &["-o", "link"]);
         found.extend(links.lines().filter(|line| line.split(' ').nth(1).is_some_and(|name| name.starts_with("form"))).map(str::to_owned));
-        found.extend(processes_of(&self.programs.dist().join("lib/formation/form-vmm")).iter().map(|pid| format!("the process {pid}")));
+        found.extend(processes_of(&self.programs.vmm()).iter().map(|pid| format!("the process {pid}")));
         for group in entries(Path::new("/sys/fs/cgroup")).into_iter().filter(|name| name.starts_with("form-")) {
             found.push(format!("the cgroup {group}"));
         }
@@ -308,7 +320,7 @@ impl Drop for Host {
             let _ = agent.wait();
         }
         // VMs outlive their agent; a test's must not outlive the test.
-        for pid in processes_of(&self.programs.dist().join("lib/formation/form-vmm")) {
+        for pid in processes_of(&self.programs.vmm()) {
             let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
         }
     }

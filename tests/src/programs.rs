@@ -9,6 +9,8 @@ use std::{
 /// `bin/` and `lib/formation/` below `DIST`.
 pub struct Programs {
     dist: PathBuf,
+    /// Where `form-vmm` and `form-guest` are.
+    library: PathBuf,
     /// HOME of every command: what a test leaves behind is in it.
     home: PathBuf,
 }
@@ -26,8 +28,20 @@ impl Programs {
     /// # Panics
     /// Without `DIST`: `make test-system` sets it.
     pub fn new(home: impl Into<PathBuf>) -> Self {
-        let dist = std::env::var_os("DIST").expect("DIST names the programs; run `make test-system`");
-        Self { dist: dist.into(), home: home.into() }
+        let dist: PathBuf = std::env::var_os("DIST").expect("DIST names the programs; run `make test-system`").into();
+        Self { library: dist.join("lib/formation"), dist, home: home.into() }
+    }
+
+    /// With the programs of VMs that are in `library` instead of those that belong to the agent's build.
+    #[must_use]
+    pub fn with_library(mut self, library: impl Into<PathBuf>) -> Self {
+        self.library = library.into();
+        self
+    }
+
+    /// The program of a VM process.
+    pub fn vmm(&self) -> PathBuf {
+        self.library.join("form-vmm")
     }
 
     pub fn dist(&self) -> &Path {
@@ -58,7 +72,7 @@ impl Programs {
 
     fn prepare(&self, mut command: Command) -> Command {
         command
-            .env("FORM_LIBRARY", self.dist.join("lib/formation"))
+            .env("FORM_LIBRARY", &self.library)
             .env("XDG_CONFIG_HOME", self.home.join("config"))
             .env("XDG_DATA_HOME", self.home.join("data"))
             .env("NO_COLOR", "1")
