@@ -101,7 +101,14 @@ impl Diff {
         let mut names: BTreeMap<TreePath, Vec<TreePath>> = BTreeMap::new();
         for entry in by_path.values() {
             if let Kind::Link { target } = &entry.kind {
-                names.entry(target.clone()).or_default().push(entry.path.clone());
+                names.entry(end_of_links(&by_path, target).clone()).or_default().push(entry.path.clone());
+            }
+        }
+        for (target, links) in &names {
+            for link in links {
+                if let Some(entry) = by_path.get_mut(link) {
+                    entry.kind = Kind::Link { target: target.clone() };
+                }
             }
         }
         for (target, links) in names {
@@ -118,6 +125,18 @@ impl Diff {
     }
 }
 
+/// What a link to a link is one of. In a circle: one of those that are in it.
+fn end_of_links<'a>(entries: &'a BTreeMap<TreePath, Entry>, target: &'a TreePath) -> &'a TreePath {
+    let mut end = target;
+    for _ in 0..entries.len() {
+        match entries.get(end).map(|entry| &entry.kind) {
+            Some(Kind::Link { target }) => end = target,
+            _ => break,
+        }
+    }
+    end
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,5 +151,20 @@ mod tests {
         diff.normalise();
         let first = Kind::Link { target: path("a-b") };
         assert_eq!(diff.entries, [entry("a-b", kind), entry("a/x", first.clone()), entry("z", first)]);
+    }
+
+    #[test]
+    fn a_link_to_a_link_is_one_to_the_file() {
+        let path = |text: &str| TreePath::parse(text.as_bytes()).unwrap();
+        let kind = Kind::File { size: 1, digest: Digest::of(b"x") };
+        let entry = |text: &str, kind: Kind| Entry { path: path(text), meta: Meta::new(0o644, 0, 0), kind };
+        let link = |text: &str| Kind::Link { target: path(text) };
+        let mut diff = Diff { removed: vec![], entries: vec![entry("c", kind.clone()), entry("b", link("c")), entry("a", link("b"))] };
+        diff.normalise();
+        assert_eq!(diff.entries, [entry("a", kind), entry("b", link("a")), entry("c", link("a"))]);
+        let circle = vec![entry("a", link("b")), entry("b", link("a"))];
+        let mut diff = Diff { removed: vec![], entries: circle };
+        diff.normalise();
+        assert!(diff.entries.iter().all(|entry| matches!(entry.kind, Kind::Link { .. })));
     }
 }

@@ -3,7 +3,7 @@
 //! Reading turns a stream into a [`Diff`] and puts the content of its files into a [`Spool`]; writing turns them back.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Read, Write},
     path::{Path, PathBuf},
@@ -116,7 +116,28 @@ pub(crate) fn read(stream: &mut dyn Read, origin: Origin, spool: &Spool) -> Resu
         }
     }
     diff.normalise();
+    // A layer's links may lead into what is below it.
+    if origin == Origin::Root {
+        check_links(&diff)?;
+    }
     Ok(diff)
+}
+
+/// A link that leads to nothing would be left out without a word.
+fn check_links(diff: &Diff) -> Result<(), BuildError> {
+    let leads_to_file = |target: &TreePath| {
+        let found = diff.entries.binary_search_by(|entry| entry.path.cmp(target)).ok();
+        found.is_some_and(|at| !matches!(diff.entries[at].kind, Kind::Link { .. } | Kind::Directory { .. }))
+    };
+    for entry in &diff.entries {
+        if let Kind::Link { target } = &entry.kind
+            && !leads_to_file(target)
+        {
+            let reason = format!("the hard link {} leads to {target}, which is no file of the archive: make the archive anew", entry.path);
+            return Err(BuildError::FileSystem { reason });
+        }
+    }
+    Ok(())
 }
 
 fn read_entry(
@@ -266,14 +287,19 @@ fn is_kept(name: &str) -> bool {
     name == "security.capability" || (name.starts_with("user.") && !name.starts_with("user.overlay."))
 }
 
-/// Writes the entries of a layer as a tar stream that `tar -x` in the sandbox can unpack. Device nodes are left out: no user
-/// namespace may make them, and no build step needs them.
+/// Writes the entries of a layer as a tar stream that `tar -x` in the sandbox can unpack. Device nodes are left out, with all their
+/// names: no user namespace may make them, and no build step needs them.
 ///
 /// # Errors
 /// Those of the stream; and when a content is not in the spool.
 pub(crate) fn write(diff: &Diff, spool: &Spool, stream: &mut dyn Write) -> Result<(), BuildError> {
     let mut archive = tar::Builder::new(stream);
+    let is_device = |entry: &&Entry| matches!(entry.kind, Kind::Char { .. } | Kind::Block { .. });
+    let devices: BTreeSet<&TreePath> = diff.entries.iter().filter(is_device).map(|entry| &entry.path).collect();
     for entry in &diff.entries {
+        if matches!(&entry.kind, Kind::Link { target } if devices.contains(target)) {
+            continue;
+        }
         write_entry(entry, spool, &mut archive)?;
     }
     archive.finish().map_err(write_error)
@@ -358,8 +384,13 @@ mod tests {
             ],
         };
         diff.normalise();
+        let mut with_devices = diff.clone();
+        let device = Kind::Char { major: 1, minor: 3 };
+        with_devices.entries.push(Entry { path: path(b"null"), meta: Meta::new(0o666, 0, 0), kind: device });
+        let other_name = Kind::Link { target: path(b"null") };
+        with_devices.entries.push(Entry { path: path(b"zilch"), meta: Meta::new(0o666, 0, 0), kind: other_name });
         let mut bytes = Vec::new();
-        write(&diff, &spool, &mut bytes).unwrap();
+        write(&with_devices, &spool, &mut bytes).unwrap();
         let mut back = read(&mut bytes.as_slice(), Origin::Root, &spool).unwrap();
         // A link's own attributes are those of its file, and a stream does not repeat extended ones.
         for entry in &mut back.entries {
@@ -368,6 +399,45 @@ mod tests {
             }
         }
         assert_eq!(back, diff);
+    }
+
+    /// A root file system of empty files and these hard links, read.
+    fn read_links(links: &[(&str, &str)]) -> Result<Diff, BuildError> {
+        let mut bytes = Vec::new();
+        let mut archive = tar::Builder::new(&mut bytes);
+        let mut header = tar::Header::new_gnu();
+        for number in [0, 1] {
+            header.set_size(0);
+            header.set_mode(0o755);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
+            let (kind, name) = [(EntryType::Regular, "file"), (EntryType::Directory, "directory")][number];
+            header.set_entry_type(kind);
+            archive.append_data(&mut header, name, io::empty()).unwrap();
+        }
+        header.set_entry_type(EntryType::Link);
+        for (name, target) in links {
+            archive.append_link(&mut header, name, target).unwrap();
+        }
+        drop(archive);
+        let directory = tempfile::tempdir().unwrap();
+        let spool = Spool::create(directory.path().to_owned()).unwrap();
+        read(&mut bytes.as_slice(), Origin::Root, &spool)
+    }
+
+    #[test]
+    fn hard_links_lead_to_files_of_the_archive() {
+        assert_eq!(read_links(&[("a", "file"), ("b", "a")]).unwrap().entries.len(), 4);
+        for (links, culprit) in [
+            (vec![("a", "missing")], "/a"),
+            (vec![("a", "b"), ("b", "a")], "/a"),
+            (vec![("a", "a")], "/a"),
+            (vec![("a", "directory")], "/a"),
+        ] {
+            let error = read_links(&links).unwrap_err().to_string();
+            assert!(error.contains("hard link") && error.contains(culprit), "{error}");
+        }
     }
 
     #[test]
