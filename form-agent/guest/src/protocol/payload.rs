@@ -83,11 +83,11 @@ impl ExitStatus {
         matches!(self, Self::Code(0))
     }
 
-    /// The number a shell would show: the code, or 128 and the signal.
+    /// The number a shell would show: the code, or 128 and the signal. The peer may have made up either.
     pub const fn shell_code(self) -> i32 {
         match self {
             Self::Code(code) => code,
-            Self::Signal(signal) => 128 + signal,
+            Self::Signal(signal) => signal.saturating_add(128),
         }
     }
 
@@ -150,5 +150,7 @@ mod tests {
         assert!(ExitStatus::from_frame(&Frame::new(FrameKind::Exit, [0, 1])).is_err());
         assert!(ExitStatus::from_frame(&Frame::new(FrameKind::Exit, [2, 0, 0, 0, 0])).is_err());
         assert_eq!(ExitStatus::Signal(15).shell_code(), 143);
+        // A guest may say that any number was a signal's.
+        assert_eq!(ExitStatus::Signal(i32::MAX).shell_code(), i32::MAX);
     }
 }
