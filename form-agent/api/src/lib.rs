@@ -37,6 +37,7 @@
 //! | `GET /v1/events` | query [`event::EventsQuery`] | NDJSON of [`event::Event`] |
 
 pub mod bench;
+#[cfg(feature = "transport")]
 pub mod client;
 pub mod deploy;
 pub mod error;
@@ -45,8 +46,10 @@ pub mod exec;
 pub mod host;
 pub mod image;
 pub mod operation;
+#[cfg(feature = "transport")]
 pub mod server;
 pub mod sign;
+#[cfg(feature = "transport")]
 pub mod tls;
 pub mod vm;
 
