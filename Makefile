@@ -26,7 +26,7 @@ test-fast: packages
 test-system: build
 	@DIST=$(abspath $(DIST)) tests/run-system
 
-## fuzz: 30 seconds of every fuzz target from the kept corpus, and the bugs planted to be found
+## fuzz: every fuzz target from its kept corpus (devices 30 seconds, formats 15), and the bugs planted to be found
 fuzz: packages
 	@tests/run-fuzz
 

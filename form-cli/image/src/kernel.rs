@@ -283,6 +283,12 @@ fn module_needs(bytes: &[u8]) -> Vec<String> {
     text.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect()
 }
 
+/// What a module in a file of these bytes needs.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn module(bytes: &[u8]) -> Result<Vec<String>, String> {
+    unpack(bytes, MAX_MODULE).map(|plain| module_needs(&plain))
+}
+
 /// A module's plain bytes: modules come plain, or compressed with xz, zstd or gzip.
 fn read_module(path: &Path) -> Result<Vec<u8>, BuildError> {
     let bytes = fs::read(path).during("read", path)?;

@@ -16,6 +16,8 @@ mod copy;
 mod diff;
 mod error;
 mod ext4;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod index;
 pub mod kernel;
 mod layer;

@@ -55,13 +55,30 @@ struct Range {
 
 #[derive(Arbitrary, Debug)]
 enum Request {
-    Read { sector: Sector, sectors: u8, more: u16 },
-    Write { sector: Sector, sectors: u8, fill: u8, more: u16 },
+    /// With bytes that make no whole sector, when there are `more`.
+    Read {
+        sector: Sector,
+        sectors: u8,
+        more: Option<u16>,
+    },
+    Write {
+        sector: Sector,
+        sectors: u8,
+        fill: u8,
+        more: Option<u16>,
+    },
     Flush,
-    GetId { room: u8 },
+    GetId {
+        room: u8,
+    },
     Discard(Vec<Range>),
     WriteZeroes(Vec<Range>),
-    Other { kind: u32, sector: u64, data: Vec<u8>, room: u16 },
+    Other {
+        kind: u32,
+        sector: u64,
+        data: Vec<u8>,
+        room: u16,
+    },
 }
 
 fn header(kind: u32, sector: u64) -> Vec<u8> {
@@ -141,10 +158,12 @@ impl Target for Disk {
 
     fn parts(&self, request: &Request) -> Parts {
         let (readable, writable) = match request {
-            Request::Read { sector, sectors, more } => (header(0, sector.number()), u32::from(*sectors) * 512 + u32::from(*more) + 1),
+            Request::Read { sector, sectors, more } => {
+                (header(0, sector.number()), u32::from(*sectors) * 512 + u32::from(more.unwrap_or(0)) + 1)
+            }
             Request::Write { sector, sectors, fill, more } => {
                 let mut bytes = header(1, sector.number());
-                bytes.resize(16 + usize::from(*sectors % 64) * 512 + usize::from(*more), *fill);
+                bytes.resize(16 + usize::from(*sectors % 64) * 512 + usize::from(more.unwrap_or(0)), *fill);
                 (bytes, 1)
             }
             Request::Flush => (header(4, 0), 1),

@@ -33,12 +33,12 @@ pub struct Answerer {
 
 /// A reply before it is put on the wire.
 #[derive(Debug, Default)]
-struct Reply {
-    code: ResponseCode,
+pub(super) struct Reply {
+    pub(super) code: ResponseCode,
     authoritative: bool,
     truncated: bool,
-    answers: Vec<Record>,
-    authorities: Vec<Record>,
+    pub(super) answers: Vec<Record>,
+    pub(super) authorities: Vec<Record>,
     additionals: Vec<Record>,
 }
 
@@ -85,7 +85,7 @@ impl From<Message> for Reply {
 }
 
 /// The reply to a question about our names; `None` when it is somebody else's.
-fn own(map: &NameMap, query: &LowerQuery, asker: IpAddr) -> Option<Reply> {
+pub(super) fn own(map: &NameMap, query: &LowerQuery, asker: IpAddr) -> Option<Reply> {
     if query.query_class() != DNSClass::IN {
         return None;
     }

@@ -88,7 +88,7 @@ async fn over_tcp(upstream: SocketAddr, packet: &[u8], query: &LowerQuery) -> io
 }
 
 /// The reply, when it is one to this packet.
-fn parse(reply: &[u8], packet: &[u8], query: &LowerQuery) -> Option<Message> {
+pub(super) fn parse(reply: &[u8], packet: &[u8], query: &LowerQuery) -> Option<Message> {
     if reply.len() < HEADER || reply[..2] != packet[..2] {
         return None;
     }

@@ -5,6 +5,8 @@
 
 mod answer;
 mod forward;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod names;
 
 use std::{

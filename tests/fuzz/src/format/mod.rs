@@ -1,0 +1,8 @@
+//! Sound inputs and what can go wrong with them: a format is reached deep only by inputs that are nearly right.
+
+mod bytes;
+mod json;
+pub mod samples;
+
+pub use bytes::{Edit, alter};
+pub use json::{Alteration, Samples};
