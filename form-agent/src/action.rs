@@ -20,6 +20,7 @@ pub enum Action {
     Resize,
     Destroy,
     Exec,
+    Copy,
     Forward,
     Console,
     Logs,
@@ -27,7 +28,7 @@ pub enum Action {
 
 impl Action {
     #[cfg(test)]
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Deploy,
         Self::Start,
         Self::Stop,
@@ -40,6 +41,7 @@ impl Action {
         Self::Resize,
         Self::Destroy,
         Self::Exec,
+        Self::Copy,
         Self::Forward,
         Self::Console,
         Self::Logs,
@@ -67,7 +69,7 @@ pub enum Instead {
 
 /// The table. A VM that starts, is asked and does not answer yet is the guest's matter: exec and its like are tried.
 pub const fn judge(action: Action, state: VmState) -> Verdict {
-    use Action::{Console, Deploy, Destroy, Exec, Forward, Logs, Pause, Rename, Reset, Resize, Restart, Resume, Set, Start, Stop};
+    use Action::{Console, Copy, Deploy, Destroy, Exec, Forward, Logs, Pause, Rename, Reset, Resize, Restart, Resume, Set, Start, Stop};
     use VmState::{Failed, Paused, Pending, Running, Starting, Stopped, Stopping};
     match (action, state) {
         // What should be changes, what is follows: in every state.
@@ -100,10 +102,10 @@ pub const fn judge(action: Action, state: VmState) -> Verdict {
         (Resize, Paused) => Verdict::Refuse(Instead::Resume),
         (Resize, Stopping) => Verdict::Refuse(Instead::WaitUntilStopped),
 
-        (Exec | Forward, Starting | Running) => Verdict::Do,
-        (Exec | Forward, Pending) => Verdict::Refuse(Instead::WaitUntilRunning),
-        (Exec | Forward, Paused) => Verdict::Refuse(Instead::Resume),
-        (Exec | Forward, Stopping | Stopped | Failed) => Verdict::Refuse(Instead::Start),
+        (Exec | Copy | Forward, Starting | Running) => Verdict::Do,
+        (Exec | Copy | Forward, Pending) => Verdict::Refuse(Instead::WaitUntilRunning),
+        (Exec | Copy | Forward, Paused) => Verdict::Refuse(Instead::Resume),
+        (Exec | Copy | Forward, Stopping | Stopped | Failed) => Verdict::Refuse(Instead::Start),
 
         (Console, Starting | Running | Paused | Stopping) => Verdict::Do,
         (Console, Pending) => Verdict::Refuse(Instead::WaitUntilRunning),
@@ -133,7 +135,7 @@ mod tests {
 
     /// Columns: pending, starting, running, paused, stopping, stopped, failed. `+` do, `=` already so; refused: `s` start it, `r` resume
     /// it, `w` wait until it runs, `e` wait until it has ended.
-    const TABLE: [(Action, &str); 15] = [
+    const TABLE: [(Action, &str); 16] = [
         (Action::Deploy, "+++++++"),
         (Action::Start, "+==r+++"),
         (Action::Stop, "+++++++"),
@@ -146,6 +148,7 @@ mod tests {
         (Action::Resize, "+++re++"),
         (Action::Destroy, "+++++++"),
         (Action::Exec, "w++rsss"),
+        (Action::Copy, "w++rsss"),
         (Action::Forward, "w++rsss"),
         (Action::Console, "w++++ss"),
         (Action::Logs, "+++++++"),

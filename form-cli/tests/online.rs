@@ -5,8 +5,10 @@ mod agent;
 mod support;
 
 use std::{
+    fs,
     io::{BufRead, BufReader, Read, Write},
     process::Stdio,
+    time::{Duration, Instant},
 };
 
 use agent::{Agent, ID, vm};
@@ -257,4 +259,117 @@ fn every_command_takes_every_format() {
         let refused = setting.run(&[command.as_slice(), &["-o", "xml"]].concat());
         assert_eq!(refused.code, 2, "{command:?}");
     }
+}
+
+fn kill(child: &std::process::Child, signal: &str) {
+    assert!(std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+}
+
+/// What a directory holds, by name.
+fn inside(setting: &Setting, directory: &str) -> Vec<String> {
+    let entries = fs::read_dir(setting.place.path(directory)).unwrap();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_copy_goes_both_ways_as_cp_would_have_it() {
+    let setting = Setting::new();
+    setting.place.write("file", "hello");
+    fs::create_dir(setting.place.path("there")).unwrap();
+    let copy = |from: &str, to: &str| setting.run(&["cp", from, to]);
+    for (from, to, code) in [
+        ("file", "web:/srv", 0),
+        ("file", "vm/web:/srv", 0),
+        ("web:/file", "there", 0),
+        ("web:/file", "there/other", 0),
+        ("web:/tree", "there", 0),
+        ("web:/tree", "there/new/", 0),
+        // A file onto a directory, a directory onto a file, into what is not there.
+        ("web:/file", "there/new/", 0),
+        ("web:/tree", "file", 1),
+        ("web:/file", "no/such", 3),
+        ("web:/file", "no/", 3),
+        ("file", "nope:/srv", 3),
+        ("web:/no/such", "there", 3),
+        ("no/such", "web:/srv", 3),
+        ("/dev/null", "web:/srv", 1),
+        ("file", "there", 2),
+        ("web:/a", "web:/b", 2),
+        ("web:file", "there", 2),
+    ] {
+        let run = copy(from, to);
+        assert_eq!((run.code, run.out.as_str()), (code, ""), "{from} {to}: {run:?}");
+    }
+    assert_eq!(inside(&setting, "there"), ["file", "new", "other", "tree"]);
+    assert_eq!(
+        (inside(&setting, "there/tree"), inside(&setting, "there/new")),
+        (vec!["a".to_owned()], vec!["a".to_owned(), "file".to_owned()])
+    );
+    let blocked = copy("web:/file", "there/tree/a/b");
+    assert!(blocked.code == 1 && blocked.err.contains("is no directory"), "{blocked:?}");
+    let full = copy("file", "web:/full");
+    assert!(full.code == 1 && full.err.contains("there is no room left for /full in the guest"), "{full:?}");
+    let tar = setting.command(&["cp", "web:/tree", "-"]).output().unwrap();
+    assert!(tar.status.success() && tar.stdout.len().is_multiple_of(512) && tar.stdout.starts_with(b"tree/"));
+    let mut into = setting.command(&["cp", "-", "web:/srv"]);
+    setting.place.write("stream.tar", "");
+    fs::write(setting.place.path("stream.tar"), &tar.stdout).unwrap();
+    assert!(into.stdin(fs::File::open(setting.place.path("stream.tar")).unwrap()).status().unwrap().success());
+}
+
+#[test]
+fn a_guest_that_lies_writes_nothing_where_it_should_not() {
+    let setting = Setting::new();
+    fs::create_dir(setting.place.path("there")).unwrap();
+    // It calls what it sends `.bashrc`.
+    assert_eq!(setting.run(&["cp", "web:/named", "there"]).code, 0);
+    assert_eq!(inside(&setting, "there"), ["named"]);
+    for (from, words) in [
+        ("web:/escape", "leads outside"),
+        ("web:/through", "is no directory"),
+        ("web:/link", "neither a file nor a directory"),
+        ("web:/nonsense", "makes no sense"),
+        ("web:/failing", "the disk is on fire\u{fffd}[31m"),
+        ("web:/short", "the end of the tar stream is missing"),
+        ("web:/frames", "does not belong here"),
+    ] {
+        let run = setting.run(&["cp", from, "there/x"]);
+        assert!(run.code == 1 && run.err.contains(words), "{from}: {run:?}");
+        assert_eq!(inside(&setting, "there"), ["named"], "{from}");
+    }
+    let run = setting.run(&["cp", "web:/dying", "there/x"]);
+    assert!(run.code == 7 && run.err.contains("the connection broke"), "{run:?}");
+    assert_eq!(inside(&setting, "there"), ["named"]);
+    assert!(!setting.place.path("escaped").exists() && !setting.place.path("there/escaped").exists());
+}
+
+#[test]
+fn a_copy_that_is_interrupted_leaves_nothing_half() {
+    let setting = Setting::new();
+    fs::create_dir(setting.place.path("there")).unwrap();
+    for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {
+        let mut child = setting.command(&["cp", "web:/endless", "there"]).stderr(Stdio::piped()).spawn().unwrap();
+        let begun = Instant::now();
+        while inside(&setting, "there").is_empty() {
+            assert!(begun.elapsed() < Duration::from_secs(30), "the copy does not begin");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        kill(&child, signal);
+        assert_eq!(child.wait().unwrap().code(), Some(code), "{signal}");
+        assert!(inside(&setting, "there").is_empty(), "{signal}: {:?}", inside(&setting, "there"));
+    }
+}
+
+#[test]
+fn a_full_disk_ends_a_copy_and_gets_its_room_back() {
+    let setting = Setting::new();
+    fs::create_dir(setting.place.path("small")).unwrap();
+    let script = "mount -t tmpfs -o size=512k none small || exit 99; \"$0\" cp web:/endless small/x; echo $?; ls -A small; df --output=used small | tail -1";
+    let mut shell = std::process::Command::new("unshare");
+    shell.args(["-Urm", "sh", "-c", script, env!("CARGO_BIN_EXE_form")]).env("FORM_HOST", setting.agent.host());
+    let run = ran(shell.env("HOME", setting.place.path("home")).current_dir(setting.place.path("")).output().unwrap());
+    assert_eq!(run.out.split_whitespace().collect::<Vec<_>>(), ["1", "0"], "{run:?}");
+    assert!(run.err.contains("there is no room left for small/x"), "{run:?}");
 }

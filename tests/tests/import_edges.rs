@@ -3,17 +3,18 @@
 use std::{collections::BTreeMap, process::Command};
 
 const ALLOWED: &[(&str, &[&str])] = &[
-    ("form-cli", &["form-image", "form-api", "form-bundle", "formfile", "form-types"]),
+    ("form-cli", &["form-image", "form-api", "form-archive", "form-bundle", "formfile", "form-types"]),
     ("form-image", &["form-bundle", "formfile", "form-types"]),
     ("form-agent", &["form-api", "form-bundle", "form-vmm", "form-net", "form-state", "form-store", "form-guest", "form-types"]),
     ("form-store", &["form-bundle", "form-types"]),
     ("form-api", &["form-types"]),
     ("form-net", &["form-types"]),
     ("form-state", &["form-types"]),
-    ("form-guest", &["form-types"]),
+    ("form-guest", &["form-archive", "form-types"]),
     ("form-bundle", &["form-types"]),
     ("formfile", &["form-types"]),
     ("form-vmm", &[]),
+    ("form-archive", &[]),
     ("form-types", &[]),
     ("form-tests", &[]),
 ];

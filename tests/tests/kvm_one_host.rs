@@ -2,6 +2,8 @@
 
 use std::{
     fs,
+    io::Write,
+    os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Stdio},
     time::Duration,
@@ -141,6 +143,55 @@ fn kvm_what_cannot_work_is_refused_or_taken_back_with_its_reason() {
     host.is_clean();
 }
 
+/// `form cp` with the VM `web`.
+fn copies_go_in_and_out(host: &Host) {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name).to_str().unwrap().to_owned();
+    let sh = |line: &str| host.form(&["exec", "web", "--", "/bin/busybox", "sh", "-c", line]).ok().stdout;
+    fs::create_dir_all(place.path().join("tree/sub")).unwrap();
+    fs::write(place.path().join("tree/run"), "#!/bin/sh\n").unwrap();
+    fs::set_permissions(place.path().join("tree/run"), fs::Permissions::from_mode(0o750)).unwrap();
+    fs::write(place.path().join("tree/sub/large"), vec![5; 3_000_000]).unwrap();
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    let run = fs::File::open(place.path().join("tree/run")).unwrap();
+    run.set_times(fs::FileTimes::new().set_modified(time)).unwrap();
+
+    let _ = host.form(&["cp", &path("tree"), "web:/srv"]).ok();
+    assert_eq!(sh("/bin/busybox stat -c '%a %u %Y' /srv/run; /bin/busybox wc -c < /srv/sub/large"), "750 0 1000000000\n3000000\n");
+    let _ = host.form(&["cp", "web:/srv", &path("back")]).ok();
+    let back = fs::metadata(place.path().join("back/run")).unwrap();
+    assert_eq!((back.permissions().mode() & 0o7777, back.modified().unwrap()), (0o750, time));
+    assert_eq!(fs::read(place.path().join("back/sub/large")).unwrap(), vec![5; 3_000_000]);
+
+    // As a tar stream, out of one place and into another.
+    let tar = host.form_command(&["cp", "web:/srv/sub", "-"]).output().unwrap();
+    assert!(tar.status.success() && tar.stdout.len() > 3_000_000);
+    fs::write(place.path().join("sub.tar"), &tar.stdout).unwrap();
+    sh("/bin/busybox mkdir /in");
+    let mut into = host.form_command(&["cp", "-", "web:/in"]);
+    into.stdin(fs::File::open(place.path().join("sub.tar")).unwrap());
+    assert!(into.status().unwrap().success());
+    assert_eq!(sh("/bin/busybox ls -A /in; /bin/busybox ls /in/sub"), "sub\nlarge\n");
+
+    let missing = host.form(&["cp", "web:/no/such", &path("x")]).exits(3);
+    assert!(missing.stderr.contains("there is no /no/such in the guest"), "{}", missing.stderr);
+    let missing = host.form(&["cp", &path("tree/run"), "web:/no/such/place"]).exits(3);
+    assert!(missing.stderr.contains("there is no /no/such in the guest"), "{}", missing.stderr);
+    sh("/bin/busybox mkdir /small; /bin/busybox mount -t tmpfs -o size=64k none /small");
+    let full = host.form(&["cp", &path("tree/sub/large"), "web:/small/large"]).exits(1);
+    assert!(full.stderr.contains("there is no room left for /small/large"), "{}", full.stderr);
+    assert_eq!(sh("/bin/busybox ls -A /small"), "");
+
+    // Killed in the middle: nothing half is left.
+    let mut copy = host.form_command(&["cp", "-", "web:/in"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut pipe = copy.stdin.take().unwrap();
+    pipe.write_all(&tar.stdout[..1_500_000]).unwrap();
+    wait("the copy has begun", || sh("/bin/busybox ls -A /in/sub").lines().count() == 2);
+    copy.kill().unwrap();
+    copy.wait().unwrap();
+    wait("what was half is gone", || sh("/bin/busybox ls -A /in/sub") == "large\n");
+}
+
 #[test]
 #[ignore = "needs a KVM that runs guests: tests/kvm-host"]
 fn kvm_a_vm_is_paused_renamed_set_and_reset() {
@@ -152,6 +203,7 @@ fn kvm_a_vm_is_paused_renamed_set_and_reset() {
         let ran = host.form(&[&["exec", vm, "--", "/bin/busybox"][..], words].concat()).ok();
         ran.stdout.trim().to_owned()
     };
+    copies_go_in_and_out(&host);
     let boot_id = |host: &Host, vm: &str| guest(host, vm, &["cat", "/proc/sys/kernel/random/boot_id"]);
     let first_boot = boot_id(&host, "web");
 

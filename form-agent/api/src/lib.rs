@@ -20,6 +20,7 @@
 //! | `DELETE /v1/vms/{name}` (signed) | | [`operation::Operation`] |
 //! | `GET /v1/vms/{name}/logs` | query [`vm::LogsQuery`] | NDJSON of [`vm::LogLine`] |
 //! | `GET /v1/vms/{name}/exec` (signed, Upgrade `form-exec`) | header [`exec::EXEC_HEADER`] | [`exec::Frame`]s |
+//! | `GET /v1/vms/{name}/copy` (signed, Upgrade `form-copy`) | query [`copy::CopyQuery`] | [`exec::Frame`]s |
 //! | `GET /v1/vms/{name}/console` (signed, Upgrade `form-console`) | | bytes |
 //! | `GET /v1/vms/{name}/forward` (signed, Upgrade `form-forward`) | query [`vm::ForwardQuery`] | bytes |
 //! | `GET /v1/images` | | `Vec<`[`image::Image`]`>` |
@@ -39,6 +40,7 @@
 pub mod bench;
 #[cfg(feature = "transport")]
 pub mod client;
+pub mod copy;
 pub mod deploy;
 pub mod error;
 pub mod event;

@@ -68,6 +68,7 @@ api! {
     vm::set,
     vm::logs,
     stream::exec,
+    stream::copy,
     stream::console,
     stream::forward,
     image::list,

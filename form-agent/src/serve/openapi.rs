@@ -6,6 +6,7 @@ use axum::{
 };
 use form_api::{
     ApiError,
+    copy::Direction,
     error::ErrorBody,
     exec::{ExecRequest, Terminal},
 };
@@ -32,7 +33,7 @@ refusal has the body of `ErrorBody`. A request line with headers of more than 25
 #[openapi(
     info(title = "Formation", description = ABOUT, license(name = "Apache-2.0", identifier = "Apache-2.0")),
     servers((url = "http://agent", description = "Any name: the address is the socket, or the QUIC connection")),
-    components(schemas(ErrorBody, ExecRequest, Terminal)),
+    components(schemas(Direction, ErrorBody, ExecRequest, Terminal)),
     modifiers(&Security),
     tags(
         (name = "hosts", description = "The host itself"),
@@ -140,8 +141,8 @@ pub struct UpgradeHeaders {
     /// `upgrade`
     #[param(pattern = "^upgrade$")]
     connection: String,
-    /// `form-exec`, `form-console` or `form-forward`, as the path wants
-    #[param(pattern = "^form-(exec|console|forward)$")]
+    /// `form-exec`, `form-copy`, `form-console` or `form-forward`, as the path wants
+    #[param(pattern = "^form-(exec|copy|console|forward)$")]
     upgrade: String,
 }
 
@@ -285,7 +286,7 @@ mod tests {
     fn only_what_changes_something_is_signed() {
         let document = document();
         let unsigned = ["/v1/plan", "/v1/images/missing", "/v1/blocks", "/v1/manifests/{digest}"];
-        let upgrades = ["/v1/vms/{name}/exec", "/v1/vms/{name}/console", "/v1/vms/{name}/forward"];
+        let upgrades = ["/v1/vms/{name}/exec", "/v1/vms/{name}/copy", "/v1/vms/{name}/console", "/v1/vms/{name}/forward"];
         for (path, method, operation) in operations(&document) {
             let signed = operation["security"].as_array().unwrap().iter().any(|one| one.get("signature").is_some());
             let changes = (method != "get" && !unsigned.contains(&path.as_str())) || upgrades.contains(&path.as_str());

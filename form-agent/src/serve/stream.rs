@@ -1,4 +1,4 @@
-//! Exchanges that turn into streams: a command, the console, a port.
+//! Exchanges that turn into streams: a command, a copy, the console, a port.
 
 use axum::{
     extract::{Request, State},
@@ -7,6 +7,7 @@ use axum::{
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use form_api::{
     ApiError, ErrorCode,
+    copy::{CopyQuery, Direction, SIZE_HEADER},
     exec::{self, EXEC_HEADER, ExecRequest},
     server,
     vm::{ForwardQuery, VmState},
@@ -19,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::{
     Segment, Shared,
-    openapi::{ChangeHeaders, ExecHeader, Impossible, InTheWay, Missing, Refused, UpgradeHeaders},
+    openapi::{ChangeHeaders, ExecHeader, Impossible, InTheWay, Missing, NoRoom, Refused, UpgradeHeaders},
     parsed, query,
 };
 use crate::{
@@ -65,6 +66,7 @@ fn guest_error(error: &GuestError) -> ApiError {
                 protocol::ErrorKind::Unsupported => ErrorCode::Unsupported,
                 protocol::ErrorKind::Busy => ErrorCode::Unavailable,
                 protocol::ErrorKind::Failed => ErrorCode::Failed,
+                protocol::ErrorKind::NoRoom => ErrorCode::NoRoom,
             };
             ApiError::new(code, reply.message.clone())
         }
@@ -112,14 +114,70 @@ pub async fn exec(State(agent): State<Shared>, Segment(name): Segment, request: 
     let (response, upgraded) = server::upgrade(&mut request, "form-exec")?;
     tokio::spawn(async move {
         if let Ok(client) = upgraded.await {
-            relay_exec(client, guest).await;
+            relay(client, guest, frame_to_guest, frame_to_client).await;
         }
     });
     Ok(response)
 }
 
-/// Carries frames both ways until the command has ended or one side is gone; the guest then ends the command.
-async fn relay_exec(client: impl AsyncRead + AsyncWrite + Send + 'static, mut guest: Connection) {
+/// Copies a file or a directory into a VM or out of it: an Upgrade to `form-copy`.
+///
+/// The signature is over the query, which says what to copy: there is no body.
+#[utoipa::path(
+    get,
+    path = "/v1/vms/{name}/copy",
+    operation_id = "copy",
+    tag = "streams",
+    params(("name" = Name, Path, description = "The VM"), CopyQuery, UpgradeHeaders, ChangeHeaders),
+    responses((status = 101, description = "Frames as of an exec, with a tar stream in them. In: the client sends 1 and at the end 2. Out: the host sends 5. The host's last frame is 7 with code 0 when all of it arrived, else 8", headers(("form-copy-bytes" = u64, description = "Out: the bytes of content that will come; absent when the guest does not know that soon"))), Refused, Missing, InTheWay, Impossible, NoRoom),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn copy(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Result<Response, ApiError> {
+    let (mut request, parts, name) = authorised(&agent, request, &name)?;
+    let asked: CopyQuery = query(&parts)?;
+    let direction = asked.direction;
+    let to_guest = copy_request(asked)?;
+    let control = control_of(&agent, &name, Action::Copy)?;
+    let mut guest = Connection::open(&control, &to_guest).await.map_err(|error| guest_error(&error))?;
+    let size = match (direction, guest.reply().await.map_err(|error| guest_error(&error))?) {
+        (Direction::In, Reply::Done) => None,
+        (Direction::Out, Reply::Tree(tree)) => tree.bytes,
+        _ => return Err(internal(&"the guest answered something else")),
+    };
+    let (mut response, upgraded) = server::upgrade(&mut request, "form-copy")?;
+    if let Some(size) = size {
+        response.headers_mut().insert(SIZE_HEADER, size.into());
+    }
+    tokio::spawn(async move {
+        if let Ok(client) = upgraded.await {
+            relay(client, guest, copied_to_guest, copied_to_client).await;
+        }
+    });
+    Ok(response)
+}
+
+/// What the guest has to do. What does not fit together is refused, not passed over.
+fn copy_request(asked: CopyQuery) -> Result<protocol::Request, ApiError> {
+    let invalid = |message: &str| Err(ApiError::new(ErrorCode::Invalid, message));
+    match asked {
+        CopyQuery { owner: Some(_), keep_owner: true, .. } => invalid("`owner` and `keep_owner` exclude each other"),
+        CopyQuery { direction: Direction::In, path, contents, owner, keep_owner } => {
+            Ok(protocol::Request::Unpack { path, contents, owner, keep_owner })
+        }
+        CopyQuery { direction: Direction::Out, path, contents: false, owner: None, keep_owner: false } => {
+            Ok(protocol::Request::Pack { path })
+        }
+        CopyQuery { direction: Direction::Out, .. } => invalid("a copy out of a VM has no `contents`, `owner` or `keep_owner`"),
+    }
+}
+
+/// Carries frames both ways, each as the other side knows it, until the last one or until one side is gone; the guest then ends what it does.
+async fn relay(
+    client: impl AsyncRead + AsyncWrite + Send + 'static,
+    mut guest: Connection,
+    to_guest: fn(exec::Frame) -> Option<protocol::Frame>,
+    from_guest: fn(&protocol::Frame) -> Vec<exec::Frame>,
+) {
     let (mut from_client, mut to_client) = tokio::io::split(client);
     let (sender, mut frames) = tokio::sync::mpsc::channel(16);
     let reader = tokio::spawn(async move {
@@ -134,13 +192,13 @@ async fn relay_exec(client: impl AsyncRead + AsyncWrite + Send + 'static, mut gu
         tokio::select! {
             frame = frames.recv(), if guest_takes => {
                 let Some(frame) = frame else { break };
-                let Some(frame) = frame_to_guest(frame) else { break };
+                let Some(frame) = to_guest(frame) else { break };
                 // A command that has ended takes nothing any more, and how it ended may be still to be read.
                 guest_takes = guest.send(&frame).await.is_ok();
             }
             frame = guest.next() => {
                 let frame = match frame {
-                    Ok(Some(frame)) => frame_to_client(&frame),
+                    Ok(Some(frame)) => from_guest(&frame),
                     Ok(None) => vec![exec::Frame::Error("the guest hung up".to_owned())],
                     Err(error) => vec![exec::Frame::Error(error.to_string())],
                 };
@@ -192,6 +250,26 @@ fn frame_to_client(frame: &protocol::Frame) -> Vec<exec::Frame> {
             let message = frame.parse::<protocol::ErrorReply>().map_or_else(|error| error.to_string(), |error| error.message);
             vec![exec::Frame::Error(message)]
         }
+        _ => Vec::new(),
+    }
+}
+
+fn copied_to_guest(frame: exec::Frame) -> Option<protocol::Frame> {
+    use protocol::{Frame, FrameKind};
+    match frame {
+        exec::Frame::Stdin(bytes) => Some(Frame::new(FrameKind::Data, bytes)),
+        exec::Frame::StdinClosed => Some(Frame::new(FrameKind::End, [])),
+        _ => None,
+    }
+}
+
+fn copied_to_client(frame: &protocol::Frame) -> Vec<exec::Frame> {
+    use protocol::FrameKind;
+    match frame.kind {
+        FrameKind::Data => frame.payload.chunks(exec::MAX_PAYLOAD).map(|piece| exec::Frame::Stdout(piece.to_vec())).collect(),
+        // The end of what comes out, or the word that all has gone in.
+        FrameKind::End | FrameKind::Reply => vec![exec::Frame::Exit { code: 0 }],
+        FrameKind::Error => frame_to_client(frame),
         _ => Vec::new(),
     }
 }
@@ -270,8 +348,61 @@ mod tests {
             let (client, outside) = tokio::io::duplex(1024);
             let (mut reader, mut writer) = tokio::io::split(outside);
             writer.write_all(&exec::Frame::StdinClosed.encode()).await.unwrap();
-            relay_exec(client, Connection::over(guest)).await;
+            relay(client, Connection::over(guest), frame_to_guest, frame_to_client).await;
             assert_eq!(read_frame(&mut reader).await.unwrap(), exec::Frame::Exit { code: 7 });
         }
+    }
+
+    fn asked(query: &str) -> Result<protocol::Request, ApiError> {
+        let uri: http::Uri = format!("http://agent/v1/vms/web/copy?{query}").parse().unwrap();
+        copy_request(query_of(&uri)?)
+    }
+
+    fn query_of(uri: &http::Uri) -> Result<CopyQuery, ApiError> {
+        query(&Request::get(uri).body(axum::body::Body::empty()).unwrap().into_parts().0)
+    }
+
+    #[test]
+    fn a_copy_that_does_not_fit_together_is_refused() {
+        let unpack = protocol::Request::Unpack { path: "/a".to_owned(), contents: true, owner: Some("ada".to_owned()), keep_owner: false };
+        assert_eq!(asked("direction=in&path=/a&contents=true&owner=ada").unwrap(), unpack);
+        assert_eq!(asked("direction=out&path=/a%20b").unwrap(), protocol::Request::Pack { path: "/a b".to_owned() });
+        for bad in [
+            "direction=in&path=/a&owner=ada&keep_owner=true",
+            "direction=out&path=/a&owner=ada",
+            "direction=out&path=/a&contents=true",
+            "direction=out&path=/a&keep_owner=true",
+            "direction=up&path=/a",
+            "direction=in",
+            "path=/a",
+        ] {
+            assert_eq!(asked(bad).unwrap_err().code, ErrorCode::Invalid, "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_guest_sends_of_a_copy_arrives_in_frames_that_a_client_takes() {
+        use protocol::{ErrorKind, ErrorReply, Frame, FrameKind};
+        let large = vec![7; 2 * exec::MAX_PAYLOAD + 1];
+        let (guest, mut inside) = tokio::net::UnixStream::pair().unwrap();
+        let (client, outside) = tokio::io::duplex(1024);
+        let (mut reader, _writer) = tokio::io::split(outside);
+        let relayed = tokio::spawn(relay(client, Connection::over(guest), copied_to_guest, copied_to_client));
+        let refusal = ErrorReply { kind: ErrorKind::NoRoom, message: "full".to_owned() };
+        let sent = large.clone();
+        tokio::spawn(async move {
+            inside.write_all(&Frame::new(FrameKind::Data, sent).encode().unwrap()).await.unwrap();
+            inside.write_all(&Frame::json(FrameKind::Error, &refusal).unwrap().encode().unwrap()).await.unwrap();
+        });
+        let mut received = Vec::new();
+        let last = loop {
+            match read_frame(&mut reader).await.unwrap() {
+                exec::Frame::Stdout(bytes) => received.extend(bytes),
+                last => break last,
+            }
+        };
+        assert!(received == large, "{} bytes", received.len());
+        assert_eq!(last, exec::Frame::Error("full".to_owned()));
+        relayed.await.unwrap();
     }
 }

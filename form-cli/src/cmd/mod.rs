@@ -37,6 +37,7 @@ pub enum Command {
     Ps(vm::ls::Args),
     Logs(vm::logs::Args),
     Exec(vm::exec::Args),
+    Cp(vm::cp::Args),
     Wait(wait::Args),
     /// Destroy VMs and everything on their disks (as `form vm rm`)
     Destroy(vm::rm::Args),
@@ -82,6 +83,7 @@ impl Command {
             Self::Ps(args) => vm::ls::run(&args, session).await,
             Self::Logs(args) => vm::logs::run(args, session).await,
             Self::Exec(args) => vm::exec::run(args, session).await,
+            Self::Cp(args) => vm::cp::run(args, session).await,
             Self::Wait(args) => wait::run(args, session).await,
             Self::Destroy(args) => vm::rm::run(args, session).await,
             Self::Events(args) => events::run(args, session).await,

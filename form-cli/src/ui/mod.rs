@@ -22,7 +22,7 @@ use serde::Serialize;
 
 pub use self::{
     duration::{age, span},
-    progress::{Step, bytes, count},
+    progress::{Bar, Step, bytes, count},
     record::Record,
     table::Table,
 };

@@ -1,5 +1,8 @@
 //! An agent that answers with what a test gives it, on a real Unix socket.
 
+#[path = "copying.rs"]
+mod copying;
+
 use std::{path::PathBuf, sync::Arc};
 
 use axum::{
@@ -107,6 +110,7 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/vms/{name}/start", post(start))
         .route("/v1/vms/{name}/logs", get(logs))
         .route("/v1/vms/{name}/exec", get(exec))
+        .route("/v1/vms/{name}/copy", get(copying::copy))
         .route("/v1/operations/{id}", get(wait))
         .route("/v1/operations", get(async || axum::Json(json!([operation("vm-start", "vm/web", "completed")]))))
         .route("/v1/events", get(events))

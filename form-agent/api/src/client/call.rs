@@ -177,13 +177,19 @@ impl Client {
     }
 
     pub(super) async fn tunnel(&self, call: Call, protocol: &'static str) -> Result<Tunnel, ClientError> {
+        self.tunnel_with_headers(call, protocol).await.map(|(tunnel, _)| tunnel)
+    }
+
+    /// The tunnel, and the headers of the answer that opened it.
+    pub(super) async fn tunnel_with_headers(&self, call: Call, protocol: &'static str) -> Result<(Tunnel, http::HeaderMap), ClientError> {
         let call = call.once().header("connection", "upgrade".to_owned()).header("upgrade", protocol.to_owned());
         let response = self.send(&call).await?;
         if response.status() != http::StatusCode::SWITCHING_PROTOCOLS {
             return Err(self.protocol(format!("status {} instead of an Upgrade", response.status())));
         }
+        let headers = response.headers().clone();
         match hyper::upgrade::on(response).await {
-            Ok(upgraded) => Ok(TokioIo::new(upgraded)),
+            Ok(upgraded) => Ok((TokioIo::new(upgraded), headers)),
             Err(error) => Err(self.protocol(error.to_string())),
         }
     }

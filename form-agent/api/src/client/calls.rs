@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::{Client, ClientError, Follower, Lines, Tunnel, call::Call};
 use crate::{
     bench::{BenchRequest, BenchRow},
+    copy::{CopyQuery, SIZE_HEADER},
     deploy::{DeployRequest, Plan},
     event::{Event, EventsQuery},
     exec::{EXEC_HEADER, ExecRequest},
@@ -183,6 +184,20 @@ impl Client {
         let json = serde_json::to_vec(request).map_err(|error| ClientError::local("the request has no JSON form", error))?;
         let call = Call::get(format!("/v1/vms/{name}/exec")).header(EXEC_HEADER, URL_SAFE_NO_PAD.encode(json)).signed(fresh_key()?);
         self.tunnel(call, "form-exec").await
+    }
+
+    /// Opens a tunnel of [`crate::exec::Frame`]s with a tar stream in them: see [`crate::copy`]. Beside it the bytes of content that will
+    /// come out.
+    pub async fn copy(&self, name: &Name, query: &CopyQuery) -> Result<(Tunnel, Option<u64>), ClientError> {
+        let path = Query::new(&format!("/v1/vms/{name}/copy"))
+            .with("direction", Some(query.direction.as_str()))
+            .with("path", Some(&query.path))
+            .flag("contents", query.contents)
+            .with("owner", query.owner.as_ref())
+            .flag("keep_owner", query.keep_owner);
+        let (tunnel, headers) = self.tunnel_with_headers(Call::get(path.0).signed(fresh_key()?), "form-copy").await?;
+        let size = headers.get(SIZE_HEADER).and_then(|size| size.to_str().ok()?.parse().ok());
+        Ok((tunnel, size))
     }
 
     /// Opens the serial console: what is written is typed, what is read was printed.

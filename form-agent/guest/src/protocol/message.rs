@@ -55,6 +55,22 @@ pub enum Request {
     CopyOut {
         path: String,
     },
+    /// Takes a tar stream as `Data` frames, as `form-archive` makes it. The top of it becomes `path`, or goes below it when that is a
+    /// directory; with `contents` everything goes below the directory `path` under its own name. `owner`: `USER[:GROUP]`, names or
+    /// numbers; `None` is root; with `keep_owner` what the stream says.
+    Unpack {
+        path: String,
+        #[serde(default)]
+        contents: bool,
+        #[serde(default)]
+        owner: Option<String>,
+        #[serde(default)]
+        keep_owner: bool,
+    },
+    /// Sends a file or a directory as such a stream.
+    Pack {
+        path: String,
+    },
     /// Mounts a volume that was attached while the machine runs; answered with [`Reply::Mounted`].
     Mount {
         serial: String,
@@ -127,6 +143,8 @@ pub enum Reply {
     /// `forward` is connected; raw bytes follow.
     Connected,
     File(FileInfo),
+    /// What a `pack` will send.
+    Tree(TreeInfo),
     Mounted(DeviceReport),
     Synced {
         token: u64,
@@ -153,6 +171,8 @@ pub enum ErrorKind {
     Busy,
     /// The attempt failed.
     Failed,
+    /// The machine's file system is full.
+    NoRoom,
 }
 
 /// How far the start has come.
@@ -289,6 +309,13 @@ pub struct Metrics {
 pub struct FileInfo {
     pub size_bytes: u64,
     pub mode: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TreeInfo {
+    pub is_directory: bool,
+    /// Content of all files in it, in bytes; `None` when that is not known soon.
+    pub bytes: Option<u64>,
 }
 
 #[cfg(test)]

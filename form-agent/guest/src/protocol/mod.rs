@@ -11,6 +11,8 @@
 //! | `exec` | `Reply` (started) or `Error`, then `Stdout`/`Stderr`, last `Exit` | `Stdin`, `StdinClose`, `Resize`, `Signal`; hang-up kills |
 //! | `copy_in` | `Reply` (go on) or `Error`; after `End` again one of them | `Data` frames, `End` |
 //! | `copy_out` | `Reply` (file), `Data` frames, `End`; an `Error` may come at any time | nothing |
+//! | `unpack` | `Reply` (go on) or `Error`; then again one of them, an `Error` at any time | `Data` frames, `End` |
+//! | `pack` | `Reply` (tree), `Data` frames, `End`; an `Error` may come at any time | `Cancel` or hang-up |
 //! | `forward` | `Reply` (connected) or `Error`, then raw bytes | raw bytes |
 //!
 //! Without vsock the same frames travel over the virtio-serial port [`VIRTIO_PORT`]. It is one channel, so requests are served one
@@ -25,7 +27,7 @@ mod stream;
 pub use frame::{Decoder, Frame, FrameError, FrameKind, HEADER_BYTES, MAX_FRAME_BYTES};
 pub use message::{
     DeviceReport, ErrorKind, ErrorReply, ExecRequest, Fault, FileInfo, HealthState, LogsRequest, Metrics, Phase, ReadyReport, Reply,
-    Request, ServicePhase, ServiceStatus, StatusReport, TtySize, Uptime,
+    Request, ServicePhase, ServiceStatus, StatusReport, TreeInfo, TtySize, Uptime,
 };
 pub use payload::{ExitStatus, LogLine, LogStream};
 pub use stream::{read_frame, synced_bytes, write_frame};

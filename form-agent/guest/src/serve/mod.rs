@@ -1,5 +1,6 @@
 //! Answering the host.
 
+mod archive;
 mod channel;
 mod copy;
 mod exec;
@@ -137,6 +138,8 @@ fn serve(machine: &Arc<Machine>, channel: &Channel, request: Result<Request, ser
         Request::Forward { port } => forward::forward(channel, port),
         Request::CopyIn { path, mode, owner } => copy::copy_in(channel, &path, mode, owner.as_deref()),
         Request::CopyOut { path } => copy::copy_out(channel, &path),
+        Request::Unpack { path, contents, owner, keep_owner } => archive::unpack(channel, &path, contents, owner.as_deref(), keep_owner),
+        Request::Pack { path } => archive::pack(channel, &path),
         Request::Mount { serial, path, read_only } => {
             mount(machine, channel, &VolumeMount { serial, path: Some(path), read_only, is_blank: false })
         }

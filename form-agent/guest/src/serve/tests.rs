@@ -110,6 +110,61 @@ fn files_go_in_and_out() {
 }
 
 #[test]
+fn trees_go_out_and_in() {
+    let guest = Guest::new();
+    let directory = std::env::temp_dir().join(format!("form-guest-trees-{}", std::process::id()));
+    std::fs::create_dir_all(directory.join("tree/sub")).expect("temporary directory");
+    std::fs::write(directory.join("tree/sub/file"), vec![3_u8; 200_000]).expect("writable");
+    let path = |name: &str| directory.join(name).to_str().expect("plain").to_owned();
+    let frames = all(guest.ask(&Request::Pack { path: path("tree") }));
+    let Reply::Tree(tree) = frames[0].parse().expect("a reply") else { panic!("no tree") };
+    assert_eq!((tree.is_directory, tree.bytes), (true, Some(200_000)));
+    assert_eq!(frames.last().map(|frame| frame.kind), Some(FrameKind::End));
+    let data: Vec<u8> = frames.iter().filter(|frame| frame.kind == FrameKind::Data).flat_map(|frame| frame.payload.clone()).collect();
+
+    let me = format!("{}:{}", rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+    let unpack = |name: &str| {
+        let request = Request::Unpack { path: path(name), contents: false, owner: Some(me.clone()), keep_owner: false };
+        let mut stream = guest.ask(&request);
+        assert_eq!(read_frame(&mut stream).expect("valid").expect("a reply").kind, FrameKind::Reply);
+        stream
+    };
+    let mut stream = unpack("copy");
+    for chunk in data.chunks(70_000) {
+        write_frame(&mut stream, FrameKind::Data, chunk).expect("open");
+    }
+    write_frame(&mut stream, FrameKind::End, &[]).expect("open");
+    assert_eq!(all(stream)[0].parse::<Reply>().expect("a reply"), Reply::Done);
+    assert_eq!(std::fs::read(directory.join("copy/sub/file")).expect("there"), vec![3_u8; 200_000]);
+
+    let request = Request::Unpack { path: path("no/such"), contents: false, owner: Some(me.clone()), keep_owner: false };
+    let error: ErrorReply = guest.one(&request).parse().expect("an error");
+    assert_eq!(error.kind, ErrorKind::NotFound);
+    // What cannot be is said before all of it has come, and what was sent meanwhile is taken.
+    std::fs::write(directory.join("file"), "a file").expect("writable");
+    let mut stream = unpack("file");
+    write_frame(&mut stream, FrameKind::Data, &data).expect("open");
+    let error: ErrorReply = read_frame(&mut stream).expect("valid").expect("a frame").parse().expect("an error");
+    assert_eq!(error.kind, ErrorKind::Failed, "{}", error.message);
+    write_frame(&mut stream, FrameKind::Data, &data).expect("taken");
+    write_frame(&mut stream, FrameKind::End, &[]).expect("taken");
+    assert!(all(stream).is_empty());
+
+    // A host that hangs up in the middle leaves nothing.
+    let mut stream = unpack("half");
+    write_frame(&mut stream, FrameKind::Data, &data[..100_000]).expect("open");
+    stream.shutdown(std::net::Shutdown::Write).expect("open");
+    let error: ErrorReply = all(stream)[0].parse().expect("an error");
+    assert_eq!(error.kind, ErrorKind::Failed);
+    let mut names: Vec<_> = std::fs::read_dir(&directory).expect("there").map(|entry| entry.expect("readable").file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["copy", "file", "tree"]);
+    let error: ErrorReply = guest.one(&Request::Pack { path: path("gone") }).parse().expect("an error");
+    assert_eq!(error.kind, ErrorKind::NotFound);
+    std::fs::remove_dir_all(&directory).expect("temporary directory");
+}
+
+#[test]
 fn forwarding_carries_both_ways() {
     use std::io::{Read, Write};
     let guest = Guest::new();

@@ -1,6 +1,7 @@
 //! `form vm …`
 
 pub mod console;
+pub mod cp;
 pub mod exec;
 pub mod logs;
 pub mod ls;
@@ -37,6 +38,7 @@ pub enum Verb {
     Logs(logs::Args),
     Exec(exec::Args),
     Console(console::Args),
+    Cp(cp::Args),
     PortForward(port_forward::Args),
     Wait(wait::Args),
 }
@@ -57,6 +59,7 @@ impl Verb {
             Self::Rm(args) => rm::run(args, session).await,
             Self::Logs(args) => logs::run(args, session).await,
             Self::Exec(args) => exec::run(args, session).await,
+            Self::Cp(args) => cp::run(args, session).await,
             Self::Console(args) => console::run(&args, session).await,
             Self::PortForward(args) => port_forward::run(args, session).await,
             Self::Wait(args) => wait::run(&args, session).await,
