@@ -24,11 +24,12 @@ pub enum Action {
     Forward,
     Console,
     Logs,
+    Stats,
 }
 
 impl Action {
     #[cfg(test)]
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Deploy,
         Self::Start,
         Self::Stop,
@@ -45,6 +46,7 @@ impl Action {
         Self::Forward,
         Self::Console,
         Self::Logs,
+        Self::Stats,
     ];
 }
 
@@ -69,11 +71,15 @@ pub enum Instead {
 
 /// The table. A VM that starts, is asked and does not answer yet is the guest's matter: exec and its like are tried.
 pub const fn judge(action: Action, state: VmState) -> Verdict {
-    use Action::{Console, Copy, Deploy, Destroy, Exec, Forward, Logs, Pause, Rename, Reset, Resize, Restart, Resume, Set, Start, Stop};
+    use Action::{
+        Console, Copy, Deploy, Destroy, Exec, Forward, Logs, Pause, Rename, Reset, Resize, Restart, Resume, Set, Start, Stats, Stop,
+    };
     use VmState::{Failed, Paused, Pending, Running, Starting, Stopped, Stopping};
     match (action, state) {
         // What should be changes, what is follows: in every state.
-        (Deploy | Destroy | Rename | Set | Logs, Pending | Starting | Running | Paused | Stopping | Stopped | Failed) => Verdict::Do,
+        (Deploy | Destroy | Rename | Set | Logs | Stats, Pending | Starting | Running | Paused | Stopping | Stopped | Failed) => {
+            Verdict::Do
+        }
 
         (Start, Starting | Running) => Verdict::Already,
         (Start, Pending | Stopping | Stopped | Failed) => Verdict::Do,
@@ -135,7 +141,7 @@ mod tests {
 
     /// Columns: pending, starting, running, paused, stopping, stopped, failed. `+` do, `=` already so; refused: `s` start it, `r` resume
     /// it, `w` wait until it runs, `e` wait until it has ended.
-    const TABLE: [(Action, &str); 16] = [
+    const TABLE: [(Action, &str); 17] = [
         (Action::Deploy, "+++++++"),
         (Action::Start, "+==r+++"),
         (Action::Stop, "+++++++"),
@@ -152,6 +158,7 @@ mod tests {
         (Action::Forward, "w++rsss"),
         (Action::Console, "w++++ss"),
         (Action::Logs, "+++++++"),
+        (Action::Stats, "+++++++"),
     ];
 
     const STATES: [VmState; 7] =

@@ -49,6 +49,12 @@ pub fn exists(mark: &str, vm: &VmId) -> bool {
     parent(mark).join(vm.to_string()).exists()
 }
 
+/// Processor time that the VM's cgroup has taken, in microseconds; none where there are no cgroups.
+pub fn cpu_us(mark: &str, vm: &VmId) -> Option<u64> {
+    let stat = fs::read_to_string(parent(mark).join(vm.to_string()).join("cpu.stat")).ok()?;
+    stat.lines().find_map(|line| line.strip_prefix("usage_usec "))?.trim().parse().ok()
+}
+
 /// Removes the VM's cgroup, and ours when it was the last. A process that has just ended may hold it for a moment.
 pub async fn remove(mark: &str, vm: &VmId) -> io::Result<()> {
     let group = parent(mark).join(vm.to_string());

@@ -117,7 +117,7 @@ async fn open(paths: Paths) -> Result<Agent, Failure> {
         dns_upstreams: config.dns_upstreams.clone(),
     })?;
     let name = config.name.clone().or_else(machine::host_name).unwrap_or_else(|| identity.host_id().short());
-    let operations = Operations::new(records, Arc::clone(&events));
+    let operations = Operations::open(records, Arc::clone(&events))?;
     Ok(Agent::new(Parts { paths, config, identity, name, replica, store, network, events, operations, programs }))
 }
 

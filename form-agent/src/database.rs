@@ -127,6 +127,17 @@ impl Records {
         })
     }
 
+    /// How many operations were ever recorded.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn operations_ever(&self) -> Result<u64, DatabaseError> {
+        self.with(|database| {
+            let order = database.begin_read()?.open_table(OPERATION_ORDER)?;
+            Ok(order.last()?.map_or(0, |(last, _)| last.value() + 1))
+        })
+    }
+
     /// The newest `limit` records, the newest first.
     ///
     /// # Errors

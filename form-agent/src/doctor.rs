@@ -51,7 +51,8 @@ fn machine_checks(agent: &Agent) -> Vec<Check> {
     checks
 }
 
-fn kvm() -> Check {
+/// Whether there is a KVM that runs guests.
+pub fn kvm() -> Check {
     let hint_load = "load kvm-amd or kvm-intel, and switch virtualisation on in the firmware";
     if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
         return bad(CheckStatus::Problem, "kvm", format!("/dev/kvm cannot be opened: {error}"), hint_load);

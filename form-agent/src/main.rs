@@ -18,14 +18,17 @@ mod event;
 mod failpoint;
 mod fleet;
 mod headroom;
+mod health;
 mod heap;
 mod identity;
 mod lifecycle;
 mod logs;
 mod machine;
+mod metrics;
 mod operation;
 mod plan;
 mod serve;
+mod stats;
 #[cfg(test)]
 mod testing;
 mod vm;

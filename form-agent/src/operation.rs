@@ -78,9 +78,29 @@ impl Active {
     }
 }
 
+/// How operations went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Ever asked for, also those that are no longer on record.
+    pub total: u64,
+    /// Of those on record when the agent was started, and since.
+    pub completed: u64,
+    pub failed: u64,
+    pub executing: u64,
+}
+
+impl Counts {
+    /// Of the operations that have ended.
+    pub fn error_rate_percent(&self) -> f64 {
+        let ended = self.completed + self.failed;
+        if ended == 0 { 0.0 } else { self.failed as f64 * 100.0 / ended as f64 }
+    }
+}
+
 pub struct Operations {
     records: Arc<Records>,
     events: Arc<Events>,
+    counts: Mutex<Counts>,
     active: Mutex<HashMap<OperationId, Active>>,
     /// Counts changes, for those who wait.
     changed: watch::Sender<u64>,
@@ -91,8 +111,26 @@ fn internal(error: &DatabaseError) -> ApiError {
 }
 
 impl Operations {
-    pub fn new(records: Arc<Records>, events: Arc<Events>) -> Self {
-        Self { records, events, active: Mutex::default(), changed: watch::Sender::new(0) }
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn open(records: Arc<Records>, events: Arc<Events>) -> Result<Self, DatabaseError> {
+        let mut counts = Counts { total: records.operations_ever()?, ..Counts::default() };
+        for record in records.newest_operations::<Record>(usize::MAX)? {
+            match record.operation.status {
+                OperationStatus::Completed => counts.completed += 1,
+                OperationStatus::Failed => counts.failed += 1,
+                OperationStatus::Pending | OperationStatus::Executing => counts.executing += 1,
+            }
+        }
+        Ok(Self { records, events, counts: Mutex::new(counts), active: Mutex::default(), changed: watch::Sender::new(0) })
+    }
+
+    pub fn counts(&self) -> Counts {
+        *self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self, change: impl FnOnce(&mut Counts)) {
+        change(&mut self.counts.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Records an operation. Two unfinished ones about the same subject exclude each other, but for a destroy: everything gives way to it.
@@ -134,6 +172,7 @@ impl Operations {
             Active { kind: opening.kind, subject: opening.subject.clone(), vm: opening.vm.clone(), actor: opening.actor, begun: now };
         active.insert(id, entry);
         drop(active);
+        self.count(|counts| (counts.total, counts.executing) = (counts.total + 1, counts.executing + 1));
         let message = format!("{} {}", opening.kind.as_str(), opening.subject);
         self.events.emit(EventKind::OperationStarted, opening.vm.as_ref(), Some(id), message);
         self.bump();
@@ -169,6 +208,10 @@ impl Operations {
         });
         match outcome {
             Ok(record) => {
+                self.count(|counts| {
+                    counts.executing = counts.executing.saturating_sub(1);
+                    *(if result.is_ok() { &mut counts.completed } else { &mut counts.failed }) += 1;
+                });
                 let what = format!("{} {}", record.operation.kind.as_str(), record.operation.subject);
                 let (kind, message) = match &result {
                     Ok(()) => (EventKind::OperationCompleted, format!("{what} completed")),
@@ -252,7 +295,7 @@ mod tests {
     fn operations(directory: &std::path::Path) -> Operations {
         let records = Arc::new(Records::open(directory).unwrap());
         let events = Arc::new(Events::open(Arc::clone(&records)).unwrap());
-        Operations::new(records, events)
+        Operations::open(records, events).unwrap()
     }
 
     fn opening(key: u8, subject: &str, request: &str) -> Opening {
@@ -280,6 +323,8 @@ mod tests {
         operations.finish(id, Err(ApiError::new(ErrorCode::Failed, "no")));
         let ended = operations.wait(id, Duration::from_secs(1)).await.unwrap();
         assert_eq!((ended.status, ended.error.unwrap().operation), (OperationStatus::Failed, Some(id)));
+        assert_eq!(operations.counts(), Counts { total: 1, completed: 0, failed: 1, executing: 0 });
+        assert_eq!(operations.counts().error_rate_percent(), 100.0);
         assert!(matches!(operations.begin(opening(2, "vm/web", "b")), Ok(Begun::New(_))));
     }
 
@@ -305,6 +350,9 @@ mod tests {
             operations.finish(done, Ok(()));
         }
         let operations = operations(directory.path());
+        let counts = operations.counts();
+        assert_eq!(counts, Counts { total: 2, completed: 1, failed: 0, executing: 1 });
+        assert_eq!(counts.error_rate_percent(), 0.0);
         let unfinished = operations.unfinished().unwrap();
         assert_eq!(unfinished.len(), 1);
         assert_eq!(unfinished[0].resume, Some(serde_json::json!({"step": 3})));

@@ -261,6 +261,44 @@ fn every_command_takes_every_format() {
     }
 }
 
+#[test]
+fn what_vms_use() {
+    let setting = Setting::new();
+    assert_data_eq!(
+        setting.run(&["vm", "stats"]).out,
+        str![[r#"
+NAME  CPU    MEMORY             MEM%   DISK READ  WRITTEN  NET IN     OUT     UPTIME
+web   12.5%  64 MiB of 512 MiB  12.5%  8 KiB/s    4 KiB/s  1.5 KiB/s  70 B/s  90 s
+slow  -      - of 512 MiB       -      -          -        -          -       pending
+old   -      - of 512 MiB       -      -          -        -          -       stopped
+bad   -      - of 512 MiB       -      -          -        -          -       failed
+
+"#]]
+    );
+    let one = setting.run(&["vm", "stats", "old", "-o", "wide"]);
+    assert!(one.code == 0 && one.out.contains("EXITS/S") && one.out.lines().count() == 2, "{one:?}");
+    assert_eq!(setting.run(&["vm", "stats", "old", "web", "-q"]).out, "web\nold\n");
+    let missing = setting.run(&["vm", "stats", "web", "nope"]);
+    assert!(missing.code == 3 && missing.err.contains("vm/nope"), "{missing:?}");
+    let json: serde_json::Value = serde_json::from_str(&setting.run(&["vm", "stats", "-o", "json"]).out).unwrap();
+    assert_eq!((&json[0]["cpu_percent"], &json[2]["cpu_percent"]), (&12.5.into(), &serde_json::Value::Null));
+}
+
+#[test]
+fn watching_goes_on_until_it_is_interrupted() {
+    let setting = Setting::new();
+    for (format, line) in [("table", "web "), ("json", "{\"id\":")] {
+        let mut child = setting.command(&["vm", "stats", "web", "-w", "-o", format]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        for _ in 0..2 {
+            assert!(lines.by_ref().any(|found| found.unwrap().starts_with(line)), "{format}");
+        }
+        kill(&child, "-INT");
+        drop(lines);
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{format}");
+    }
+}
+
 fn kill(child: &std::process::Child, signal: &str) {
     assert!(std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
 }

@@ -192,6 +192,33 @@ fn copies_go_in_and_out(host: &Host) {
     wait("what was half is gone", || sh("/bin/busybox ls -A /in/sub") == "large\n");
 }
 
+/// `form vm stats`, `/metrics` and `/v1/health` with the VM `web`.
+fn counters_count(host: &Host) {
+    let stats = |host: &Host| host.form(&["vm", "stats", "web", "-o", "json"]).ok().json()[0].clone();
+    let before = stats(host);
+    let work = "/bin/busybox dd if=/dev/zero of=/work bs=64k count=64 conv=fsync; /bin/busybox sync; /bin/busybox ping -c 3 169.254.77.1";
+    let _ = host.form(&["exec", "web", "--", "/bin/busybox", "sh", "-c", work]).ok();
+    let after = stats(host);
+    let grown = |path: &str| after.pointer(path).unwrap().as_u64().unwrap() - before.pointer(path).unwrap().as_u64().unwrap();
+    assert!(grown("/disks/0/written_bytes") >= 64 * 64 * 1024 && grown("/disks/0/writes") > 0, "{before}, then {after}");
+    assert!(grown("/networks/0/sent_packets") >= 3 && grown("/networks/0/received_packets") >= 3, "{before}, then {after}");
+    assert!(grown("/exits") > 0 && grown("/cpu_ms") > 0 && grown("/uptime_ms") > 0, "{before}, then {after}");
+    let used = after["memory_used_bytes"].as_u64().unwrap();
+    assert!(used > 4 << 20 && used < 128 << 20, "{after}");
+    assert!(after["cpu_percent"].is_number() && after["resident_bytes"].as_u64() > Some(20 << 20), "{after}");
+    let get = |path: &str| {
+        let output = Command::new("curl").args(["-sS", "--unix-socket"]).arg(host.socket()).arg(format!("http://agent{path}")).output();
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    };
+    let page = get("/metrics");
+    assert!(
+        page.contains(r#"form_vm_running{vm="web"} 1"#) && page.contains(r#"form_vm_disk_written_bytes_total{vm="web",disk="root"}"#),
+        "{page}"
+    );
+    let health: serde_json::Value = serde_json::from_str(&get("/v1/health")).unwrap();
+    assert!(health["healthy"] == true && health["total_operations"].as_u64() > Some(1), "{health}");
+}
+
 #[test]
 #[ignore = "needs a KVM that runs guests: tests/kvm-host"]
 fn kvm_a_vm_is_paused_renamed_set_and_reset() {
@@ -204,6 +231,7 @@ fn kvm_a_vm_is_paused_renamed_set_and_reset() {
         ran.stdout.trim().to_owned()
     };
     copies_go_in_and_out(&host);
+    counters_count(&host);
     let boot_id = |host: &Host, vm: &str| guest(host, vm, &["cat", "/proc/sys/kernel/random/boot_id"]);
     let first_boot = boot_id(&host, "web");
 

@@ -158,6 +158,39 @@ fn system_forged_altered_and_repeated_requests_do_nothing() {
 
 #[test]
 #[ignore = "needs root: tests/run-system"]
+fn system_only_the_owner_reads_what_the_host_knows() {
+    enter_own_network();
+    let victim = Victim::new();
+    let stranger = SecretKey::random().unwrap();
+    let runtime = runtime();
+    let get = |identity: &SecretKey, path: &str| {
+        let request = format!("GET {path} HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\r\n");
+        runtime.block_on(exchange(victim.key, identity, request.into_bytes()))
+    };
+    let document: Value = serde_json::from_str(include_str!("../../docs/openapi.json")).unwrap();
+    let paths = document["paths"].as_object().unwrap().iter().filter(|(_, item)| item["get"].is_object());
+    let mut asked = 0;
+    for (path, _) in paths {
+        // Any name: who may ask is looked at before what is there.
+        let path: String = path.split('/').map(|part| if part.starts_with('{') { "web" } else { part }).collect::<Vec<_>>().join("/");
+        let (status, body) = get(&stranger, &path);
+        assert!(status == 403 && body.contains("not-allowed"), "{path}: {status} {body}");
+        asked += 1;
+    }
+    assert!(asked > 15, "{asked}");
+    let (status, page) = get(&victim.owner, "/metrics");
+    assert!(status == 200 && page.contains("\nform_host_vms 0\n"), "{status} {page}");
+    let (status, health) = get(&victim.owner, "/v1/health");
+    let health: Value = serde_json::from_str(&health).unwrap();
+    let healthy = |name: &str| health["parts"].as_array().unwrap().iter().find(|part| part["name"] == name).unwrap()["healthy"] == true;
+    assert!(status == 200 && ["database", "store", "programs", "network", "vms"].into_iter().all(healthy), "{health}");
+    assert_eq!(get(&victim.owner, "/v1/stats"), (200, "[]".to_owned()));
+    assert_eq!(get(&victim.owner, "/v1/stats?interval_ms=10001").0, 400);
+    assert_eq!(get(&victim.owner, "/v1/vms/web/stats").0, 404);
+}
+
+#[test]
+#[ignore = "needs root: tests/run-system"]
 fn system_a_request_of_a_gigabyte_is_refused_and_costs_nothing() {
     enter_own_network();
     let victim = Victim::new();

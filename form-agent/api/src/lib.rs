@@ -18,6 +18,10 @@
 //! | `POST /v1/vms/{name}/rename` (signed) | [`vm::RenameRequest`] | [`operation::Operation`] |
 //! | `PATCH /v1/vms/{name}` (signed) | [`vm::SetRequest`] | [`operation::Operation`] |
 //! | `DELETE /v1/vms/{name}` (signed) | | [`operation::Operation`] |
+//! | `GET /v1/stats` | query [`stats::StatsQuery`] | `Vec<`[`stats::VmStats`]`>` |
+//! | `GET /v1/vms/{name}/stats` | query [`stats::StatsQuery`] | [`stats::VmStats`] |
+//! | `GET /v1/health` | | [`stats::HealthReport`] |
+//! | `GET /metrics` | | text for Prometheus |
 //! | `GET /v1/vms/{name}/logs` | query [`vm::LogsQuery`] | NDJSON of [`vm::LogLine`] |
 //! | `GET /v1/vms/{name}/exec` (signed, Upgrade `form-exec`) | header [`exec::EXEC_HEADER`] | [`exec::Frame`]s |
 //! | `GET /v1/vms/{name}/copy` (signed, Upgrade `form-copy`) | query [`copy::CopyQuery`] | [`exec::Frame`]s |
@@ -51,6 +55,7 @@ pub mod operation;
 #[cfg(feature = "transport")]
 pub mod server;
 pub mod sign;
+pub mod stats;
 #[cfg(feature = "transport")]
 pub mod tls;
 pub mod vm;

@@ -120,6 +120,14 @@ impl Network {
         &self.names
     }
 
+    /// Whether our firewall table is there.
+    ///
+    /// # Errors
+    /// What `nft` says.
+    pub async fn has_rules(&self) -> Result<bool> {
+        Ok(nft::tables().await?.contains(&self.config.mark))
+    }
+
     /// The name of the VM's tap, whether it exists or not.
     pub fn tap_name(&self, vm: &VmId) -> String {
         self.config.mark.tap(vm)

@@ -11,6 +11,7 @@ use form_api::{
     host::{Check, CheckStatus, ClaimRequest, DoctorReport, Host},
     image::{BlocksReply, DamagedBlock, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
     operation::{Operation, OperationKind, OperationStatus},
+    stats::{DiskRates, DiskStats, HealthReport, NetworkRates, NetworkStats, PartHealth, VmStats},
     vm::{GuestDevice, GuestReport, Health, LogCursor, LogLine, LogStream, PublishedPort, Vm, VmDetail, VmState},
 };
 use form_types::{
@@ -83,6 +84,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("ErrorBody", json!(ErrorBody { error: refusal() })),
         ("Event", json!(event)),
         ("ExecRequest", json!(exec)),
+        ("HealthReport", json!(health())),
         ("Host", json!(host())),
         ("Image", json!(image(&name))),
         ("ImportRequest", json!(import)),
@@ -97,6 +99,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("Verification", json!(verification(&name))),
         ("Vm", json!(vm)),
         ("VmDetail", json!(detail)),
+        ("VmStats", json!(stats(&vm))),
     ])
 }
 
@@ -214,6 +217,54 @@ fn host() -> Host {
         disk_free_bytes: 200 << 30,
         vms: 1,
         max_vms: 250,
+    }
+}
+
+fn health() -> HealthReport {
+    let part = |name: &str, message: &str| PartHealth { name: name.to_owned(), healthy: true, message: message.to_owned() };
+    let parts = vec![part("kvm", "/dev/kvm opens, and the processor virtualises"), part("vms", "of 1 none has failed or is unhealthy")];
+    HealthReport { healthy: true, parts, total_operations: 120, error_rate_percent: 2.5, at: at(60) }
+}
+
+/// Looked at for a second.
+fn stats(vm: &Vm) -> VmStats {
+    let disk = DiskRates { reads: 12.0, writes: 3.0, read_bytes: 196_608.0, written_bytes: 24_576.0 };
+    let network = NetworkRates { received_bytes: 1250.0, sent_bytes: 48_300.0, received_packets: 11.0, sent_packets: 40.0 };
+    VmStats {
+        id: vm.id,
+        name: vm.name.clone(),
+        state: vm.state,
+        at: at(60),
+        vcpus: 1,
+        uptime_ms: 59_000,
+        cpu_ms: 2310,
+        cpu_percent: Some(1.5),
+        memory_bytes: 512 << 20,
+        memory_used_bytes: Some(61 << 20),
+        memory_percent: Some(12.5),
+        resident_bytes: 104 << 20,
+        exits: 181_204,
+        exits_per_second: Some(1043.0),
+        restarts: 0,
+        disks: vec![DiskStats {
+            id: "root".to_owned(),
+            reads: 2204,
+            writes: 310,
+            flushes: 12,
+            errors: 0,
+            read_bytes: 48_234_496,
+            written_bytes: 2_146_304,
+            per_second: Some(disk),
+        }],
+        networks: vec![NetworkStats {
+            id: "eth0".to_owned(),
+            received_bytes: 30_412,
+            sent_bytes: 1_204_010,
+            received_packets: 310,
+            sent_packets: 905,
+            dropped_packets: 0,
+            per_second: Some(network),
+        }],
     }
 }
 

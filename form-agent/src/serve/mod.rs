@@ -8,6 +8,7 @@ mod host;
 mod image;
 mod openapi;
 mod operation;
+mod stats;
 mod stream;
 mod vm;
 
@@ -67,6 +68,10 @@ api! {
     vm::rename,
     vm::set,
     vm::logs,
+    stats::list,
+    stats::show,
+    stats::health,
+    stats::prometheus,
     stream::exec,
     stream::copy,
     stream::console,

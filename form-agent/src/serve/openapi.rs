@@ -266,7 +266,7 @@ mod tests {
         for (name, _) in example::all() {
             assert!(document["components"]["schemas"][name]["examples"][0].is_object(), "{name} has no example");
         }
-        assert_eq!(example::all().len(), 22);
+        assert_eq!(example::all().len(), 24);
         let mut ids = BTreeSet::new();
         for (path, method, operation) in operations(&document) {
             let what = format!("{method} {path}: {operation}");

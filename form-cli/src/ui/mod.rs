@@ -201,6 +201,22 @@ impl Terminal {
         Ok(())
     }
 
+    /// Writes a list again and again: on a terminal in the place of the one before, elsewhere one after another; for programs an item a
+    /// line, as a stream.
+    ///
+    /// # Errors
+    /// When an item has no JSON form.
+    pub fn repaint<T: Serialize>(&self, items: &[T], table: &Table) -> Result<(), Failure> {
+        if self.is_machine_readable() {
+            return items.iter().try_for_each(|item| self.stream_item(item, String::new));
+        }
+        if io::stdout().is_terminal() {
+            // Home, and clear what is below (ECMA-48, CUP and ED).
+            self.print("\u{1b}[H\u{1b}[J");
+        }
+        self.list(items, table)
+    }
+
     /// Writes one thing in the wished format.
     pub fn show<T: Serialize>(&self, item: &T, record: &Record) -> Result<(), Failure> {
         match self.wishes.format {

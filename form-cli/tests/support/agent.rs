@@ -101,6 +101,30 @@ fn image() -> Value {
     })
 }
 
+/// Of a VM that runs, with rates; of another only what it was given.
+fn stats(vm: &Value) -> Value {
+    let runs = vm["state"] == "running";
+    let of = |value: Value| if runs { value } else { json!(null) };
+    let disk = json!({
+        "id": "root", "reads": 10, "writes": 5, "flushes": 1, "errors": 0, "read_bytes": 40960, "written_bytes": 20480,
+        "per_second": {"reads": 2.0, "writes": 1.0, "read_bytes": 8192.0, "written_bytes": 4096.0}
+    });
+    let network = json!({
+        "id": "eth0", "received_bytes": 3000, "sent_bytes": 700, "received_packets": 4, "sent_packets": 3, "dropped_packets": 0,
+        "per_second": {"received_bytes": 1500.0, "sent_bytes": 70.0, "received_packets": 2.0, "sent_packets": 1.0}
+    });
+    json!({
+        "id": ID, "name": vm["name"], "state": vm["state"], "at": "2026-01-01T00:00:00Z", "vcpus": 1, "uptime_ms": if runs { 90_000 } else { 0 },
+        "cpu_ms": 1200, "cpu_percent": of(json!(12.5)), "memory_bytes": 536_870_912, "memory_used_bytes": of(json!(67_108_864)),
+        "memory_percent": of(json!(12.5)), "resident_bytes": 0, "exits": 7, "exits_per_second": of(json!(1000.4)), "restarts": 0,
+        "disks": if runs { json!([disk]) } else { json!([]) }, "networks": if runs { json!([network]) } else { json!([]) }
+    })
+}
+
+async fn show_stats(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    Ok(axum::Json(stats(&find(&vms, &name)?)))
+}
+
 type Vms = State<Arc<Vec<Value>>>;
 
 fn router(vms: Arc<Vec<Value>>) -> Router {
@@ -111,6 +135,8 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/vms/{name}/logs", get(logs))
         .route("/v1/vms/{name}/exec", get(exec))
         .route("/v1/vms/{name}/copy", get(copying::copy))
+        .route("/v1/stats", get(|State(vms): Vms| async move { axum::Json(Value::Array(vms.iter().map(stats).collect())) }))
+        .route("/v1/vms/{name}/stats", get(show_stats))
         .route("/v1/operations/{id}", get(wait))
         .route("/v1/operations", get(async || axum::Json(json!([operation("vm-start", "vm/web", "completed")]))))
         .route("/v1/events", get(events))

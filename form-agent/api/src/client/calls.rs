@@ -18,6 +18,7 @@ use crate::{
     host::{ClaimRequest, DoctorReport, Host},
     image::{BlocksReply, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
     operation::{Operation, OperationsQuery, WaitQuery},
+    stats::{HealthReport, StatsQuery, VmStats},
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail},
 };
 
@@ -209,6 +210,24 @@ impl Client {
     pub async fn forward(&self, name: &Name, query: &ForwardQuery) -> Result<Tunnel, ClientError> {
         let path = Query::new(&format!("/v1/vms/{name}/forward")).with("port", Some(query.port));
         self.tunnel(Call::get(path.0).signed(fresh_key()?), "form-forward").await
+    }
+
+    pub async fn all_stats(&self, query: &StatsQuery) -> Result<Vec<VmStats>, ClientError> {
+        let path = Query::new("/v1/stats").with("interval_ms", query.interval_ms);
+        self.read(&Call::get(path.0).limit(self.stats_limit(query))).await
+    }
+
+    pub async fn stats(&self, name: &Name, query: &StatsQuery) -> Result<VmStats, ClientError> {
+        let path = Query::new(&format!("/v1/vms/{name}/stats")).with("interval_ms", query.interval_ms);
+        self.read(&Call::get(path.0).limit(self.stats_limit(query))).await
+    }
+
+    fn stats_limit(&self, query: &StatsQuery) -> Duration {
+        self.inner.timeouts.request + Duration::from_millis(query.interval_ms.unwrap_or(0))
+    }
+
+    pub async fn health(&self) -> Result<HealthReport, ClientError> {
+        self.read(&Call::get("/v1/health")).await
     }
 
     pub async fn images(&self) -> Result<Vec<Image>, ClientError> {

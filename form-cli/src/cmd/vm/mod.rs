@@ -15,6 +15,7 @@ pub mod rm;
 pub mod set;
 pub mod show;
 pub mod start;
+pub mod stats;
 pub mod stop;
 pub mod wait;
 
@@ -39,6 +40,7 @@ pub enum Verb {
     Exec(exec::Args),
     Console(console::Args),
     Cp(cp::Args),
+    Stats(stats::Args),
     PortForward(port_forward::Args),
     Wait(wait::Args),
 }
@@ -59,6 +61,7 @@ impl Verb {
             Self::Rm(args) => rm::run(args, session).await,
             Self::Logs(args) => logs::run(args, session).await,
             Self::Exec(args) => exec::run(args, session).await,
+            Self::Stats(args) => stats::run(args, session).await,
             Self::Cp(args) => cp::run(args, session).await,
             Self::Console(args) => console::run(&args, session).await,
             Self::PortForward(args) => port_forward::run(args, session).await,
