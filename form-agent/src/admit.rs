@@ -61,9 +61,6 @@ pub fn check_supported(request: &DeployRequest) -> Result<(), ApiError> {
     if spec.replicas != 1 {
         return unsupported("REPLICAS above 1 is not supported by this version", "deploy one instance a name");
     }
-    if !spec.volumes.is_empty() {
-        return unsupported("VOLUME is not supported by this version", "keep the data on the root disk, it survives stop and start");
-    }
     if spec.networks.iter().any(|network| network.as_str() != "default") {
         return unsupported("NETWORK other than `default` is not supported by this version", "remove the NETWORK instruction");
     }

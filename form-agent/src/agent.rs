@@ -73,6 +73,8 @@ pub struct Agent {
     admission: Mutex<()>,
     /// Held from the look for a free uid until the process that has it is on record.
     starting: Mutex<()>,
+    /// Held while a volume changes hands, and while a VM that starts opens its own.
+    volume_turn: Mutex<()>,
     /// Held while the firewall is replaced.
     rules: tokio::sync::Mutex<()>,
     log_changes: Mutex<BTreeMap<VmId, watch::Sender<u64>>>,
@@ -103,6 +105,7 @@ impl Agent {
             programs: parts.programs,
             admission: Mutex::default(),
             starting: Mutex::default(),
+            volume_turn: Mutex::default(),
             rules: tokio::sync::Mutex::default(),
             log_changes: Mutex::default(),
         }
@@ -142,6 +145,11 @@ impl Agent {
 
     pub fn starting(&self) -> MutexGuard<'_, ()> {
         self.starting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Not [`Agent::admission`], for which deploys wait: a pool may be slow.
+    pub fn volume_turn(&self) -> MutexGuard<'_, ()> {
+        self.volume_turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn view(&self) -> Arc<View> {

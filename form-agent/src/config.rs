@@ -1,12 +1,13 @@
 //! Where things are on a host, and what its owner has set in `agent.yaml`.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
 };
 
-use form_types::PublicKey;
+use form_types::{Name, PublicKey};
 use serde::{Deserialize, Serialize};
 
 /// Every directory and file of an agent (design, section 7). `--root DIR` moves all of them, so several agents share a machine.
@@ -96,6 +97,8 @@ pub struct Config {
     pub dns_upstreams: Vec<SocketAddr>,
     /// Where `form-vmm` and `form-guest` are.
     pub library: Option<PathBuf>,
+    /// Pools of volumes besides `local`: names and directories.
+    pub pools: BTreeMap<Name, PathBuf>,
     /// Longest wait for a guest to report, in seconds. Generous: software emulation is slow.
     pub boot_timeout_seconds: u64,
     /// A log file is rotated at this size, one old one is kept.
@@ -115,6 +118,7 @@ impl Default for Config {
             vm_uid_base: 1_879_113_728,
             dns_upstreams: Vec::new(),
             library: None,
+            pools: BTreeMap::new(),
             boot_timeout_seconds: 180,
             log_file_bytes: 16 * 1024 * 1024,
         }

@@ -24,7 +24,7 @@ use crate::{
     identity::Identity,
     lifecycle, machine,
     operation::Operations,
-    serve,
+    serve, volume,
 };
 
 type Failure = Box<dyn Error>;
@@ -107,7 +107,10 @@ async fn open(paths: Paths) -> Result<Agent, Failure> {
     let events = Arc::new(Events::open(Arc::clone(&records))?);
     let rules = Arc::new(AgentRules { cluster, founder: identity.key().public() });
     let replica = Replica::open(&paths.database().join("state.redb"), identity.key(), cluster, rules)?;
-    let store = Store::open(&paths.data())?;
+    let mut store = Store::open(&paths.data())?;
+    for (name, directory) in &config.pools {
+        store.add_pool(name.clone(), directory.clone())?;
+    }
     store.remove_stale_blocks(STALE_UPLOAD)?;
     let network = Network::new(NetworkConfig {
         mark: Mark::new(&identity.host_id().mark())?,
@@ -136,6 +139,12 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             | OperationKind::VmRename
             | OperationKind::VmSet
             | OperationKind::VmDestroy => lifecycle::resume(agent, &record),
+            OperationKind::VolumeCreate
+            | OperationKind::VolumeAttach
+            | OperationKind::VolumeDetach
+            | OperationKind::VolumeResize
+            | OperationKind::VolumeClone
+            | OperationKind::VolumeRemove => volume::operate::resume(agent, &record),
             OperationKind::ImageImport
             | OperationKind::ImageRemove
             | OperationKind::Claim

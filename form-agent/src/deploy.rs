@@ -20,7 +20,7 @@ use crate::{
     desired::{self, DesiredVm},
     logs,
     operation::{Begun, Opening, Record},
-    plan,
+    plan, volume,
 };
 
 /// Lines of the log in the error of a deploy that failed.
@@ -68,6 +68,10 @@ pub fn make_plan(agent: &Agent, request: &DeployRequest) -> Result<Plan, ApiErro
     let before = desired::vm_named(&agent.view(), &request.spec.name);
     admit::admit(request, before.is_none(), &agent.capacity(Some(&request.spec.name))?)?;
     let mut plan = plan::plan(before.as_ref().map(|vm| &vm.request), request, &|image| agent.root_of(image));
+    let of_volumes = volume::operate::of_deploy(agent, request)?;
+    for planned in &mut plan.vms {
+        volume::plan::add(planned, request, &of_volumes);
+    }
     let state = before.and_then(|vm| agent.fleet.observed(&vm.id)).map(|observed| observed.state);
     if plan.is_unchanged() && state == Some(VmState::Failed) {
         plan::try_again(&mut plan);
@@ -141,6 +145,7 @@ fn record(agent: &Agent, caller: &Caller, request: &DeployRequest, id: Operation
     let before = desired::vm_named(&agent.view(), name);
     admit::admit(request, before.is_none(), &agent.capacity(Some(name))?)?;
     check_ports(request, before.as_ref())?;
+    volume::operate::of_deploy(agent, request)?;
     let vm = before.as_ref().map_or_else(|| VmId::derive(&caller.key, &caller.idempotency_key, name.as_str()), |vm| vm.id);
     let previous = before.as_ref().and_then(|vm| previous_of(agent, vm));
     let remember = |recorded: bool| {

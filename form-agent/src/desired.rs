@@ -22,6 +22,8 @@ use form_types::{
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::volume::{self, rules::Asked};
+
 /// As [`form_vmm::config::VmConfig`] has them.
 const MAX_VCPUS: u32 = 128;
 const MIN_MEMORY_MIB: u64 = 128;
@@ -220,30 +222,36 @@ fn owner_id(key: &PublicKey) -> RecordId {
     HostId::of(key).into()
 }
 
-/// The rules of this version: a VM is changed by a request that an owner has signed, or the host that makes the change, for those who come
-/// in through its Unix socket; a host does so with its own VMs only. Who the owner is, the founder says.
+/// The rules of this version: a VM or volume is changed by a request that an owner has signed, or the host that makes the change, for those who come
+/// in through its Unix socket; a host does so with its own VMs and volumes only. Who the owner is, the founder says.
 pub struct AgentRules {
     pub cluster: ClusterId,
     /// The host that the cluster began with: the root of trust, the same for every replica.
     pub founder: PublicKey,
 }
 
-/// In whose name a request changes VMs.
+/// In whose name a request changes VMs and volumes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Authority {
+pub enum Authority {
     Owner,
-    /// Over the VMs of this host.
+    /// Over the VMs and volumes of this host.
     Host(HostId),
 }
 
 impl Authority {
-    fn may_change(self, vm: &DesiredVm) -> Result<(), Refusal> {
+    /// Over what lives on `host`.
+    pub fn is_over(self, host: &HostId) -> bool {
         match self {
-            Self::Host(host) if host != vm.host => {
-                Err(Refusal::new(format!("vm/{} is another host's: only the owner's key may change it from here", vm.name())))
-            }
-            _ => Ok(()),
+            Self::Owner => true,
+            Self::Host(own) => own == *host,
         }
+    }
+
+    fn may_change(self, vm: &DesiredVm) -> Result<(), Refusal> {
+        if self.is_over(&vm.host) {
+            return Ok(());
+        }
+        Err(Refusal::new(format!("vm/{} is another host's: only the owner's key may change it from here", vm.name())))
     }
 }
 
@@ -259,6 +267,7 @@ impl Rules for AgentRules {
             return Err(Refusal::new("the body is not the one that was signed"));
         }
         let authority = self.authority(&signer, claim, view)?;
+        let asked = Asked { signer: &signer, key: &envelope.idempotency_key, claim, authority };
         let path = envelope.path.split('?').next().unwrap_or_default();
         let words: Vec<&str> = path.split('/').skip(1).collect();
         match (envelope.method.as_str(), words.as_slice()) {
@@ -267,7 +276,7 @@ impl Rules for AgentRules {
                 if let Some(vm) = vm_named(view, &deploy.spec.name) {
                     authority.may_change(&vm)?;
                 }
-                self.deploy(&deploy, &signer, &VmId::derive(&signer, &envelope.idempotency_key, deploy.spec.name.as_str()), claim, view)
+                self.deploy(&deploy, asked, view)
             }
             ("POST", ["v1", "vms", name, "start" | "restart"]) => {
                 let vm = existing(name, authority, view)?;
@@ -303,6 +312,7 @@ impl Rules for AgentRules {
                 Ok(vec![Write::put(Table::Vms, existing(name, authority, view)?.id, "run", Run::Stopped.as_str())])
             }
             ("DELETE", ["v1", "vms", name]) => Ok(vec![Write::remove(Table::Vms, existing(name, authority, view)?.id)]),
+            (method, ["v1", "volumes", rest @ ..]) => volume::rules::derive(method, rest, &request.body, asked, view),
             _ => Err(Refusal::new(format!("{} {path} changes nothing in the state", envelope.method))),
         }
     }
@@ -344,8 +354,10 @@ impl AgentRules {
         Err(Refusal::new(format!("the key {signer} does not own this cluster")))
     }
 
-    fn deploy(&self, deploy: &DeployRequest, signer: &PublicKey, new_id: &VmId, claim: &Claim, view: &View) -> Result<Vec<Write>, Refusal> {
+    fn deploy(&self, deploy: &DeployRequest, asked: Asked<'_>, view: &View) -> Result<Vec<Write>, Refusal> {
+        let Asked { signer, key, claim, .. } = asked;
         let name = &deploy.spec.name;
+        let new_id = &VmId::derive(signer, key, name.as_str());
         let text = serde_json::to_string(deploy).map_err(|error| Refusal::new(error.to_string()))?;
         if let Some(vm) = vm_named(view, name) {
             let mut writes = vec![
@@ -353,7 +365,9 @@ impl AgentRules {
                 Write::put(Table::Vms, vm.id, "run", Run::Running.as_str()),
                 Write::put(Table::Vms, vm.id, "actor", signer.to_string()),
             ];
-            if vm.run == Run::Stopped {
+            let (of_volumes, needs_start) = volume::rules::deploy(deploy, (&vm.id, &vm.host), false, asked, view)?;
+            writes.extend(of_volumes);
+            if vm.run == Run::Stopped || needs_start {
                 writes.push(Write::put(Table::Vms, vm.id, "starts", vm.starts.saturating_add(1)));
             }
             return Ok(writes);
@@ -361,17 +375,20 @@ impl AgentRules {
         let taken = vms(view).values().map(|vm| vm.ipv4).collect();
         let ipv4 = Ipv4Range::for_cluster(&self.cluster).assign(new_id, &taken).map_err(|error| Refusal::new(error.to_string()))?;
         let put = |field: &str, value: Scalar| Write::put(Table::Vms, *new_id, field, value);
-        Ok(vec![
+        let host = HostId::of(&claim.author);
+        let mut writes = vec![
             put("name", name.as_str().into()),
             put("request", text.into()),
-            put("host", HostId::of(&claim.author).to_string().into()),
+            put("host", host.to_string().into()),
             put("epoch", 1_u64.into()),
             put("run", Run::Running.as_str().into()),
             put("starts", 1_u64.into()),
             put("ipv4", ipv4.to_string().into()),
             put("actor", signer.to_string().into()),
             put("created_at", u64::try_from(claim.time).unwrap_or_default().into()),
-        ])
+        ];
+        writes.extend(volume::rules::deploy(deploy, (new_id, &host), true, asked, view)?.0);
+        Ok(writes)
     }
 }
 

@@ -8,7 +8,7 @@ use form_api::{
 };
 use form_types::VmId;
 
-use crate::{agent::Agent, cgroup, desired, headroom, machine};
+use crate::{agent::Agent, cgroup, desired, headroom, machine, volume};
 
 fn ok(name: &str, message: impl Into<String>) -> Check {
     Check { name: name.to_owned(), status: CheckStatus::Ok, message: message.into(), hint: None, fixable: false }
@@ -44,11 +44,30 @@ fn machine_checks(agent: &Agent) -> Vec<Check> {
         Ok(space) => ok("disk", format!("{} GiB of {} are free", space.free >> 30, space.total >> 30)),
         Err(error) => bad(CheckStatus::Problem, "disk", error.to_string(), "look at /var/lib/formation"),
     });
+    for (name, fault) in volume::describe::faults(agent) {
+        checks.push(bad(CheckStatus::Problem, &name, fault, "see `form volume ls` and `form pool ls`"));
+    }
+    checks.extend(agent.store.pools().filter_map(pool_check));
     if agent.identity().owner().is_none() {
         let hint = "form host add ADDRESS --token TOKEN, with the token that `form-agent init` prints";
         checks.push(bad(CheckStatus::Warning, "owner", "the host has no owner: only its own root can use it", hint));
     }
     checks
+}
+
+/// A pool that is not there, or nearly full: then guests see errors when they write.
+fn pool_check(pool: &form_store::Pool) -> Option<Check> {
+    let name = format!("pool/{}", pool.name());
+    match pool.space() {
+        Ok(space) if space.free < headroom::LOW || (space.free < space.total / 20 && space.free < 10 << 30) => Some(bad(
+            CheckStatus::Warning,
+            &name,
+            format!("{} MiB of {} are free in {}", space.free >> 20, space.total >> 20, pool.directory().display()),
+            "add space, or remove volumes that nobody needs with `form volume rm`",
+        )),
+        Ok(_) => None,
+        Err(error) => Some(bad(CheckStatus::Problem, &name, error.to_string(), "mount its file system, or correct `pools:` in agent.yaml")),
+    }
 }
 
 /// Whether there is a KVM that runs guests.

@@ -32,6 +32,7 @@ mod stats;
 #[cfg(test)]
 mod testing;
 mod vm;
+mod volume;
 
 use std::{io::Write, path::PathBuf, process::ExitCode};
 

@@ -8,7 +8,7 @@ use std::{
 use form_api::deploy::DeployRequest;
 use form_types::{
     Name, VmId,
-    settings::{File, Interface, Route4, Route6, Service, Settings, UserSettings},
+    settings::{File, Interface, Route4, Route6, Service, Settings, UserSettings, VolumeMount},
     spec::EnvScope,
 };
 use form_vmm::config::{BackingFile, DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, VmConfig};
@@ -54,7 +54,9 @@ fn mac_text(mac: &[u8; 6]) -> String {
 }
 
 /// What the guest is told at its start.
-pub fn settings(id: &VmId, request: &DeployRequest, link: &Link) -> Settings {
+pub fn settings(id: &VmId, request: &DeployRequest, link: &Link, mut volumes: Vec<VolumeMount>) -> Settings {
+    // What is mounted inside another has to come after it.
+    volumes.sort_by(|one, other| one.path.cmp(&other.path));
     let spec = &request.spec;
     let scoped = |wanted: &dyn Fn(&EnvScope) -> bool| -> BTreeMap<String, String> {
         spec.env.iter().filter(|env| wanted(&env.scope)).map(|env| (env.key.clone(), env.value.clone())).collect()
@@ -98,7 +100,7 @@ pub fn settings(id: &VmId, request: &DeployRequest, link: &Link) -> Settings {
         users: users.collect(),
         root_login: spec.users.is_empty() || spec.users.iter().any(|user| !user.disable_root),
         files: unit_environments(request, service.is_some()),
-        volumes: Vec::new(),
+        volumes,
         service,
         env: scoped(&|scope| *scope == EnvScope::System),
         shutdown_timeout_ms: SHUTDOWN_TIMEOUT_MS,
@@ -138,9 +140,35 @@ pub struct Disk {
     pub backing: u16,
 }
 
-/// Descriptors are passed as: kvm, kernel, initramfs, settings, log ring, exit record, tap, root disk, its backing files.
-pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, jail: JailConfig) -> VmConfig {
+/// A volume behind its descriptor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeDisk {
+    /// For messages and metrics.
+    pub name: Name,
+    pub serial: String,
+    pub format: DiskFormat,
+    pub read_only: bool,
+}
+
+/// Descriptors are passed as: kvm, kernel, initramfs, settings, log ring, exit record, tap, root disk, its backing files, volumes.
+pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, volumes: &[VolumeDisk], jail: JailConfig) -> VmConfig {
     let resources = &request.spec.resources;
+    let root = DiskConfig {
+        id: "root".to_owned(),
+        serial: root_serial(id),
+        format: disk.format,
+        file: Fd(7),
+        backing: (0..disk.backing).map(|index| BackingFile { file: Fd(8 + index), format: DiskFormat::Raw }).collect(),
+        read_only: false,
+    };
+    let of_volumes = (8 + disk.backing..).zip(volumes).map(|(file, volume)| DiskConfig {
+        id: format!("volume/{}", volume.name),
+        serial: volume.serial.clone(),
+        format: volume.format,
+        file: Fd(file),
+        backing: Vec::new(),
+        read_only: volume.read_only,
+    });
     VmConfig {
         vcpus: u8::try_from(resources.vcpus).unwrap_or(u8::MAX),
         memory_mib: resources.memory_mib,
@@ -148,14 +176,7 @@ pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, jail:
         kernel: Fd(1),
         initramfs: vec![Fd(2), Fd(3)],
         cmdline: CMDLINE.to_owned(),
-        disks: vec![DiskConfig {
-            id: "root".to_owned(),
-            serial: root_serial(id),
-            format: disk.format,
-            file: Fd(7),
-            backing: (0..disk.backing).map(|index| BackingFile { file: Fd(8 + index), format: DiskFormat::Raw }).collect(),
-            read_only: false,
-        }],
+        disks: std::iter::once(root).chain(of_volumes).collect(),
         networks: vec![NetworkConfig { id: "eth0".to_owned(), tap: Fd(6), mac: link.mac, mtu: link.mtu }],
         vsock_cid: Some(GUEST_CID),
         rng: true,
@@ -170,7 +191,7 @@ pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, jail:
 mod tests {
     use super::*;
     use crate::testing::request;
-    use form_types::spec::Env;
+    use form_types::{VolumeId, spec::Env};
 
     fn link() -> Link {
         Link {
@@ -193,13 +214,13 @@ mod tests {
             env(EnvScope::Service("nginx".to_owned()), "C"),
         ];
         let id = VmId::from_bytes([7; 16]);
-        let told = settings(&id, &web, &link());
+        let told = settings(&id, &web, &link(), Vec::new());
         assert_eq!(told.env.keys().collect::<Vec<_>>(), ["A"]);
         assert_eq!(told.service.as_ref().unwrap().env.keys().collect::<Vec<_>>(), ["B"]);
         assert!(told.files.is_empty());
 
         web.spec.entrypoint.clear();
-        let told = settings(&id, &web, &link());
+        let told = settings(&id, &web, &link(), Vec::new());
         assert!(told.service.is_none());
         assert_eq!(told.files.len(), 2);
         assert_eq!(told.files[0].path, "/etc/systemd/system/nginx.service.d/10-form.conf");
@@ -210,13 +231,20 @@ mod tests {
     fn descriptors_are_all_different() {
         let id = VmId::from_bytes([7; 16]);
         let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
-        let config = config(&id, &request("web"), &link(), disk, JailConfig::default());
+        let volume = |name: &str| VolumeDisk {
+            name: name.parse().unwrap(),
+            serial: VolumeId::from_bytes([name.len() as u8; 16]).serial(),
+            format: DiskFormat::Raw,
+            read_only: false,
+        };
+        let config = config(&id, &request("web"), &link(), disk, &[volume("data"), volume("other")], JailConfig::default());
         assert!(root_serial(&id).len() <= 20);
         let mut used = vec![config.kvm.0, config.kernel.0];
         used.extend(config.initramfs.iter().map(|fd| fd.0));
         used.extend([config.console_log.unwrap().0, config.exit_record.unwrap().0, config.networks[0].tap.0]);
         used.push(config.disks[0].file.0);
         used.extend(config.disks[0].backing.iter().map(|backing| backing.file.0));
-        assert_eq!(used, (0..9).collect::<Vec<_>>());
+        used.extend(config.disks[1..].iter().map(|disk| disk.file.0));
+        assert_eq!(used, (0..11).collect::<Vec<_>>());
     }
 }

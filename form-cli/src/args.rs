@@ -40,6 +40,14 @@ pub fn vm_name(text: &str) -> Result<Name, String> {
     text.strip_prefix("vm/").unwrap_or(text).parse().map_err(|error: form_types::name::NameError| error.to_string())
 }
 
+/// `data`, or `volume/data` as other commands print it.
+///
+/// # Errors
+/// When it is no name.
+pub fn volume_name(text: &str) -> Result<Name, String> {
+    text.strip_prefix("volume/").unwrap_or(text).parse().map_err(|error: form_types::name::NameError| error.to_string())
+}
+
 /// `vm/web`: the noun is written out, so that a script says what it waits for.
 ///
 /// # Errors

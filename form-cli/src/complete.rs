@@ -70,6 +70,16 @@ pub fn images(typed: &OsStr) -> Vec<CompletionCandidate> {
     candidates(names, typed)
 }
 
+pub fn volumes(typed: &OsStr) -> Vec<CompletionCandidate> {
+    let names = ask(|client| async move { Ok(client.volumes().await?.into_iter().map(|volume| volume.name.to_string()).collect()) });
+    candidates(names, typed)
+}
+
+pub fn pools(typed: &OsStr) -> Vec<CompletionCandidate> {
+    let names = ask(|client| async move { Ok(client.pools().await?.into_iter().map(|pool| pool.name.to_string()).collect()) });
+    candidates(names, typed)
+}
+
 pub fn operations(typed: &OsStr) -> Vec<CompletionCandidate> {
     let names = ask(|client| async move {
         let operations = client.operations(&OperationsQuery::default()).await?;

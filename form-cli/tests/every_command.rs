@@ -66,6 +66,16 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("image show", &["nope"], Needs::Host),
     ("image rm", &["nope"], Needs::HostAndYes),
     ("image verify", &["nope"], Needs::Host),
+    ("volume create", &["new", "--size", "1G"], Needs::Host),
+    ("volume ls", &[], Needs::Host),
+    ("volume show", &["nope"], Needs::Host),
+    ("volume attach", &["nope", "web"], Needs::Host),
+    ("volume detach", &["nope"], Needs::Host),
+    ("volume resize", &["nope", "1G"], Needs::Host),
+    ("volume clone", &["nope", "copy"], Needs::Host),
+    ("volume rm", &["nope"], Needs::HostAndYes),
+    ("pool ls", &[], Needs::Host),
+    ("pool show", &["nope"], Needs::Host),
     ("host add", &["127.0.0.1:1", "--token", "nonsense"], Needs::Nothing),
     ("host ls", &[], Needs::Nothing),
     ("host show", &[], Needs::Host),
@@ -199,7 +209,8 @@ fn what_asks_names_the_flag_and_the_variable_when_nobody_can_be_asked() {
     let host = agent.host();
     for (command, args, _) in COMMANDS.iter().filter(|(_, _, needs)| matches!(needs, Needs::Yes | Needs::HostAndYes)) {
         // Nobody is asked about what is not there.
-        let args: Vec<&str> = args.iter().map(|word| if *word == "nope" { "web" } else { word }).collect();
+        let there = if command.starts_with("volume") { "spare" } else { "web" };
+        let args: Vec<&str> = args.iter().map(|word| if *word == "nope" { there } else { word }).collect();
         let run = place.run(&words(command, &[&args[..], &["--host", &host]].concat()));
         assert_eq!((run.code, run.out.as_str()), (2, ""), "{command}: {run:?}");
         assert!(run.err.contains("-y") && run.err.contains("FORM_YES"), "{command}: {run:?}");
@@ -217,6 +228,10 @@ const SHOWING: &[&[&str]] = &[
     &["events"],
     &["doctor"],
     &["image", "ls"],
+    &["volume", "ls"],
+    &["volume", "show", "data"],
+    &["pool", "ls"],
+    &["pool", "show", "local"],
     &["op", "ls"],
     &["op", "show", "00112233445566778899aabbccddeeff"],
     &["host", "show"],

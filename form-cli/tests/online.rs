@@ -223,11 +223,41 @@ fn ctrl_c_leaves_the_operation_going() {
 }
 
 #[test]
+fn volumes_and_pools() {
+    let setting = Setting::new();
+    assert_data_eq!(
+        setting.run(&["volume", "ls"]).out,
+        str![[r#"
+NAME   SIZE    USED   VM   STATE     PATH       AGE
+data   10 GiB  1 MiB  web  attached  /var/data  [..]d
+spare  10 GiB  1 MiB       free                 [..]d
+
+"#]]
+    );
+    let shown = setting.run(&["volume", "show", "volume/data"]).out;
+    assert!(shown.contains("device   /dev/vdb") && shown.contains("(10737418240 bytes)"), "{shown}");
+    assert_eq!(setting.run(&["volume", "ls", "-o", "name"]).out, "data\nspare\n");
+    assert!(setting.run(&["pool", "ls"]).out.contains("60 GiB"));
+    assert_eq!(setting.run(&["volume", "rm", "nope", "-y"]).code, 3);
+    let run = setting.run(&["volume", "rm", "spare"]);
+    assert!(run.code == 2 && run.err.contains("Remove spare"), "{run:?}");
+    for size in ["1M", "1.5G", "16777217B"] {
+        assert_eq!(setting.run(&["volume", "create", "new", "--size", size]).code, 2, "{size}");
+    }
+}
+
+#[test]
 fn destroying_asks() {
     let setting = Setting::new();
     let run = setting.run(&["destroy", "web"]);
     assert!(run.code == 2 && run.err.contains("Destroy web") && run.err.contains("FORM_YES"), "{run:?}");
-    assert_eq!(setting.run(&["destroy", "web", "-y"]).out, "web: destroyed\n");
+    assert!(run.err.contains("What is on the volumes data is kept"), "{run:?}");
+    let run = setting.run(&["destroy", "web", "-y"]);
+    assert_eq!((run.out.as_str(), run.err.as_str()), ("web: destroyed\n", "kept: volumes data (remove them with `form volume rm`)\n"));
+    let run = setting.run(&["destroy", "web", "--volumes"]);
+    assert!(run.code == 2 && run.err.contains("and on the volumes data?"), "{run:?}");
+    assert_eq!(setting.run(&["destroy", "web", "--volumes", "-y"]).out, "web: destroyed\ndata: removed\n");
+    assert_eq!(setting.run(&["destroy", "web", "--volumes", "-y", "--no-wait"]).code, 2);
     assert_eq!(setting.run(&["vm", "rm", "web", "nope", "-y"]).code, 3);
 }
 

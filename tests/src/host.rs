@@ -107,6 +107,32 @@ impl Host {
         self.root().join("run/formation/agent.sock")
     }
 
+    /// Settles what the agent's `agent.yaml` says; from its next start on.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn configure(&self, yaml: &str) {
+        let etc = self.root().join("etc/formation");
+        fs::create_dir_all(&etc).unwrap();
+        fs::write(etc.join("agent.yaml"), yaml).unwrap();
+    }
+
+    /// VMs that are there and do not run. Their deploys end before a guest reports, whether this machine runs one or not: the agent has been
+    /// configured with [`Host::IMPATIENT`].
+    ///
+    /// # Panics
+    /// When one cannot be deployed or stopped.
+    pub fn stopped_vms(&self, names: &[&str]) {
+        for (port, name) in (18090..).zip(names) {
+            let formfile = self.app(name, SERVE, port);
+            let _ = self.form(&["deploy", &formfile, "-y"]);
+            let _ = self.form(&["vm", "stop", name]).ok();
+        }
+    }
+
+    /// A configuration with which no guest is waited for.
+    pub const IMPATIENT: &'static str = "boot_timeout_seconds: 1\n";
+
     /// Starts the agent, to be killed where `failpoint` says, and waits until it answers or is dead.
     ///
     /// # Panics

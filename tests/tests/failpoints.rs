@@ -23,6 +23,8 @@ enum Way {
     Deploy,
     /// A destroy.
     Destroy,
+    /// A command about volumes.
+    Volume,
     /// Only with a guest that runs.
     Guest,
 }
@@ -39,6 +41,7 @@ const fn way(point: Failpoint) -> Way {
         LifecycleSubmitted | StopAsked | StopProcessGone => Way::Destroy,
         CleanTapRemoved | CleanDirectoryRemoved | CleanCgroupRemoved => Way::Destroy,
         RemoveDiskRemoved | RemoveDirectoryRemoved | RemoveLogRemoved => Way::Destroy,
+        VolumeDrafted | VolumeNamed | VolumeMade | VolumeSubmitted | VolumeGrown | VolumeForgotten => Way::Volume,
         DiskRetired | GuestReady | DeployHealthy | DeployKept | RollbackSubmitted => Way::Guest,
     }
 }
@@ -104,7 +107,7 @@ fn survives(host: &mut Host, point: Failpoint) {
             deploys(host, &file, &name);
             host.kill_agent();
         }
-        Way::Guest => unreachable!("not walked here"),
+        Way::Volume | Way::Guest => unreachable!("not walked here"),
     }
     if way(point) == Way::Destroy {
         dies_of(host, point, &["destroy", &name, "-y"]);
@@ -134,9 +137,120 @@ fn system_the_agent_is_killed_at_every_step_and_nothing_is_left() {
         survives(&mut Host::new(), point);
     }
     let mut host = Host::new();
-    for point in points(|way| !matches!(way, Way::FirstUpload | Way::Guest)) {
+    for point in points(|way| !matches!(way, Way::FirstUpload | Way::Volume | Way::Guest)) {
         survives(&mut host, point);
     }
+}
+
+/// A command about volumes, the steps on its way, and the commands that take it back. Each goes on where the one before it has ended.
+struct Walk {
+    command: &'static [&'static str],
+    points: &'static [Failpoint],
+    undo: &'static [&'static [&'static str]],
+}
+
+const OF_VOLUMES: &[Walk] = &[
+    Walk {
+        command: &["volume", "create", "new", "-s", "16M"],
+        points: &[OperationRecorded, VolumeDrafted, VolumeNamed, VolumeMade, StateStored, VolumeSubmitted, OperationEnded],
+        undo: &[&["volume", "rm", "new", "-y"]],
+    },
+    Walk {
+        command: &["volume", "clone", "data", "copy"],
+        points: &[VolumeDrafted, VolumeMade, VolumeSubmitted],
+        undo: &[&["volume", "rm", "copy", "-y"]],
+    },
+    Walk {
+        command: &["volume", "resize", "data", "32M"],
+        points: &[VolumeSubmitted, VolumeGrown],
+        undo: &[&["volume", "rm", "data", "-y"], &["volume", "create", "data", "-s", "16M"]],
+    },
+    Walk {
+        command: &["volume", "attach", "data", "web", "/data"],
+        points: &[OperationRecorded, VolumeSubmitted],
+        undo: &[&["volume", "detach", "data"]],
+    },
+    Walk {
+        command: &["volume", "detach", "data"],
+        points: &[StateStored, VolumeSubmitted],
+        undo: &[&["volume", "attach", "data", "web", "/data"]],
+    },
+    Walk {
+        command: &["volume", "rm", "new", "-y"],
+        points: &[OperationRecorded, VolumeSubmitted, VolumeForgotten],
+        undo: &[&["volume", "create", "new", "-s", "16M"]],
+    },
+];
+
+/// Name, size and VM of every volume. Each has its file, no file is nobody's, and nothing is wrong with any.
+fn volumes(host: &Host) -> Vec<(String, u64, String)> {
+    let all = host.form(&["volume", "ls", "-o", "json"]).ok().json();
+    let told = all.as_array().unwrap().iter().map(|volume| {
+        assert!(volume["fault"].is_null() && volume["allocated_bytes"].is_u64(), "{volume}");
+        let vm = volume["attachment"]["vm"].as_str().unwrap_or_default().to_owned();
+        (volume["name"].as_str().unwrap().to_owned(), volume["size_bytes"].as_u64().unwrap(), vm)
+    });
+    let told: Vec<_> = told.collect();
+    let kept = |directory: &str| {
+        let entries = fs::read_dir(host.root().join("var/lib/formation").join(directory)).unwrap().flatten();
+        entries.filter(|entry| entry.file_name() != ".tmp").count()
+    };
+    assert_eq!((kept("volumes"), kept("volumes-made/local")), (told.len(), told.len()), "{told:?}");
+    for check in host.form(&["doctor", "-o", "json"]).json().as_array().unwrap() {
+        let name = check["name"].as_str().unwrap();
+        assert!(!name.starts_with("volume/") && !name.starts_with("pool/"), "{check}");
+    }
+    told
+}
+
+fn all_ok(host: &Host, commands: &[&[&str]]) {
+    for command in commands {
+        let _ = host.form(command).ok();
+    }
+}
+
+#[test]
+#[ignore = "needs root, and a kernel bundle in the build cache: tests/run-system"]
+fn system_a_volume_is_what_was_asked_for_or_what_it_was_wherever_the_agent_dies() {
+    enter_own_network();
+    let mut host = Host::new();
+    host.configure(Host::IMPATIENT);
+    host.start_agent();
+    host.stopped_vms(&["web"]);
+    let _ = host.form(&["volume", "create", "data", "-s", "16M"]).ok();
+    for Walk { command, points, undo } in OF_VOLUMES {
+        let (old, _) = (volumes(&host), host.form(command).ok());
+        let new = volumes(&host);
+        assert_ne!(old, new);
+        for point in *points {
+            println!("=== {} at {}", command.join(" "), point.as_str());
+            all_ok(&host, undo);
+            assert_eq!(volumes(&host), old);
+            host.kill_agent();
+            host.start_agent_with(Some(point.as_str()));
+            let mut client = spawn(&host, command);
+            let died = host.dies_at(point.as_str(), |_| false);
+            let _ = (client.kill(), client.wait());
+            assert!(died, "{command:?} does not come to {}", point.as_str());
+            host.start_agent();
+            wait("the operation ends", || host.no_operation_is_under_way());
+            let operation = newest(&host, &format!("volume-{}", if command[1] == "rm" { "remove" } else { command[1] }));
+            if operation["status"] == "failed" {
+                assert!(operation["error"]["hint"].as_str().unwrap().contains("run the same command again"), "{operation}");
+                assert_eq!(volumes(&host), old);
+                let _ = host.form(command).ok();
+            }
+            assert_eq!(volumes(&host), new);
+        }
+    }
+    let walked = |point: &Failpoint| OF_VOLUMES.iter().any(|walk| walk.points.contains(point));
+    for point in Failpoint::ALL.iter().filter(|point| way(**point) == Way::Volume) {
+        assert!(walked(point), "{} is walked nowhere", point.as_str());
+    }
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    let _ = host.form(&["volume", "rm", "copy", "data", "-y"]).ok();
+    assert_eq!(volumes(&host), []);
+    host.is_clean();
 }
 
 #[test]

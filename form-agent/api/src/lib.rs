@@ -27,6 +27,16 @@
 //! | `GET /v1/vms/{name}/copy` (signed, Upgrade `form-copy`) | query [`copy::CopyQuery`] | [`exec::Frame`]s |
 //! | `GET /v1/vms/{name}/console` (signed, Upgrade `form-console`) | | bytes |
 //! | `GET /v1/vms/{name}/forward` (signed, Upgrade `form-forward`) | query [`vm::ForwardQuery`] | bytes |
+//! | `GET /v1/volumes` | | `Vec<`[`volume::Volume`]`>` |
+//! | `GET /v1/volumes/{name}` | | [`volume::Volume`] |
+//! | `POST /v1/volumes` (signed) | [`volume::CreateRequest`] | [`operation::Operation`] |
+//! | `POST /v1/volumes/{name}/attach` (signed) | [`volume::AttachRequest`] | [`operation::Operation`] |
+//! | `POST /v1/volumes/{name}/detach` (signed) | | [`operation::Operation`] |
+//! | `POST /v1/volumes/{name}/resize` (signed) | [`volume::ResizeRequest`] | [`operation::Operation`] |
+//! | `POST /v1/volumes/{name}/clone` (signed) | [`volume::CloneRequest`] | [`operation::Operation`] |
+//! | `DELETE /v1/volumes/{name}` (signed) | | [`operation::Operation`] |
+//! | `GET /v1/pools` | | `Vec<`[`volume::Pool`]`>` |
+//! | `GET /v1/pools/{name}` | | [`volume::Pool`] |
 //! | `GET /v1/images` | | `Vec<`[`image::Image`]`>` |
 //! | `GET /v1/images/{reference}` | | [`image::Image`] |
 //! | `GET /v1/images/{reference}/verify` | | [`image::Verification`] |
@@ -59,6 +69,7 @@ pub mod stats;
 #[cfg(feature = "transport")]
 pub mod tls;
 pub mod vm;
+pub mod volume;
 
 pub use error::{ApiError, ErrorCode};
 

@@ -21,7 +21,8 @@ use crate::{
     cgroup,
     desired::DesiredVm,
     plan,
-    vm::{self, Disk},
+    vm::{self, Disk, VolumeDisk},
+    volume::attach::{self, AttachError, Ready},
 };
 
 /// Serial output kept for `form vm console` and for a VM that failed, in bytes.
@@ -31,6 +32,8 @@ const CONSOLE_RING: u64 = 256 * 1024;
 pub enum LaunchError {
     #[error("its disk: {0}")]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Volume(#[from] AttachError),
     #[error("its network: {0}")]
     Network(#[from] NetError),
     #[error(transparent)]
@@ -56,6 +59,8 @@ struct Files {
     disk: fs::File,
     disk_is_qcow2: bool,
     backing: Vec<fs::File>,
+    /// Locked for this VM as long as they, or the copies that the VM process gets, are open.
+    volumes: Vec<Ready>,
 }
 
 /// Makes what is missing, and boots.
@@ -85,7 +90,9 @@ fn prepare_files(agent: &Agent, desired: &DesiredVm) -> Result<Files, LaunchErro
     agent.store.check_kernel_sealed(&request.kernel)?;
     let kernel = fs::File::open(agent.store.kernel(&request.kernel)?.vmlinux).map_err(io_error("the kernel"))?;
     let static_segment = agent.store.initramfs(&request.kernel, &agent.programs.guest)?;
-    let settings = vm::settings(&desired.id, request, &agent.link(desired));
+    let volumes = attach::open(agent, desired)?;
+    let mounts = volumes.iter().map(Ready::mount).collect();
+    let settings = vm::settings(&desired.id, request, &agent.link(desired), mounts);
     let segment = initramfs::settings_segment(&settings).map_err(|error| LaunchError::Settings(error.to_string()))?;
     Ok(Files {
         kvm: fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("/dev/kvm"))?.into(),
@@ -95,6 +102,7 @@ fn prepare_files(agent: &Agent, desired: &DesiredVm) -> Result<Files, LaunchErro
         disk: fs::File::options().read(true).write(true).open(&disk.path).map_err(io_error("its root disk"))?,
         disk_is_qcow2: disk.format == StoredFormat::Qcow2,
         backing: disk.backing.iter().map(fs::File::open).collect::<io::Result<_>>().map_err(io_error("its image"))?,
+        volumes,
     })
 }
 
@@ -152,6 +160,7 @@ fn start(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd) -> Re
         resets: desired.resets,
         request: desired.request.clone(),
         uid: Some(uid),
+        volumes: files.volumes.iter().map(|ready| ready.volume.id).collect(),
         cgroup: group.as_deref(),
     };
     let mut process = Process::start(&launch, &directory)?;
@@ -178,7 +187,8 @@ fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd, uid: u
     let exit_record = process.create_exit_record().map_err(io_error("the exit record"))?;
     let format = if files.disk_is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
     let disk = Disk { format, backing: files.backing.len() as u16 };
-    let config = vm::config(&desired.id, &desired.request, &agent.link(desired), disk, vm::jail(uid));
+    let volumes: Vec<VolumeDisk> = files.volumes.iter().map(Ready::disk).collect();
+    let config = vm::config(&desired.id, &desired.request, &agent.link(desired), disk, &volumes, vm::jail(uid));
     let mut descriptors: Vec<BorrowedFd<'_>> = vec![
         files.kvm.as_fd(),
         files.kernel.as_fd(),
@@ -190,6 +200,7 @@ fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd, uid: u
         files.disk.as_fd(),
     ];
     descriptors.extend(files.backing.iter().map(AsFd::as_fd));
+    descriptors.extend(files.volumes.iter().map(|ready| ready.open.file.as_fd()));
     Ok(process.boot(&config, &descriptors)?)
 }
 

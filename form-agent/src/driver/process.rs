@@ -9,7 +9,7 @@ use std::{
 };
 
 use form_api::deploy::DeployRequest;
-use form_types::{Digest, Failpoint, VmId, failpoint::reach};
+use form_types::{Digest, Failpoint, VmId, VolumeId, failpoint::reach};
 use form_vmm::{
     config::VmConfig,
     control::{self, Client, ExitRecord, VmState},
@@ -39,6 +39,9 @@ pub struct Record {
     pub request: DeployRequest,
     pub uid: Option<u32>,
     pub started_at: Timestamp,
+    /// Which it has open.
+    #[serde(default)]
+    pub volumes: Vec<VolumeId>,
     /// Not booted yet: nothing of the guest has run.
     pub booted: bool,
     /// How often a reset had been asked for when it was started.
@@ -152,6 +155,7 @@ pub struct Launch<'a> {
     pub resets: u64,
     pub request: DeployRequest,
     pub uid: Option<u32>,
+    pub volumes: Vec<VolumeId>,
     pub cgroup: Option<&'a Path>,
 }
 
@@ -176,6 +180,7 @@ impl Process {
                 request: launch.request.clone(),
                 uid: launch.uid,
                 started_at: Timestamp::now(),
+                volumes: launch.volumes.clone(),
                 booted: false,
                 resets: launch.resets,
             };
@@ -345,6 +350,7 @@ mod tests {
             request: crate::testing::request("web"),
             uid: None,
             started_at: Timestamp::now(),
+            volumes: Vec::new(),
             booted: true,
             resets: 0,
         };

@@ -13,9 +13,10 @@ use form_api::{
     operation::{Operation, OperationKind, OperationStatus},
     stats::{DiskRates, DiskStats, HealthReport, NetworkRates, NetworkStats, PartHealth, VmStats},
     vm::{GuestDevice, GuestReport, Health, LogCursor, LogLine, LogStream, PublishedPort, Vm, VmDetail, VmState},
+    volume::{AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, Pool, PoolKind, ResizeRequest, Volume},
 };
 use form_types::{
-    ClusterId, Digest, HostId, IdempotencyKey, ImageReference, Name, OperationId, SecretKey, Spec, VmId,
+    ClusterId, Digest, HostId, IdempotencyKey, ImageReference, Name, OperationId, SecretKey, Spec, VmId, VolumeFormat, VolumeId,
     spec::{Port, Protocol, Resources, Restart, RestartPolicy},
 };
 use jiff::Timestamp;
@@ -73,11 +74,18 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         workdir: None,
         terminal: Some(Terminal { rows: 24, columns: 80, kind: "xterm-256color".to_owned() }),
     };
+    let copy: Name = "data-copy".parse().ok()?;
+    let (data, local): (Name, Name) = ("data".parse().ok()?, "local".parse().ok()?);
+    let create = CreateRequest { name: data.clone(), size_bytes: 20 << 30, format: VolumeFormat::Raw, pool: Some(local.clone()) };
+    let attach = AttachRequest { vm: name.clone(), path: Some("/var/lib/data".to_owned()), read_only: false };
     let import = ImportRequest { manifest: digest("manifest") };
     let kernel = Kernel { digest: digest("kernel"), release: "6.1.0-56-cloud-amd64".to_owned(), size_bytes: 91_226_112 };
     Some(vec![
         ("ApiError", json!(refusal())),
+        ("AttachRequest", json!(attach)),
         ("BlocksReply", json!(BlocksReply { stored: 32 })),
+        ("CloneRequest", json!(CloneRequest { name: copy })),
+        ("CreateRequest", json!(create)),
         ("ClaimRequest", json!(ClaimRequest { secret: "5d".repeat(32) })),
         ("DeployRequest", json!(deploy)),
         ("DoctorReport", json!(doctor())),
@@ -95,11 +103,14 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("MissingRequest", json!(MissingRequest { blocks: vec![digest("block"), digest("another block")] })),
         ("Operation", json!(failed)),
         ("Plan", json!(plan(&name))),
+        ("Pool", json!(pool(&local))),
+        ("ResizeRequest", json!(ResizeRequest { size_bytes: 40 << 30 })),
         ("Spec", json!(spec(&name))),
         ("Verification", json!(verification(&name))),
         ("Vm", json!(vm)),
         ("VmDetail", json!(detail)),
         ("VmStats", json!(stats(&vm))),
+        ("Volume", json!(volume(&data, &local, &name))),
     ])
 }
 
@@ -294,4 +305,46 @@ fn image(name: &Name) -> Image {
 fn verification(name: &Name) -> Verification {
     let damaged = DamagedBlock { index: 17, offset: 17 << 16, digest: Some(digest("block")) };
     Verification { name: name.clone(), version: 2, digest: digest("image"), blocks: 16_384, damaged_blocks: 1, damaged: vec![damaged] }
+}
+
+fn volume(name: &Name, pool: &Name, vm: &Name) -> Volume {
+    let id = VolumeId::derive(&owner().public(), &IdempotencyKey::from_bytes([0x7d; 16]), name.as_str());
+    let attachment = Attachment {
+        vm: vm.clone(),
+        path: Some("/var/lib/data".to_owned()),
+        read_only: false,
+        by_formfile: true,
+        state: AttachmentState::Attached,
+        device: Some("/dev/vdb".to_owned()),
+    };
+    Volume {
+        id,
+        name: name.clone(),
+        host: HostId::of(&host_key().public()),
+        host_name: "den".to_owned(),
+        pool: pool.clone(),
+        format: VolumeFormat::Raw,
+        size_bytes: 20 << 30,
+        allocated_bytes: Some(187_432_960),
+        serial: id.serial(),
+        attachment: Some(attachment),
+        created_at: at(0),
+        fault: None,
+    }
+}
+
+fn pool(name: &Name) -> Pool {
+    Pool {
+        name: name.clone(),
+        kind: PoolKind::Local,
+        host: HostId::of(&host_key().public()),
+        host_name: "den".to_owned(),
+        path: "/var/lib/formation/volumes".into(),
+        total_bytes: 250 << 30,
+        free_bytes: 200 << 30,
+        provisioned_bytes: 20 << 30,
+        allocated_bytes: 187_432_960,
+        volumes: 1,
+        fault: None,
+    }
 }

@@ -11,6 +11,7 @@ mod operation;
 mod stats;
 mod stream;
 mod vm;
+mod volume;
 
 use std::sync::Arc;
 
@@ -28,6 +29,8 @@ use utoipa::{Path as _, openapi::HttpMethod};
 
 pub use self::openapi::document;
 use crate::{agent::Agent, authorise, authorise::Caller};
+
+pub(crate) use image::store_error;
 
 type Shared = Arc<Agent>;
 
@@ -76,6 +79,16 @@ api! {
     stream::copy,
     stream::console,
     stream::forward,
+    volume::list,
+    volume::create,
+    volume::show,
+    volume::attach,
+    volume::detach,
+    volume::resize,
+    volume::clone,
+    volume::remove,
+    volume::pools,
+    volume::pool,
     image::list,
     image::import,
     image::missing,

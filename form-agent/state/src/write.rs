@@ -3,7 +3,7 @@
 use std::fmt;
 
 use borsh::{BorshDeserialize, BorshSerialize};
-use form_types::{HostId, PublicKey, VmId};
+use form_types::{HostId, PublicKey, VmId, VolumeId};
 
 /// The longest field name, in bytes.
 pub const MAX_FIELD_NAME: usize = 64;
@@ -74,14 +74,16 @@ pub enum Table {
     ObservedVms,
     /// What the writing host says of itself.
     ObservedHosts,
+    /// Desired volumes, by [`VolumeId`].
+    Volumes,
 }
 
 impl Table {
-    pub const ALL: [Self; 6] = [Self::Vms, Self::Hosts, Self::Owners, Self::Grants, Self::ObservedVms, Self::ObservedHosts];
+    pub const ALL: [Self; 7] = [Self::Vms, Self::Hosts, Self::Owners, Self::Grants, Self::ObservedVms, Self::ObservedHosts, Self::Volumes];
 
     pub const fn scope(self) -> Scope {
         match self {
-            Self::Vms | Self::Hosts | Self::Owners | Self::Grants => Scope::Cluster,
+            Self::Vms | Self::Hosts | Self::Owners | Self::Grants | Self::Volumes => Scope::Cluster,
             Self::ObservedVms | Self::ObservedHosts => Scope::Host,
         }
     }
@@ -94,6 +96,7 @@ impl Table {
             Self::Grants => "grants",
             Self::ObservedVms => "observed-vms",
             Self::ObservedHosts => "observed-hosts",
+            Self::Volumes => "volumes",
         }
     }
 
@@ -108,6 +111,12 @@ pub struct RecordId(pub [u8; 16]);
 
 impl From<VmId> for RecordId {
     fn from(id: VmId) -> Self {
+        Self(*id.as_bytes())
+    }
+}
+
+impl From<VolumeId> for RecordId {
+    fn from(id: VolumeId) -> Self {
         Self(*id.as_bytes())
     }
 }
@@ -143,6 +152,10 @@ pub enum Scalar {
 impl Scalar {
     pub fn as_text(&self) -> Option<&str> {
         if let Self::Text(text) = self { Some(text) } else { None }
+    }
+
+    pub const fn as_bool(&self) -> Option<bool> {
+        if let Self::Bool(value) = self { Some(*value) } else { None }
     }
 
     pub const fn as_uint(&self) -> Option<u64> {

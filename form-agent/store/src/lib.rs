@@ -31,7 +31,7 @@ pub use crate::{
     images::ImageEntry,
     kernels::KernelEntry,
     manifests::ManifestWriter,
-    volumes::{OpenVolume, Pool, VolumeEntry},
+    volumes::{Hold, OpenVolume, Pool, VolumeEntry},
 };
 
 /// The store of one agent. It can be shared between threads; changes take turns.

@@ -15,15 +15,36 @@ use nix::{
 
 use crate::error::{Result, StoreError};
 
+/// A byte on which QEMU and its tools hold a shared lock while they may write: they lock bytes from 100 on, one for each thing that they do to
+/// a file (QEMU, docs/system/qemu-block-drivers, "Disk image file locking").
+const QEMU_WRITES: libc::off_t = 101;
+
 /// Takes an open-file-description lock (fcntl(2)) on the whole file. It belongs to the open file: whoever gets a copy of the
 /// descriptor holds it too, and it ends with the last copy. QEMU and its tools lock in the same way and so keep out, and are kept out.
 ///
 /// # Errors
 /// [`StoreError::VolumeInUse`], with the process that has it as far as that can be seen.
 pub fn take(file: &File, path: &Path, write: bool) -> Result<()> {
-    let kind = if write { libc::F_WRLCK } else { libc::F_RDLCK };
-    let lock = libc::flock { l_type: kind as libc::c_short, l_whence: libc::SEEK_SET as libc::c_short, l_start: 0, l_len: 0, l_pid: 0 };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+    let range = |kind, from, length| libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: from,
+        l_len: length,
+        l_pid: 0,
+    };
+    let set = |kind, from, length| fcntl(file, FcntlArg::F_OFD_SETLK(&range(kind, from, length)));
+    let take = || {
+        if write {
+            return set(libc::F_WRLCK, 0, 0);
+        }
+        // All but that byte, on which any lock at all then is a writer's.
+        set(libc::F_RDLCK, 0, QEMU_WRITES)?;
+        set(libc::F_RDLCK, QEMU_WRITES + 1, 0)?;
+        let mut writer = range(libc::F_WRLCK, QEMU_WRITES, 1);
+        fcntl(file, FcntlArg::F_OFD_GETLK(&mut writer))?;
+        if writer.l_type == libc::F_UNLCK as libc::c_short { Ok(0) } else { Err(Errno::EAGAIN) }
+    };
+    match take() {
         Ok(_) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => Err(StoreError::VolumeInUse { path: path.to_owned(), user: user_of(file) }),
         // A file system without locks: the state still knows one VM for each volume.

@@ -11,7 +11,7 @@ use std::{
     sync::Mutex,
 };
 
-use form_types::{Name, VolumeFormat, VolumeId, volume};
+use form_types::{Failpoint, Name, VolumeFormat, VolumeId, failpoint::reach, volume};
 use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Mapping,
     file::File as ImageFile,
@@ -65,6 +65,14 @@ pub struct OpenVolume {
     pub size_bytes: u64,
     /// Nothing was ever written to it, or all of it was discarded.
     pub is_blank: bool,
+}
+
+/// A volume that nobody has open, and that nobody else can open as long as this lives.
+#[derive(Debug)]
+pub struct Hold {
+    id: VolumeId,
+    /// None when there is no whole file to lock.
+    _locked: Option<File>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -129,7 +137,6 @@ impl Pool {
     /// behind then.
     pub fn create(&self, id: &VolumeId, format: VolumeFormat, size_bytes: u64) -> Result<VolumeEntry> {
         volume::check_size(size_bytes)?;
-        let _turn = hold(&self.turn);
         self.make(id, &Record { format, size_bytes }, |path| {
             let file = create(path)?;
             match format {
@@ -158,22 +165,40 @@ impl Pool {
         }
     }
 
-    fn make(&self, id: &VolumeId, record: &Record, write: impl FnOnce(&Path) -> io::Result<()>) -> Result<VolumeEntry> {
+    fn is_new(&self, id: &VolumeId) -> Result<()> {
         match self.record(id) {
-            Err(StoreError::NoVolume(_)) => {}
-            Ok(_) => return Err(StoreError::VolumeExists(*id)),
-            Err(error) => return Err(error),
+            Err(StoreError::NoVolume(_)) => Ok(()),
+            Ok(_) => Err(StoreError::VolumeExists(*id)),
+            Err(error) => Err(error),
         }
-        if !self.directory.is_dir() {
-            return Err(StoreError::io("find the pool's directory", &self.directory)(io::ErrorKind::NotFound.into()));
+    }
+
+    fn is_there(&self) -> Result<()> {
+        if self.directory.is_dir() {
+            return Ok(());
         }
+        Err(StoreError::io("find the pool's directory", &self.directory)(io::ErrorKind::NotFound.into()))
+    }
+
+    fn make(&self, id: &VolumeId, record: &Record, write: impl FnOnce(&Path) -> io::Result<()>) -> Result<VolumeEntry> {
+        self.is_new(id)?;
+        self.is_there()?;
         let draft = Draft::new(&self.directory)?;
         let path = draft.path().join(file_name(record.format));
         write(&path).map_err(StoreError::io("write", &path))?;
         let entry = draft.path().join(RECORD);
         write_file(&entry, &to_json(&entry, record)?, 0o600)?;
+        reach(Failpoint::VolumeDrafted);
+        // What took long is done: the others' turn comes soon.
+        let _turn = hold(&self.turn);
+        self.is_new(id)?;
         draft.publish(&self.place(id))?;
-        self.note(id)?;
+        reach(Failpoint::VolumeNamed);
+        if let Err(error) = self.note(id) {
+            // Nobody has it yet, and the caller is told that there is none.
+            retire(&self.place(id), &self.directory)?;
+            return Err(error);
+        }
         self.volume(id)
     }
 
@@ -260,6 +285,7 @@ impl Pool {
             file.sync_all()
         };
         grow().map_err(StoreError::io("grow", &entry.path))?;
+        reach(Failpoint::VolumeGrown);
         let record = self.place(id).join(RECORD);
         replace_file(&self.directory, &record, &to_json(&record, &Record { format: entry.format, size_bytes })?, 0o600)?;
         self.volume(id)
@@ -270,7 +296,6 @@ impl Pool {
     /// # Errors
     /// [`StoreError::VolumeInUse`] while somebody may write to it, [`StoreError::VolumeExists`], [`StoreError::NoRoom`].
     pub fn clone_volume(&self, id: &VolumeId, new: &VolumeId) -> Result<VolumeEntry> {
-        let _turn = hold(&self.turn);
         let entry = self.volume(id)?;
         let source = File::open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
         lock::take(&source, &entry.path, false)?;
@@ -286,31 +311,33 @@ impl Pool {
         })
     }
 
+    /// Keeps everybody else from a volume, for as long as it takes to change who has it or to remove it. One that is damaged, half gone
+    /// or was not made yet is nobody's.
+    ///
+    /// # Errors
+    /// [`StoreError::VolumeInUse`]; the pool's directory is not there.
+    pub fn hold(&self, id: &VolumeId) -> Result<Hold> {
+        self.is_there()?;
+        let Ok(entry) = self.volume(id) else { return Ok(Hold { id: *id, _locked: None }) };
+        let file = File::options().read(true).write(true).open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
+        lock::take(&file, &entry.path, true)?;
+        Ok(Hold { id: *id, _locked: Some(file) })
+    }
+
     /// Removes a volume with all it holds; that there is none is fine.
     ///
     /// # Errors
-    /// [`StoreError::VolumeInUse`], and those of the file system.
-    pub fn remove(&self, id: &VolumeId) -> Result<()> {
+    /// Those of the file system.
+    pub fn remove(&self, held: Hold) -> Result<()> {
         let _turn = hold(&self.turn);
-        let held = match self.volume(id) {
-            Ok(entry) => {
-                let file = File::options().read(true).write(true).open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
-                lock::take(&file, &entry.path, true)?;
-                Some(file)
-            }
-            // What is damaged or half gone may go altogether.
-            Err(_) => None,
-        };
+        let id = &held.id;
         // The note first: a crash in between leaves a whole volume, not one that seems to be lost.
         match fs::remove_file(self.mark(id)) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(StoreError::io("remove", self.mark(id))(source)),
             _ => sync_dir(&self.made)?,
         }
-        if self.directory.is_dir() {
-            retire(&self.place(id), &self.directory)?;
-        }
-        drop(held);
-        Ok(())
+        reach(Failpoint::VolumeForgotten);
+        retire(&self.place(id), &self.directory)
     }
 }
 

@@ -54,10 +54,10 @@ fn churn_volumes(store: &Store, number: u8) {
     let format = if number.is_multiple_of(2) { VolumeFormat::Raw } else { VolumeFormat::Qcow2 };
     let entry = pool.ensure(&id, format, VOLUME_BYTES).unwrap();
     pool.grow(&id, entry.size_bytes + (1 << 20)).unwrap();
-    pool.remove(&copy).unwrap();
+    pool.remove(pool.hold(&copy).unwrap()).unwrap();
     pool.clone_volume(&id, &copy).unwrap();
     if number.is_multiple_of(3) {
-        pool.remove(&id).unwrap();
+        pool.remove(pool.hold(&id).unwrap()).unwrap();
     }
 }
 
@@ -104,7 +104,7 @@ fn a_killed_store_opens_whole() {
             // What was interrupted can be done again.
             pool.grow(&id, 1 << 40).unwrap();
             volumes += 1;
-            pool.remove(&id).unwrap();
+            pool.remove(pool.hold(&id).unwrap()).unwrap();
         }
         for vm in store.disks().unwrap() {
             let disk = store.open_disk(&vm).unwrap();

@@ -68,8 +68,8 @@ fn a_volume_has_its_size_to_the_byte_and_keeps_what_is_written() {
         }
         assert_eq!(&there, b"kept");
         assert_eq!(pool(&store).volumes().unwrap(), [DATA]);
-        pool(&store).remove(&DATA).unwrap();
-        pool(&store).remove(&DATA).unwrap();
+        pool(&store).remove(pool(&store).hold(&DATA).unwrap()).unwrap();
+        pool(&store).remove(pool(&store).hold(&DATA).unwrap()).unwrap();
         assert_eq!(pool(&store).volumes().unwrap(), []);
         assert!(matches!(pool(&store).volume(&DATA), Err(StoreError::NoVolume(DATA))));
     }
@@ -110,8 +110,39 @@ fn a_volume_that_is_gone_is_never_made_anew() {
     assert!(matches!(fast.open_volume(&DATA, false), Err(StoreError::Damaged { .. })));
     fs::remove_file(path).unwrap();
     assert!(matches!(fast.ensure(&DATA, VolumeFormat::Raw, SIZE), Err(StoreError::VolumeGone { .. })));
-    fast.remove(&DATA).unwrap();
+    fast.remove(fast.hold(&DATA).unwrap()).unwrap();
     fast.create(&DATA, VolumeFormat::Raw, SIZE).unwrap();
+}
+
+#[test]
+fn what_cannot_be_noted_is_not_made() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    let made = root.path().join("volumes-made");
+    fs::rename(&made, root.path().join("elsewhere")).unwrap();
+    let _ = pool(&store).create(&DATA, VolumeFormat::Raw, SIZE).unwrap_err();
+    assert_eq!(pool(&store).volumes().unwrap(), [], "the caller was told that there is none");
+    fs::rename(root.path().join("elsewhere"), &made).unwrap();
+    pool(&store).create(&DATA, VolumeFormat::Raw, SIZE).unwrap();
+}
+
+#[test]
+fn a_volume_of_a_pool_that_is_away_is_not_taken_for_removed() {
+    let root = tempfile::tempdir().unwrap();
+    let mut store = Store::open(root.path()).unwrap();
+    let (name, directory) = ("fast".parse().unwrap(), root.path().join("fast"));
+    fs::create_dir(&directory).unwrap();
+    store.add_pool("fast".parse().unwrap(), directory.clone()).unwrap();
+    let fast = store.pool(&name).unwrap();
+    fast.create(&DATA, VolumeFormat::Raw, SIZE).unwrap();
+    fs::rename(&directory, root.path().join("elsewhere")).unwrap();
+    let refused = fast.hold(&DATA).unwrap_err().to_string();
+    assert!(refused.contains("/fast"), "{refused}");
+    fs::rename(root.path().join("elsewhere"), &directory).unwrap();
+    let held = fast.hold(&DATA).unwrap();
+    assert!(matches!(fast.open_volume(&DATA, false), Err(StoreError::VolumeInUse { .. })), "nobody gets it while it is held");
+    fast.remove(held).unwrap();
+    assert_eq!(fast.volumes().unwrap(), []);
 }
 
 #[test]
@@ -148,7 +179,7 @@ fn a_second_writer_is_kept_out_whoever_it_is() {
         pool(&store).open_volume(&DATA, true).map(drop),
         pool(&store).grow(&DATA, 128 * MIB).map(drop),
         pool(&store).clone_volume(&DATA, &COPY).map(drop),
-        pool(&store).remove(&DATA),
+        pool(&store).hold(&DATA).map(drop),
     ];
     for result in refused {
         assert!(matches!(result, Err(StoreError::VolumeInUse { .. })), "{result:?}");
@@ -166,6 +197,9 @@ fn a_second_writer_is_kept_out_whoever_it_is() {
         std::thread::sleep(std::time::Duration::from_millis(50));
         pool(&store).open_volume(&DATA, false).err()
     });
+    for reading in [pool(&store).open_volume(&DATA, true).map(drop), pool(&store).clone_volume(&DATA, &COPY).map(drop)] {
+        assert!(matches!(reading, Err(StoreError::VolumeInUse { .. })), "it may write while we read: {reading:?}");
+    }
     other.kill().unwrap();
     other.wait().unwrap();
     let refused = refused.expect("the other program opens it in five seconds").to_string();

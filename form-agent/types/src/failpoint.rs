@@ -96,6 +96,18 @@ failpoints! {
     StopAsked = "stop.asked",
     /// The VM process is gone, everything around it is still there.
     StopProcessGone = "stop.process-gone",
+    /// A volume has its bytes and no name yet.
+    VolumeDrafted = "volume.drafted",
+    /// A volume has its name in the pool; that it was made is not noted.
+    VolumeNamed = "volume.named",
+    /// A volume is made; the state does not know it.
+    VolumeMade = "volume.made",
+    /// What was asked of a volume is in the state; the pool is as before.
+    VolumeSubmitted = "volume.submitted",
+    /// A volume's file has grown; its record says the old size.
+    VolumeGrown = "volume.grown",
+    /// Nobody knows a volume any more; its file is still there.
+    VolumeForgotten = "volume.forgotten",
     /// The tap is removed.
     CleanTapRemoved = "clean.tap-removed",
     /// The runtime directory is removed.

@@ -23,11 +23,12 @@ macro_rules! text_schema {
     };
 }
 
-use crate::{ClusterId, Digest, HostId, IdempotencyKey, ImageReference, Name, OperationId, PublicKey, VmId, spec::EnvScope};
+use crate::{ClusterId, Digest, HostId, IdempotencyKey, ImageReference, Name, OperationId, PublicKey, VmId, VolumeId, spec::EnvScope};
 
 const ID: &str = "^[0-9a-fA-F]{32}$";
 
 text_schema!(VmId, ID, "5f0c1de2a4b34d1f9e8a7b6c5d4e3f21", "A virtual machine, for its whole life.");
+text_schema!(VolumeId, ID, "7c2ad0915e6f4b38a1c4d7e02f9b8a63", "A volume, for its whole life.");
 text_schema!(OperationId, ID, "0a6d94c35b7e4f2181d0c9b8a7f6e5d4", "One change that somebody asked for.");
 text_schema!(HostId, ID, "8a3dd495638ec17b20f49d55ab30c1e2", "A host: the first half of the BLAKE3 hash of its public key.");
 text_schema!(ClusterId, ID, "c3b1f08e5d2947a6b0e4d7f1928a6c53", "A cluster: drawn at random when its first host is set up.");
@@ -72,6 +73,7 @@ mod tests {
     #[test]
     fn the_examples_are_values() {
         assert!(example::<VmId>().parse::<VmId>().is_ok());
+        assert!(example::<VolumeId>().parse::<VolumeId>().is_ok());
         assert!(example::<OperationId>().parse::<OperationId>().is_ok());
         assert!(example::<HostId>().parse::<HostId>().is_ok());
         assert!(example::<ClusterId>().parse::<ClusterId>().is_ok());

@@ -230,7 +230,7 @@ impl Protocol {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema), schema(as = SpecVolume))]
 pub struct Volume {
     pub name: Name,
     pub path: String,

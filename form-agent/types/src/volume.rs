@@ -7,6 +7,7 @@ use crate::VolumeId;
 /// How a volume's bytes are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum VolumeFormat {
     /// A sparse file whose bytes are the disk's.
     #[default]

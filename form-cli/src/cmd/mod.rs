@@ -16,9 +16,11 @@ mod init;
 pub mod key;
 pub mod op;
 mod plan;
+pub mod pool;
 pub mod sandbox;
 mod version;
 pub mod vm;
+pub mod volume;
 mod wait;
 
 use clap::Subcommand;
@@ -39,7 +41,7 @@ pub enum Command {
     Exec(vm::exec::Args),
     Cp(vm::cp::Args),
     Wait(wait::Args),
-    /// Destroy VMs and everything on their disks (as `form vm rm`)
+    /// Destroy VMs and everything on their root disks (as `form vm rm`)
     Destroy(vm::rm::Args),
     Events(events::Args),
     Doctor(doctor::Args),
@@ -50,6 +52,12 @@ pub enum Command {
     /// Images
     #[command(subcommand)]
     Image(image::Verb),
+    /// Volumes: disks with a life of their own
+    #[command(subcommand)]
+    Volume(volume::Verb),
+    /// Pools: the places that volumes live in
+    #[command(subcommand)]
+    Pool(pool::Verb),
     /// Hosts: machines with an agent
     #[command(subcommand)]
     Host(host::Verb),
@@ -91,6 +99,8 @@ impl Command {
             Self::Bench(args) => bench::run(args, session).await,
             Self::Vm(verb) => verb.run(session).await,
             Self::Image(verb) => verb.run(session).await,
+            Self::Volume(verb) => verb.run(session).await,
+            Self::Pool(verb) => verb.run(session).await,
             Self::Host(verb) => verb.run(session).await,
             Self::Op(verb) => verb.run(session).await,
             Self::Key(verb) => verb.run(session),

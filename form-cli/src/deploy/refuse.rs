@@ -12,9 +12,6 @@ pub fn refuse(spec: &Spec) -> Result<(), Failure> {
     if spec.replicas > 1 {
         reasons.push(format!("REPLICAS {}: only one instance can run", spec.replicas));
     }
-    for volume in &spec.volumes {
-        reasons.push(format!("VOLUME {}: there are no volumes yet", volume.name));
-    }
     for network in spec.networks.iter().filter(|network| network.as_str() != "default") {
         reasons.push(format!("NETWORK {network}: there is only the network `default`"));
     }
@@ -45,10 +42,10 @@ mod tests {
 
     #[test]
     fn every_reason_is_named() {
-        assert!(refuse(&spec("NETWORK default\nENV --scope=service:web A=1\nMODEL preferred:llama3:8b\n")).is_ok());
-        let failure = refuse(&spec("REPLICAS 3\nVOLUME data:/var\nNETWORK back\nGPU a100\nMODEL required:m\n")).unwrap_err();
+        assert!(refuse(&spec("NETWORK default\nENV --scope=service:web A=1\nMODEL preferred:llama3:8b\nVOLUME data:/data\n")).is_ok());
+        let failure = refuse(&spec("REPLICAS 3\nNETWORK back\nGPU a100\nMODEL required:m\n")).unwrap_err();
         assert_eq!((failure.error.code, failure.exit_code()), (ErrorCode::Unsupported, 1));
-        for word in ["REPLICAS 3", "VOLUME data", "NETWORK back", "GPU a100", "MODEL required:m"] {
+        for word in ["REPLICAS 3", "NETWORK back", "GPU a100", "MODEL required:m"] {
             assert!(failure.error.message.contains(word), "{}", failure.error.message);
         }
     }

@@ -11,7 +11,7 @@ use axum::{
     extract::{Path, Query, Request, State},
     http::StatusCode,
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{delete, get, post},
 };
 use form_api::{
     ApiError, ErrorCode,
@@ -63,6 +63,44 @@ pub fn vm(name: &str, state: &str) -> Value {
         "ports": [{"port": 80, "protocol": "tcp", "host_port": 8080}], "vcpus": 1, "memory_mib": 512, "disk_gib": 5, "labels": {},
         "created_at": "2026-01-01T00:00:00Z", "started_at": null, "restarts": 0, "fault": if state == "failed" { json!("it broke") } else { json!(null) }
     })
+}
+
+fn volume(name: &str, vm: Option<&str>) -> Value {
+    let attachment = vm.map(
+        |vm| json!({"vm": vm, "path": "/var/data", "read_only": false, "by_formfile": true, "state": "attached", "device": "/dev/vdb"}),
+    );
+    json!({
+        "id": ID, "name": name, "host": ID, "host_name": "den", "pool": "local", "format": "raw", "size_bytes": 10_u64 << 30,
+        "allocated_bytes": 1 << 20, "serial": "vol-0011223344556677", "attachment": attachment, "created_at": "2026-01-01T00:00:00Z",
+        "fault": null
+    })
+}
+
+fn pool() -> Value {
+    json!({
+        "name": "local", "kind": "local", "host": ID, "host_name": "den", "path": "/var/lib/formation/volumes",
+        "total_bytes": 100_u64 << 30, "free_bytes": 60_u64 << 30, "provisioned_bytes": 20_u64 << 30, "allocated_bytes": 2 << 20, "volumes": 2,
+        "fault": null
+    })
+}
+
+async fn show_volume(Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    match name.as_str() {
+        "data" => Ok(axum::Json(volume("data", Some("web")))),
+        "spare" => Ok(axum::Json(volume("spare", None))),
+        _ => Err(ApiError::new(ErrorCode::NotFound, format!("there is no volume/{name}")).hint("list them with `form volume ls`")),
+    }
+}
+
+async fn show_pool(Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    match name.as_str() {
+        "local" => Ok(axum::Json(pool())),
+        _ => Err(ApiError::new(ErrorCode::NotFound, format!("there is no pool `{name}`")).hint("list them with `form pool ls`")),
+    }
+}
+
+async fn remove_volume(Path(name): Path<String>) -> axum::Json<Value> {
+    axum::Json(operation("volume-remove", &format!("volume/{name}"), "completed"))
 }
 
 fn detail(vm: &Value) -> Value {
@@ -137,6 +175,10 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/vms/{name}/copy", get(copying::copy))
         .route("/v1/stats", get(|State(vms): Vms| async move { axum::Json(Value::Array(vms.iter().map(stats).collect())) }))
         .route("/v1/vms/{name}/stats", get(show_stats))
+        .route("/v1/volumes", get(async || axum::Json(json!([volume("data", Some("web")), volume("spare", None)]))))
+        .route("/v1/volumes/{name}", delete(remove_volume).get(show_volume))
+        .route("/v1/pools", get(async || axum::Json(json!([pool()]))))
+        .route("/v1/pools/{name}", get(show_pool))
         .route("/v1/operations/{id}", get(wait))
         .route("/v1/operations", get(async || axum::Json(json!([operation("vm-start", "vm/web", "completed")]))))
         .route("/v1/events", get(events))

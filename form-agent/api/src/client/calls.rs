@@ -20,6 +20,7 @@ use crate::{
     operation::{Operation, OperationsQuery, WaitQuery},
     stats::{HealthReport, StatsQuery, VmStats},
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail},
+    volume::{AttachRequest, CloneRequest, CreateRequest, Pool, ResizeRequest, Volume},
 };
 
 /// An import writes and hashes the whole image: on a host in software emulation that takes a minute, on a busy one several.
@@ -228,6 +229,46 @@ impl Client {
 
     pub async fn health(&self) -> Result<HealthReport, ClientError> {
         self.read(&Call::get("/v1/health")).await
+    }
+
+    pub async fn volumes(&self) -> Result<Vec<Volume>, ClientError> {
+        self.read(&Call::get("/v1/volumes")).await
+    }
+
+    pub async fn volume(&self, name: &Name) -> Result<Volume, ClientError> {
+        self.read(&Call::get(format!("/v1/volumes/{name}"))).await
+    }
+
+    pub async fn create_volume(&self, request: &CreateRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post("/v1/volumes").json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn attach_volume(&self, name: &Name, request: &AttachRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/volumes/{name}/attach")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn detach_volume(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/volumes/{name}/detach")).signed(fresh_key()?)).await
+    }
+
+    pub async fn resize_volume(&self, name: &Name, request: &ResizeRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/volumes/{name}/resize")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn clone_volume(&self, name: &Name, request: &CloneRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/volumes/{name}/clone")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn remove_volume(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.read(&Call::delete(format!("/v1/volumes/{name}")).signed(fresh_key()?)).await
+    }
+
+    pub async fn pools(&self) -> Result<Vec<Pool>, ClientError> {
+        self.read(&Call::get("/v1/pools")).await
+    }
+
+    pub async fn pool(&self, name: &Name) -> Result<Pool, ClientError> {
+        self.read(&Call::get(format!("/v1/pools/{name}"))).await
     }
 
     pub async fn images(&self) -> Result<Vec<Image>, ClientError> {

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read},
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -56,8 +56,8 @@ pub fn attach(volume: &VolumeMount) -> Result<(DeviceReport, Option<Error>), Err
     };
     let target = files::absolute(path)?;
     let device = devices::wait_for(&volume.serial, VOLUME_LIMIT)?;
-    prepare(&device, volume)?;
     fs::create_dir_all(target).at("create", target)?;
+    prepare(&device, volume, target)?;
     let warning = ext4::mount_device(&device, target, volume.read_only, true)?;
     Ok((device.report(Some(path)), warning))
 }
@@ -72,7 +72,7 @@ enum Content {
     Something,
 }
 
-fn prepare(device: &BlockDevice, volume: &VolumeMount) -> Result<(), Error> {
+fn prepare(device: &BlockDevice, volume: &VolumeMount, target: &Path) -> Result<(), Error> {
     let path = device.path();
     let name = || path.display().to_string();
     let content = File::open(&path).and_then(|file| content(&file, device.size_bytes, volume.is_blank)).at("read", &path)?;
@@ -84,7 +84,7 @@ fn prepare(device: &BlockDevice, volume: &VolumeMount) -> Result<(), Error> {
             say(format_args!("making a file system on {} ({})", name(), volume.serial));
             let make = || {
                 let file = File::options().read(true).write(true).open(&path)?;
-                ext4::make(&file, device.size_bytes, &identity()?)
+                ext4::make(&file, device.size_bytes, &identity(target)?)
             };
             make().at("make a file system on", &path)
         }
@@ -116,7 +116,9 @@ fn content(file: &File, bytes: u64, is_blank: bool) -> io::Result<Content> {
     Ok(if nothing { Content::Nothing } else { Content::Something })
 }
 
-fn identity() -> io::Result<ext4::Identity> {
+/// Who owned the place in the image owns the volume: a service that is not root can write to it as it could before.
+fn identity(target: &Path) -> io::Result<ext4::Identity> {
+    let place = fs::metadata(target)?;
     let (mut uuid, mut hash_seed) = ([0; 16], [0; 16]);
     let mut random = File::open("/dev/urandom")?;
     random.read_exact(&mut uuid)?;
@@ -125,7 +127,8 @@ fn identity() -> io::Result<ext4::Identity> {
     uuid[6] = uuid[6] & 0x0f | 0x40;
     uuid[8] = uuid[8] & 0x3f | 0x80;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| u32::try_from(time.as_secs()).unwrap_or(u32::MAX));
-    Ok(ext4::Identity { uuid, hash_seed, now })
+    let mode = (place.mode() & 0o7777) as u16;
+    Ok(ext4::Identity { uuid, hash_seed, now, owner: place.uid(), group: place.gid(), mode })
 }
 
 /// Unmounts what is mounted on `path`.
@@ -161,7 +164,7 @@ mod tests {
             assert_eq!(content(&file, BYTES, true).expect("readable"), Content::Something, "{at}");
             file.write_all_at(&[0], at).expect("writable");
         }
-        ext4::make(&file, BYTES, &identity().expect("random")).expect("made");
+        ext4::make(&file, BYTES, &identity(Path::new("/tmp")).expect("random")).expect("made");
         assert_eq!(content(&file, BYTES, true).expect("readable"), Content::Ext4);
         assert_eq!(content(&file, BYTES, false).expect("readable"), Content::Ext4);
         fs::remove_file(path).expect("there");
@@ -171,7 +174,7 @@ mod tests {
     fn a_device_shorter_than_what_is_looked_at_is_no_panic() {
         let (path, file) = disk("short", 512);
         assert_eq!(content(&file, 512, true).expect("readable"), Content::Nothing);
-        assert!(ext4::make(&file, 512, &identity().expect("random")).is_err());
+        assert!(ext4::make(&file, 512, &identity(Path::new("/tmp")).expect("random")).is_err());
         fs::remove_file(path).expect("there");
     }
 }

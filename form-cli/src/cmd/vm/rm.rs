@@ -1,36 +1,74 @@
 use clap_complete::engine::ArgValueCompleter;
+use form_api::client::Client;
 use form_types::Name;
 
 use crate::{
     args::vm_name,
     complete,
-    failure::Outcome,
+    failure::{Failure, Outcome},
     operation::{each, settle},
     sandbox,
     session::Session,
 };
 
-/// Destroy VMs and everything on their disks
+/// Destroy VMs and everything on their root disks
+///
+/// Their volumes are kept, with what they hold, unless --volumes is given.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The VMs
     #[arg(value_parser = vm_name, required = true, add = ArgValueCompleter::new(complete::vms))]
     names: Vec<Name>,
+    /// Remove their volumes too, with everything they hold
+    #[arg(long)]
+    volumes: bool,
 }
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
+    if args.volumes && session.global.no_wait {
+        return Err(Failure::usage("volumes can be removed only once their VM is gone, and --no-wait does not wait for that")
+            .hint("leave out --no-wait, or remove the volumes later with `form volume rm`"));
+    }
     let client = session.client()?;
     // A name that does not exist is said before anybody is asked.
     for name in &args.names {
         client.vm(name).await?;
     }
+    let volumes = volumes_of(&client, &args.names).await?;
     let names: Vec<&str> = args.names.iter().map(Name::as_str).collect();
-    session.terminal.confirm(&format!("Destroy {} and everything on the root disk?", names.join(", ")))?;
+    let (names, volume_names) = (names.join(", "), volumes.iter().map(Name::as_str).collect::<Vec<_>>().join(", "));
+    let question = match (volumes.is_empty(), args.volumes) {
+        (false, true) => format!("Destroy {names} with everything on the root disk and on the volumes {volume_names}?"),
+        (false, false) => format!("Destroy {names} and everything on the root disk? What is on the volumes {volume_names} is kept."),
+        (true, _) => format!("Destroy {names} and everything on the root disk?"),
+    };
+    session.terminal.confirm(&question)?;
     let outcome = each(session, &args.names, async |name: Name| {
         let operation = settle(session, &client, client.destroy(&name).await?).await?;
         session.terminal.done(&operation, name.as_str(), &format!("{name}: destroy{}", if operation.status.is_final() { "ed" } else { "" }))
     })
     .await;
     sandbox::publish(session, &client).await;
-    outcome
+    if volumes.is_empty() {
+        return outcome;
+    }
+    if !args.volumes {
+        session.terminal.note(format!("kept: volumes {volume_names} (remove them with `form volume rm`)"));
+        return outcome;
+    }
+    let code = outcome?;
+    let removed = each(session, &volumes, async |name: Name| {
+        let operation = settle(session, &client, client.remove_volume(&name).await?).await?;
+        session.terminal.done(&operation, name.as_str(), &format!("{name}: removed"))
+    })
+    .await?;
+    Ok(code.max(removed))
+}
+
+async fn volumes_of(client: &Client, vms: &[Name]) -> Result<Vec<Name>, Failure> {
+    let volumes = client.volumes().await?.into_iter();
+    Ok(volumes
+        .filter(|volume| volume.attachment.as_ref().is_some_and(|attachment| vms.contains(&attachment.vm)))
+        .map(|volume| volume.name)
+        .collect())
 }

@@ -53,6 +53,11 @@ pub struct Identity {
     pub hash_seed: [u8; 16],
     /// Seconds since 1970.
     pub now: u32,
+    /// Of the root directory.
+    pub owner: u32,
+    pub group: u32,
+    /// Its permissions, without the kind of file.
+    pub mode: u16,
 }
 
 /// Makes the file system on a device that reads as zeros, or on which an earlier try was interrupted. The superblock is written last:
@@ -200,7 +205,7 @@ impl Layout {
         let sectors = |blocks: u64| (blocks * BLOCK / 512) as u32;
         let directory = |mode, links, block| Inode { mode, links, bytes: BLOCK, sectors: sectors(1), map: Map::Extent(block, 1) };
         let all = [
-            (ROOT_INODE, directory(0o40755, 3, ROOT_DIRECTORY)),
+            (ROOT_INODE, directory(0o40000 | self.identity.mode & 0o7777, 3, ROOT_DIRECTORY)),
             (
                 RESIZE_INODE,
                 Inode {
@@ -234,6 +239,13 @@ impl Layout {
         bytes.u32(0x04, inode.bytes as u32);
         for time in [0x08, 0x0c, 0x10, 0x90] {
             bytes.u32(time, now);
+        }
+        if number == ROOT_INODE {
+            let Identity { owner, group, .. } = self.identity;
+            bytes.u16(0x02, owner as u16);
+            bytes.u16(0x78, (owner >> 16) as u16);
+            bytes.u16(0x18, group as u16);
+            bytes.u16(0x7a, (group >> 16) as u16);
         }
         bytes.u16(0x1a, inode.links);
         bytes.u32(0x1c, inode.sectors);
@@ -379,11 +391,12 @@ fn crc32c(seed: u32, bytes: &[u8]) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
+    use std::{os::unix::fs::MetadataExt, process::Command};
 
     use super::*;
 
-    const IDENTITY: Identity = Identity { uuid: [7; 16], hash_seed: [9; 16], now: 1_700_000_000 };
+    const IDENTITY: Identity =
+        Identity { uuid: [7; 16], hash_seed: [9; 16], now: 1_700_000_000, owner: 70_001, group: 70_002, mode: 0o1770 };
 
     fn blank(bytes: u64) -> (std::path::PathBuf, File) {
         static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
@@ -431,10 +444,12 @@ mod tests {
         let target = format!("{text}.mount");
         std::fs::create_dir(&target).expect("temporary directory");
         run("mount", &["-o", "loop", &text, &target]);
+        let root = std::fs::metadata(&target).map(|meta| (meta.uid(), meta.gid(), meta.mode()));
         let written = std::fs::write(format!("{target}/file"), vec![7; 20 << 20]);
         run("umount", &[&target]);
         std::fs::remove_dir(&target).expect("empty");
         written.expect("writable");
+        assert_eq!(root.expect("mounted"), (70_001, 70_002, 0o41_770));
         run("e2fsck", &["-fn", &text]);
         let said = run("debugfs", &["-R", "stat file", &text]);
         std::fs::remove_file(&path).expect("there");

@@ -1,0 +1,68 @@
+//! The volumes of a VM that is being started: made when they never were, grown, opened and locked.
+
+use form_store::{OpenVolume, StoreError};
+use form_types::{Name, VolumeFormat, settings::VolumeMount};
+use form_vmm::config::DiskFormat;
+
+use super::{DesiredVolume, of_vm};
+use crate::{agent::Agent, desired::DesiredVm, vm::VolumeDisk};
+
+/// A volume that is open for a VM.
+pub struct Ready {
+    pub volume: DesiredVolume,
+    pub open: OpenVolume,
+    pub read_only: bool,
+    pub path: Option<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("volume/{name}: {source}")]
+pub struct AttachError {
+    name: Name,
+    source: StoreError,
+}
+
+/// Opens all volumes that the VM should have, in the order of their ids. Blocks, also while a volume changes hands: what the state says
+/// of them holds until they are locked.
+///
+/// # Errors
+/// When one cannot be had: in use elsewhere, gone, no room.
+pub fn open(agent: &Agent, vm: &DesiredVm) -> Result<Vec<Ready>, AttachError> {
+    if of_vm(&agent.view(), &vm.id).is_empty() {
+        return Ok(Vec::new());
+    }
+    let _turn = agent.volume_turn();
+    of_vm(&agent.view(), &vm.id).into_iter().map(|volume| open_one(agent, volume)).collect()
+}
+
+fn open_one(agent: &Agent, volume: DesiredVolume) -> Result<Ready, AttachError> {
+    let (read_only, path) = volume.attached.as_ref().map_or((true, None), |attached| (attached.read_only, attached.path.clone()));
+    let open = || {
+        let pool = agent.store.pool(&volume.pool)?;
+        let entry = pool.ensure(&volume.id, volume.format, volume.size_bytes)?;
+        if entry.size_bytes < volume.size_bytes {
+            pool.grow(&volume.id, volume.size_bytes)?;
+        }
+        pool.open_volume(&volume.id, read_only)
+    };
+    match open() {
+        Ok(open) => Ok(Ready { volume, open, read_only, path }),
+        Err(source) => Err(AttachError { name: volume.name, source }),
+    }
+}
+
+impl Ready {
+    /// What the VM process is told.
+    pub fn disk(&self) -> VolumeDisk {
+        let format = match self.open.format {
+            VolumeFormat::Raw => DiskFormat::Raw,
+            VolumeFormat::Qcow2 => DiskFormat::Qcow2,
+        };
+        VolumeDisk { name: self.volume.name.clone(), serial: self.volume.id.serial(), format, read_only: self.read_only }
+    }
+
+    /// What the guest is told.
+    pub fn mount(&self) -> VolumeMount {
+        VolumeMount { serial: self.volume.id.serial(), path: self.path.clone(), read_only: self.read_only, is_blank: self.open.is_blank }
+    }
+}

@@ -1,0 +1,328 @@
+//! Operations on volumes: recorded, done, and after a crash finished or taken back.
+
+use std::sync::Arc;
+
+use form_api::{
+    ApiError, ErrorCode,
+    operation::{Operation, OperationKind},
+    volume::{AttachRequest, CloneRequest, CreateRequest, ResizeRequest},
+};
+use form_state::Table;
+use form_store::{Hold, Pool, StoreError};
+use form_types::{Failpoint, Name, OperationId, VolumeId, failpoint::reach};
+use serde::{Deserialize, Serialize};
+
+use super::{DesiredVolume, describe, of_vm, rules};
+use crate::{
+    agent::{Agent, internal},
+    authorise::{Caller, SignedRequest},
+    headroom,
+    operation::{Begun, Opening, Record},
+    serve::store_error,
+};
+
+/// What is asked of a volume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Change {
+    Create(CreateRequest),
+    Attach(AttachRequest),
+    Detach,
+    Resize(ResizeRequest),
+    Clone(CloneRequest),
+    Remove,
+}
+
+impl Change {
+    const fn kind(&self) -> OperationKind {
+        match self {
+            Self::Create(_) => OperationKind::VolumeCreate,
+            Self::Attach(_) => OperationKind::VolumeAttach,
+            Self::Detach => OperationKind::VolumeDetach,
+            Self::Resize(_) => OperationKind::VolumeResize,
+            Self::Clone(_) => OperationKind::VolumeClone,
+            Self::Remove => OperationKind::VolumeRemove,
+        }
+    }
+}
+
+/// What is remembered of a change under way.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Progress {
+    /// The volume that is made, changed or removed.
+    id: VolumeId,
+    pool: Name,
+    change: Change,
+    request: SignedRequest,
+}
+
+/// Begins a change of the volume `name`; for [`Change::Create`] and [`Change::Clone`] that is the new one, and the source.
+///
+/// # Errors
+/// What stands in the way before anything is changed.
+pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -> Result<Operation, ApiError> {
+    let subject = match &change {
+        Change::Clone(request) => format!("volume/{}", request.name),
+        _ => format!("volume/{name}"),
+    };
+    let opening = Opening {
+        kind: change.kind(),
+        vm: None,
+        subject,
+        actor: caller.actor.clone(),
+        actor_key: caller.key,
+        idempotency_key: caller.idempotency_key,
+        request: caller.request,
+    };
+    match change {
+        // These free room.
+        Change::Remove | Change::Detach => agent.use_headroom(),
+        _ => agent.keep_headroom(),
+    }
+    // A repeated request is answered whatever has become of the volume by now.
+    let repeated = agent.operations.get(OperationId::derive(&caller.key, &caller.idempotency_key)).is_ok();
+    if !repeated {
+        check(agent, name, &change)?;
+    }
+    let id = match agent.operations.begin(opening)? {
+        Begun::Repeated(operation) => return Ok(*operation),
+        Begun::New(id) => id,
+    };
+    match remember(agent, caller, id, name, change) {
+        Ok(progress) => {
+            let (agent, name) = (Arc::clone(agent), name.clone());
+            tokio::task::spawn_blocking(move || {
+                let result = perform(&agent, &name, &progress);
+                agent.operations.finish(id, result);
+            });
+        }
+        Err(error) => agent.operations.finish(id, Err(error)),
+    }
+    agent.operations.get(id)
+}
+
+fn remember(agent: &Agent, caller: &Caller, id: OperationId, name: &Name, change: Change) -> Result<Progress, ApiError> {
+    let (id_of_it, pool) = match &change {
+        Change::Create(request) => (
+            VolumeId::derive(&caller.key, &caller.idempotency_key, request.name.as_str()),
+            request.pool.clone().unwrap_or_else(form_store::local_pool),
+        ),
+        Change::Clone(request) => {
+            let source = describe::volume_named(agent, name)?;
+            (VolumeId::derive(&caller.key, &caller.idempotency_key, request.name.as_str()), source.pool)
+        }
+        _ => {
+            let volume = describe::volume_named(agent, name)?;
+            (volume.id, volume.pool)
+        }
+    };
+    let progress = Progress { id: id_of_it, pool, change, request: caller.signed.clone() };
+    agent.operations.remember(id, serde_json::to_value(&progress).map_err(|error| internal(&error))?)?;
+    Ok(progress)
+}
+
+/// Whether it can be done now.
+fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
+    let view = agent.view();
+    let fault = rules::VolumeFault::into_api;
+    if let Change::Create(request) = change {
+        agent.store.pool(request.pool.as_ref().unwrap_or(&form_store::local_pool())).map_err(|error| store_error(&error))?;
+        return rules::check_new(&request.name, request.size_bytes, &view).map_err(fault);
+    }
+    let volume = rules::existing(name, &view).map_err(fault)?;
+    if volume.host != agent.host_id() {
+        return Err(fault(rules::VolumeFault::NotYours(volume.name)));
+    }
+    match change {
+        Change::Create(_) => Ok(()),
+        Change::Attach(request) => {
+            let vm = rules::check_attach(&volume, request, &view).map_err(fault)?;
+            if describe::held_by(agent, &vm).contains(&volume.id) { Ok(()) } else { not_held(agent, &volume, "be attached") }
+        }
+        Change::Detach => {
+            rules::check_detach(&volume).map_err(fault)?;
+            not_held(agent, &volume, "be detached")
+        }
+        Change::Resize(request) => rules::check_resize(&volume, request.size_bytes).map_err(fault),
+        Change::Clone(request) => {
+            rules::check_new(&request.name, volume.size_bytes, &view).map_err(fault)?;
+            not_held(agent, &volume, "be cloned")
+        }
+        Change::Remove => {
+            rules::check_remove(&volume, &view).map_err(fault)?;
+            not_held(agent, &volume, "be removed")
+        }
+    }
+}
+
+/// No VM process of this host has it open.
+fn not_held(agent: &Agent, volume: &DesiredVolume, what: &str) -> Result<(), ApiError> {
+    match agent.vms_on_disk().into_iter().find(|vm| describe::held_by(agent, vm).contains(&volume.id)) {
+        Some(vm) => {
+            let holder = describe::vm_name(agent, &vm);
+            let text = format!("vm/{holder} runs with volume/{}, which cannot {what} meanwhile", volume.name);
+            Err(ApiError::new(ErrorCode::Conflict, text).hint(format!("stop it first: `form vm stop {holder}`")))
+        }
+        None => Ok(()),
+    }
+}
+
+fn perform(agent: &Agent, name: &Name, progress: &Progress) -> Result<(), ApiError> {
+    let pool = agent.store.pool(&progress.pool).map_err(|error| store_error(&error))?;
+    make(agent, pool, name, progress)?;
+    let result = record(agent, pool, name, progress);
+    let is_known = || agent.view().cluster().record(Table::Volumes, progress.id).is_some();
+    if let (Change::Create(_) | Change::Clone(_), Err(_)) = (&progress.change, &result)
+        && !is_known()
+        && let Err(error) = pool.hold(&progress.id).and_then(|held| pool.remove(held))
+    {
+        tracing::warn!("a volume that nobody knows stays: {error}");
+    }
+    result
+}
+
+/// New bytes first: what the state knows is there.
+fn make(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Result<(), ApiError> {
+    let store = |error: StoreError| store_error(&error);
+    match &progress.change {
+        Change::Create(request) => {
+            has_room(pool)?;
+            pool.create(&progress.id, request.format, request.size_bytes).map_err(store)?;
+        }
+        Change::Clone(_) => {
+            has_room(pool)?;
+            let source = describe::volume_named(agent, name)?;
+            match pool.volume(&source.id) {
+                Ok(_) => pool.clone_volume(&source.id, &progress.id).map_err(store)?,
+                // Of one that was never used there is nothing to copy.
+                Err(StoreError::NoVolume(_)) => pool.create(&progress.id, source.format, source.size_bytes).map_err(store)?,
+                Err(error) => return Err(store(error)),
+            };
+        }
+        Change::Attach(AttachRequest { path: Some(_), read_only: true, .. }) if is_blank(pool, &progress.id) => {
+            let text = format!("volume/{name} never held anything, and a VM that cannot write to it cannot make a file system on it");
+            return Err(ApiError::new(ErrorCode::Conflict, text).hint("attach it without --read-only first, or without a path"));
+        }
+        _ => return Ok(()),
+    }
+    reach(Failpoint::VolumeMade);
+    Ok(())
+}
+
+/// Volumes are sparse: what counts is that there is room to begin with.
+fn has_room(pool: &Pool) -> Result<(), ApiError> {
+    let space = pool.space().map_err(|error| store_error(&error))?;
+    if space.free >= headroom::LOW {
+        return Ok(());
+    }
+    let text = format!("pool/{} is full: {} MiB are free in {}", pool.name(), space.free >> 20, pool.directory().display());
+    Err(ApiError::new(ErrorCode::NoRoom, text).hint("remove volumes that nobody needs with `form volume rm`, or add space"))
+}
+
+/// Nobody has it open and nothing was ever written to it.
+fn is_blank(pool: &Pool, id: &VolumeId) -> bool {
+    match pool.open_volume(id, true) {
+        Ok(open) => open.is_blank,
+        Err(error) => matches!(error, StoreError::NoVolume(_)),
+    }
+}
+
+/// Writes down what should be, and does what is left to do. Until it returns no VM starts with a volume.
+fn record(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Result<(), ApiError> {
+    let _turn = agent.volume_turn();
+    let held = hold(pool, name, progress)?;
+    {
+        let _admission = agent.admission();
+        check(agent, name, &progress.change)?;
+        agent.submit(&progress.request)?;
+    }
+    reach(Failpoint::VolumeSubmitted);
+    settle(pool, progress, held)
+}
+
+/// The volume, when it may be changed only while nobody has it open: the state may be wrong about that, its lock is not.
+fn hold(pool: &Pool, name: &Name, progress: &Progress) -> Result<Option<Hold>, ApiError> {
+    match (&progress.change, pool.hold(&progress.id)) {
+        (Change::Remove | Change::Detach, Err(error @ StoreError::VolumeInUse { .. })) => {
+            Err(ApiError::new(ErrorCode::Conflict, format!("volume/{name}: {error}")).hint("end what uses it, and try again"))
+        }
+        (Change::Remove, Err(error)) => {
+            let gone = store_error(&error);
+            Err(gone.hint("is the file system of its pool mounted? If it is gone for good, make an empty directory in its place"))
+        }
+        (Change::Remove, Ok(held)) => Ok(Some(held)),
+        (Change::Detach, held) => Ok(held.ok()),
+        _ => Ok(None),
+    }
+}
+
+/// What is left to do once the state says what should be.
+fn settle(pool: &Pool, progress: &Progress, held: Option<Hold>) -> Result<(), ApiError> {
+    match &progress.change {
+        Change::Remove => {
+            let held = held.map_or_else(|| pool.hold(&progress.id), Ok).map_err(|error| store_error(&error))?;
+            pool.remove(held).map_err(|error| store_error(&error))
+        }
+        Change::Resize(request) => match pool.grow(&progress.id, request.size_bytes) {
+            // Made, or grown, when the VM starts.
+            Ok(_) | Err(StoreError::NoVolume(_) | StoreError::VolumeInUse { .. }) => Ok(()),
+            Err(error) => Err(store_error(&error)),
+        },
+        Change::Create(_) | Change::Clone(_) | Change::Attach(_) | Change::Detach => Ok(()),
+    }
+}
+
+/// Ends what an earlier run of the agent left unfinished: what the state knows is completed, everything else is taken back.
+pub fn resume(agent: &Arc<Agent>, record: &Record) {
+    let id = record.operation.id;
+    let progress: Option<Progress> = record.resume.clone().and_then(|resume| serde_json::from_value(resume).ok());
+    let result = progress.map_or_else(|| Err(nothing_changed()), |progress| resume_one(agent, &progress));
+    agent.operations.finish(id, result);
+}
+
+fn nothing_changed() -> ApiError {
+    ApiError::new(ErrorCode::Failed, "the agent was stopped before it changed anything").hint("run the same command again")
+}
+
+fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
+    let view = agent.view();
+    let known = view.cluster().record(Table::Volumes, progress.id).is_some();
+    let desired = super::volumes(&view).into_values().find(|volume| volume.id == progress.id);
+    let is_done = match &progress.change {
+        Change::Create(_) | Change::Clone(_) => known,
+        Change::Remove => !known,
+        Change::Resize(request) => desired.is_some_and(|volume| volume.size_bytes == request.size_bytes),
+        Change::Attach(request) => {
+            let vm = crate::desired::vm_named(&view, &request.vm);
+            vm.is_some_and(|vm| of_vm(&view, &vm.id).iter().any(|volume| volume.id == progress.id))
+        }
+        Change::Detach => desired.is_some_and(|volume| volume.attached.is_none()),
+    };
+    let _turn = agent.volume_turn();
+    let pool = agent.store.pool(&progress.pool).map_err(|error| store_error(&error))?;
+    if is_done {
+        return settle(pool, progress, None);
+    }
+    if matches!(progress.change, Change::Create(_) | Change::Clone(_)) {
+        pool.hold(&progress.id).and_then(|held| pool.remove(held)).map_err(|error| store_error(&error))?;
+    }
+    Err(nothing_changed())
+}
+
+/// What a deploy would do to the volumes of its Formfile.
+///
+/// # Errors
+/// When another VM has one of them, or a path is taken.
+pub fn of_deploy(agent: &Agent, request: &form_api::deploy::DeployRequest) -> Result<rules::Deployed, ApiError> {
+    let view = agent.view();
+    let vm = crate::desired::vm_named(&view, &request.spec.name);
+    let host = vm.as_ref().map_or_else(|| agent.host_id(), |vm| vm.host);
+    let deployed = rules::deployed(request, vm.as_ref().map(|vm| &vm.id), &host, &view).map_err(rules::VolumeFault::into_api)?;
+    // One that was detached from a VM that still runs with it.
+    for volume in &deployed.taken {
+        let holder = agent.vms_on_disk().into_iter().find(|id| describe::held_by(agent, id).contains(&volume.id));
+        if holder.is_some() && holder != vm.as_ref().map(|vm| vm.id) {
+            not_held(agent, volume, "be attached")?;
+        }
+    }
+    Ok(deployed)
+}

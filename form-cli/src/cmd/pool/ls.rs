@@ -1,0 +1,30 @@
+use crate::{
+    failure::Outcome,
+    session::Session,
+    ui::{Table, bytes},
+};
+
+/// List pools: the places that volumes live in
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+pub async fn run(_: &Args, session: &Session) -> Outcome {
+    let pools = session.client()?.pools().await?;
+    let mut table = Table::new(&["NAME", "KIND", "VOLUMES", "PROMISED", "USED", "FREE", "TOTAL"], &["PATH", "HOST", "FAULT"]);
+    for pool in &pools {
+        table.row([
+            pool.name.to_string(),
+            pool.kind.as_str().to_owned(),
+            pool.volumes.to_string(),
+            bytes(pool.provisioned_bytes),
+            bytes(pool.allocated_bytes),
+            bytes(pool.free_bytes),
+            bytes(pool.total_bytes),
+            pool.path.display().to_string(),
+            pool.host_name.clone(),
+            pool.fault.clone().unwrap_or_default(),
+        ]);
+    }
+    session.terminal.list(&pools, &table)?;
+    Ok(0)
+}

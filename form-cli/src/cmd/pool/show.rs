@@ -1,0 +1,35 @@
+use clap_complete::engine::ArgValueCompleter;
+use form_types::Name;
+
+use crate::{
+    complete,
+    failure::Outcome,
+    session::Session,
+    ui::{Record, bytes},
+};
+
+/// Show a pool
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The pool
+    #[arg(add = ArgValueCompleter::new(complete::pools))]
+    name: Name,
+}
+
+pub async fn run(args: &Args, session: &Session) -> Outcome {
+    let pool = session.client()?.pool(&args.name).await?;
+    let record = Record::new(pool.name.to_string())
+        .field("name", &pool.name)
+        .field("kind", pool.kind.as_str())
+        .optional("fault", pool.fault.as_ref())
+        .field("path", pool.path.display())
+        .field("volumes", pool.volumes)
+        .field("promised", bytes(pool.provisioned_bytes))
+        .field("used", bytes(pool.allocated_bytes))
+        .field("free", bytes(pool.free_bytes))
+        .field("total", bytes(pool.total_bytes))
+        .field("host", &pool.host_name)
+        .wide("host id", pool.host);
+    session.terminal.show(&pool, &record)?;
+    Ok(0)
+}

@@ -1,0 +1,45 @@
+use clap_complete::engine::ArgValueCompleter;
+use form_api::volume::{AttachRequest, AttachmentState};
+use form_types::Name;
+
+use crate::{
+    args::{vm_name, volume_name},
+    complete,
+    failure::Outcome,
+    operation::settle,
+    session::Session,
+};
+
+/// Give a volume to a VM, which has it from its next start on
+///
+/// One VM at a time has a volume. A volume that never held anything gets a file system when it is first mounted; one that holds
+/// anything is never changed.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The volume
+    #[arg(value_parser = volume_name, add = ArgValueCompleter::new(complete::volumes))]
+    name: Name,
+    /// The VM
+    #[arg(value_parser = vm_name, add = ArgValueCompleter::new(complete::vms))]
+    vm: Name,
+    /// Where to mount it; without a path the VM gets the bare device
+    path: Option<String>,
+    /// The VM cannot write to it
+    #[arg(long)]
+    read_only: bool,
+}
+
+pub async fn run(args: Args, session: &Session) -> Outcome {
+    let client = session.client()?;
+    let request = AttachRequest { vm: args.vm.clone(), path: args.path, read_only: args.read_only };
+    let operation = settle(session, &client, client.attach_volume(&args.name, &request).await?).await?;
+    let runs = operation.status.is_final()
+        && client.volume(&args.name).await?.attachment.is_some_and(|attachment| attachment.state == AttachmentState::NeedsRestart);
+    let when = if runs {
+        format!("{0} runs without it, and has it after `form vm restart {0}`", args.vm)
+    } else {
+        format!("{} has it from its next start on", args.vm)
+    };
+    session.terminal.done(&operation, args.name.as_str(), &format!("{}: attached; {when}", args.name))?;
+    Ok(0)
+}

@@ -1,0 +1,31 @@
+use clap_complete::engine::ArgValueCompleter;
+use form_api::volume::{AttachmentState, ResizeRequest};
+use form_types::{Name, size::Bytes};
+
+use super::size;
+use crate::{args::volume_name, complete, failure::Outcome, operation::settle, session::Session};
+
+/// Make a volume larger
+///
+/// A VM that runs with it sees the new size, and its file system grows, at the VM's next start. A volume is never made smaller.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The volume
+    #[arg(value_parser = volume_name, add = ArgValueCompleter::new(complete::volumes))]
+    name: Name,
+    /// Its new size: 20G, 512M, 20 for GiB, 20971520B to the byte
+    #[arg(value_parser = size)]
+    size: Bytes,
+}
+
+pub async fn run(args: &Args, session: &Session) -> Outcome {
+    let client = session.client()?;
+    let operation = settle(session, &client, client.resize_volume(&args.name, &ResizeRequest { size_bytes: args.size.0 }).await?).await?;
+    let holder = if operation.status.is_final() { client.volume(&args.name).await?.attachment } else { None };
+    let when = match holder.filter(|holder| matches!(holder.state, AttachmentState::Attached | AttachmentState::Starting)) {
+        Some(holder) => format!("; {0} sees it after `form vm restart {0}`", holder.vm),
+        None => String::new(),
+    };
+    session.terminal.done(&operation, args.name.as_str(), &format!("{}: {}{when}", args.name, args.size))?;
+    Ok(0)
+}
