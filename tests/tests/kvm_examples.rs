@@ -90,6 +90,7 @@ fn kvm_every_example_does_what_it_is_for() {
         let _ = host.form(&["destroy", example, "-y"]).ok();
         let _ = host.form(&["image", "rm", &format!("{example}:1"), "-y"]).ok();
     }
+    let _ = host.form(&["volume", "rm", "worker-reports", "-y"]).ok();
     host.is_clean();
     assert_eq!(host.form(&["image", "ls", "-o", "json"]).ok().json(), Value::Array(vec![]));
 }
@@ -123,6 +124,9 @@ fn worker(host: &Host) {
     assert!(before >= 1);
     assert_eq!(host.vm("worker")["health"], "healthy");
     assert_eq!(inside(host, "worker", None, "stat -c %U /var/lib/worker/latest"), "worker");
+    let volume = host.form(&["volume", "show", "worker-reports", "-o", "json"]).ok().json();
+    let device = inside(host, "worker", None, "findmnt -no SOURCE /var/lib/worker");
+    assert_eq!((volume["attachment"]["device"].as_str(), volume["attachment"]["vm"].as_str()), (Some(device.as_str()), Some("worker")));
     // The pid of its shell is not known; whose the process is, is.
     assert_eq!(inside(host, "worker", None, "ps -o user= -C worker | sort -u"), "worker");
     wait("the worker reports again", || ticks() > before);

@@ -1,0 +1,185 @@
+//! Volumes of real guests: never the wrong disk, never lost. Runs as root where /dev/kvm runs guests: `tests/kvm-host` makes such a place.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use form_tests::host::{Host, wait};
+use serde_json::Value;
+
+const SERVE: &str = r#"["/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/www"]"#;
+
+/// Three of one size, and one that is larger than the root disk.
+const VOLUMES: [(&str, &str, &str); 4] =
+    [("one", "/v/one", "1G"), ("data", "/var/data", "37G"), ("two", "/v/two", "1G"), ("three", "/v/three", "1G")];
+
+fn formfile(host: &Host, name: &str, port: u16, volumes: &[(&str, &str, &str)]) -> String {
+    let path = host.app(name, SERVE, port);
+    let mut text = fs::read_to_string(&path).unwrap();
+    for (name, target, size) in volumes {
+        text.push_str(&format!("VOLUME {name}:{target}:{size}\n"));
+    }
+    fs::write(&path, text).unwrap();
+    path
+}
+
+fn sh(host: &Host, vm: &str, script: &str) -> String {
+    host.form(&["exec", vm, "--", "/bin/busybox", "sh", "-c", script]).ok().stdout
+}
+
+fn volumes(host: &Host) -> Vec<Value> {
+    host.form(&["volume", "ls", "-o", "json"]).ok().json().as_array().unwrap().clone()
+}
+
+fn volume(host: &Host, name: &str) -> Value {
+    volumes(host).into_iter().find(|volume| volume["name"] == name).unwrap_or(Value::Null)
+}
+
+fn file(host: &Host, volume: &Value) -> PathBuf {
+    host.root().join("var/lib/formation/volumes").join(volume["id"].as_str().unwrap()).join("volume.raw")
+}
+
+/// Every mounted volume is where the host says, by its serial, and holds its own name.
+fn all_in_place(host: &Host, vm: &str, expected: usize) {
+    let mounted = |volume: &Value| volume["attachment"]["vm"] == vm && volume["attachment"]["path"].is_string();
+    let mounted: Vec<Value> = volumes(host).into_iter().filter(mounted).collect();
+    let looks = mounted.iter().map(|volume| {
+        let text = |value: &Value| value.as_str().unwrap_or_else(|| panic!("{volume}")).to_owned();
+        let (device, path) = (text(&volume["attachment"]["device"]), text(&volume["attachment"]["path"]));
+        assert_eq!(volume["attachment"]["state"], "attached");
+        let serial = format!("/sys/block/{}/serial", device.replace("/dev/", ""));
+        format!("echo $(busybox cat {path}/name) $(busybox cat {serial}) $(busybox grep -c '^{device} {path} ext4 ' /proc/mounts)")
+    });
+    let said = sh(host, vm, &looks.collect::<Vec<_>>().join("; "));
+    let told = mounted.iter().map(|volume| {
+        // A clone holds what its source holds.
+        let held = if volume["name"] == "copy" { "data" } else { volume["name"].as_str().unwrap() };
+        format!("{held} {} 1\n", volume["serial"].as_str().unwrap())
+    });
+    assert_eq!((said, mounted.len()), (told.collect::<String>(), expected));
+}
+
+/// In MiB, as the guest's own file system says.
+fn file_system_size(host: &Host, vm: &str, path: &str) -> u64 {
+    sh(host, vm, &format!("busybox df -m -P {path} | busybox tail -1 | busybox awk '{{ print $2 }}'")).trim().parse().unwrap()
+}
+
+fn is_ready_again(host: &Host, vm: &str) {
+    wait("the VM is ready", || host.vm(vm)["ready"] == true);
+}
+
+fn kill(pid: u32) {
+    Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+    let begun = Instant::now();
+    while form_tests::host::is_alive(pid) && begun.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_volumes_outlive_everything_and_are_never_mistaken() {
+    let mut host = Host::start();
+    let web = formfile(&host, "web", 18091, &VOLUMES);
+    let deployed = host.form(&["deploy", &web, "-y"]).ok();
+    assert!(format!("{}{}", deployed.stdout, deployed.stderr).contains("new, 37 GiB"), "the plan says so: {deployed:?}");
+    let write: Vec<String> = VOLUMES.iter().map(|(name, path, _)| format!("echo {name} > {path}/name")).collect();
+    sh(&host, "web", &format!("{}; busybox sync", write.join("; ")));
+    all_in_place(&host, "web", 4);
+    let size = file_system_size(&host, "web", "/var/data");
+    assert!(size > 36 << 10, "the file system was grown to its volume: {size} MiB");
+
+    one_vm_at_a_time(&host);
+
+    // The agent is killed: the VM goes on, and the new agent knows its volumes.
+    host.kill_agent();
+    host.start_agent();
+    is_ready_again(&host, "web");
+    all_in_place(&host, "web", 4);
+    let _ = host.form(&["volume", "detach", "one"]).exits(5);
+
+    // The host goes down: no process is left, and nothing below /run. Everything that was synced is there, each in its place.
+    let (_, pid) = host.process(&host.vm("web"));
+    host.kill_agent();
+    kill(pid);
+    fs::remove_dir_all(host.root().join("run")).unwrap();
+    host.start_agent();
+    is_ready_again(&host, "web");
+    all_in_place(&host, "web", 4);
+
+    redeployed_and_attached_by_hand(&host);
+    destroyed(&host);
+}
+
+fn one_vm_at_a_time(host: &Host) {
+    let other = formfile(host, "other", 18092, &[("data", "/data", "1G")]);
+    for command in [&["deploy", other.as_str(), "-y"][..], &["volume", "rm", "data", "-y"], &["volume", "detach", "data"]] {
+        let refused = host.form(command).exits(5);
+        assert!(refused.stderr.contains("data") && refused.stderr.contains("web"), "{}", refused.stderr);
+    }
+    let _ = host.form(&["volume", "attach", "nothing", "web"]).exits(3);
+    let _ = host.form(&["volume", "clone", "data", "copy"]).exits(5);
+    // A foreign program that heeds locks.
+    let data = file(host, &volume(host, "data"));
+    let foreign = Command::new("qemu-io").args(["-f", "raw", "-c", "write 0 4k"]).arg(data).output().unwrap();
+    assert!(!foreign.status.success() && String::from_utf8_lossy(&foreign.stderr).contains("lock"), "{foreign:?}");
+}
+
+/// Another image, the volumes in another order, one of them larger, one no longer there.
+fn redeployed_and_attached_by_hand(host: &Host) {
+    let changed = [("two", "/v/two", "1G"), ("data", "/var/data", "38G"), ("one", "/v/one", "1G")];
+    let web = formfile(host, "web", 18091, &changed);
+    let context = std::path::Path::new(&web).parent().unwrap();
+    fs::write(context.join("index.html"), "another image\n").unwrap();
+    let plan = host.form(&["plan", &web]).exits(8).stdout;
+    assert!(plan.contains("37 GiB -> 38 GiB") && plan.contains("detached, and kept"), "{plan}");
+    let _ = host.form(&["deploy", &web, "-y"]).ok();
+    assert_eq!(sh(host, "web", "busybox cat /www/index.html"), "another image\n");
+    all_in_place(host, "web", 3);
+    let size = file_system_size(host, "web", "/var/data");
+    assert!(size > 37 << 10, "{size} MiB");
+    assert_eq!(volume(host, "three")["attachment"], Value::Null);
+    let again = host.form(&["deploy", &web, "-y"]).ok();
+    assert!(format!("{}{}", again.stdout, again.stderr).contains("unchanged"));
+
+    // By hand, for the next start: the one that was left, and a clone.
+    let said = host.form(&["volume", "attach", "three", "web", "/again"]).ok().stdout;
+    assert!(said.contains("form vm restart web"), "{said}");
+    assert_eq!(volume(host, "three")["attachment"]["state"], "needs-restart");
+    let _ = host.form(&["volume", "create", "late", "-s", "16777728B"]).ok();
+    let _ = host.form(&["volume", "attach", "late", "web", "/again"]).exits(5);
+    let _ = host.form(&["vm", "stop", "web"]).ok();
+    let _ = host.form(&["volume", "clone", "data", "copy"]).ok();
+    let _ = host.form(&["volume", "attach", "copy", "web", "/copy"]).ok();
+    let _ = host.form(&["volume", "attach", "late", "web", "--read-only"]).ok();
+    let _ = host.form(&["vm", "start", "web"]).ok();
+    let late = volume(host, "late");
+    let device = late["attachment"]["device"].as_str().unwrap().replace("/dev/", "");
+    assert_eq!(
+        sh(host, "web", &format!("busybox cat /sys/block/{device}/size /sys/block/{device}/ro")),
+        format!("{}\n1\n", 16_777_728 / 512)
+    );
+    all_in_place(host, "web", 5);
+}
+
+fn destroyed(host: &Host) {
+    let destroyed = host.form(&["destroy", "web", "-y"]).ok();
+    assert!(destroyed.stderr.contains("kept: volumes copy, data, late, one, three, two"), "{}", destroyed.stderr);
+    for name in ["data", "copy", "one"] {
+        let kept = volume(host, name);
+        assert_eq!(kept["attachment"], Value::Null);
+        let checked = Command::new("e2fsck").arg("-fn").arg(file(host, &kept)).output().unwrap();
+        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
+    }
+    let other = formfile(host, "other", 18092, &[("data", "/data", "1G")]);
+    let _ = host.form(&["deploy", &other, "-y"]).ok();
+    assert_eq!(sh(host, "other", "busybox cat /data/name"), "data\n");
+    let _ = host.form(&["destroy", "other", "--volumes", "-y"]).ok();
+    let _ = host.form(&["volume", "show", "data"]).exits(3);
+    let _ = host.form(&["volume", "rm", "one", "two", "three", "copy", "late", "-y"]).ok();
+    host.is_clean();
+    assert_eq!(fs::read_dir(host.root().join("var/lib/formation/volumes")).unwrap().count(), 1, "nothing but the place for drafts");
+}

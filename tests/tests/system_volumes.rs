@@ -1,0 +1,219 @@
+//! Bad days of volumes that need no running guest: full and absent pools, foreign programs, two who want one thing, requests that make no
+//! sense. Each ends with nothing left over and nothing wrong.
+
+use std::{
+    fs,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use form_tests::host::{Host, enter_own_network, wait};
+use serde_json::{Value, json};
+
+/// A file system of its own, in memory.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(path: PathBuf, mib: u32) -> Self {
+        fs::create_dir_all(&path).unwrap();
+        run("mount", &["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs", path.to_str().unwrap()]);
+        Self(path)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["--lazy".as_ref(), self.0.as_os_str()]).status();
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let status = Command::new(program).args(arguments).status().unwrap();
+    assert!(status.success(), "{program} {arguments:?}: {status}");
+}
+
+/// A host with a pool `small` on a file system of its own.
+fn host_with_pool(mib: u32) -> (Host, Mount) {
+    let mut host = Host::new();
+    let mount = Mount::new(host.path("small"), mib);
+    host.configure(&format!("pools: {{ small: {} }}\n", mount.0.display()));
+    host.start_agent();
+    (host, mount)
+}
+
+fn names(host: &Host) -> Vec<String> {
+    host.form(&["volume", "ls", "-o", "name"]).ok().stdout.lines().map(str::to_owned).collect()
+}
+
+fn volume(host: &Host, name: &str) -> Value {
+    host.form(&["volume", "show", name, "-o", "json"]).ok().json()
+}
+
+fn file(pool: &Path, volume: &Value) -> PathBuf {
+    pool.join(volume["id"].as_str().unwrap()).join("volume.raw")
+}
+
+/// What is in a directory of volumes, but for the place for half-made ones.
+fn kept(pool: &Path) -> usize {
+    fs::read_dir(pool).unwrap().flatten().filter(|entry| entry.file_name() != ".tmp").count()
+}
+
+/// What doctor has to say of volumes and pools.
+fn wrong(host: &Host) -> Vec<Value> {
+    let checks = host.form(&["doctor", "-o", "json"]).json().as_array().unwrap().clone();
+    let concerns = |check: &Value| ["volume/", "pool/"].iter().any(|kind| check["name"].as_str().unwrap().starts_with(kind));
+    checks.into_iter().filter(concerns).collect()
+}
+
+#[test]
+#[ignore = "needs root: tests/run-system"]
+fn system_a_pool_that_is_full_or_away_loses_nothing() {
+    enter_own_network();
+    let (mut host, mount) = host_with_pool(140);
+    let pool = mount.0.clone();
+    let create = |host: &Host, name: &str, size: &str| host.form(&["volume", "create", name, "-s", size, "--pool", "small"]);
+    // More than the pool has is promised, more than a file can have is not.
+    let _ = create(&host, "data", "1G").ok();
+    fs::File::options().write(true).open(file(&pool, &volume(&host, "data"))).unwrap().write_all_at(&vec![7; 72 << 20], 0).unwrap();
+    let no_room = host.form(&["volume", "clone", "data", "copy", "-o", "json"]).exits(1);
+    let error: Value = serde_json::from_str(no_room.stderr.lines().last().unwrap()).unwrap();
+    assert_eq!(error["error"]["code"], "no-room", "{no_room:?}");
+    assert_eq!((names(&host), kept(&pool)), (vec!["data".to_owned()], 1), "nothing is left of the copy");
+
+    // Full: nothing new is begun there, elsewhere it is, and what frees room works.
+    fs::write(pool.join("filler"), vec![1; 60 << 20]).unwrap();
+    let full = create(&host, "other", "16M").exits(1);
+    assert!(full.stderr.contains("pool/small is full"), "{full:?}");
+    assert!(wrong(&host).iter().any(|check| check["name"] == "pool/small"), "doctor warns");
+    let _ = host.form(&["volume", "create", "other", "-s", "16M"]).ok();
+    let _ = host.form(&["volume", "rm", "other", "-y"]).ok();
+    fs::remove_file(pool.join("filler")).unwrap();
+    let _ = host.form(&["volume", "clone", "data", "copy"]).exits(1);
+    assert_eq!(wrong(&host), Vec::<Value>::new());
+
+    // Not mounted: the volume is there, with its fault, and is neither made anew nor taken for removed.
+    host.kill_agent();
+    let aside = host.path("aside");
+    fs::create_dir(&aside).unwrap();
+    run("mount", &["--move", pool.to_str().unwrap(), aside.to_str().unwrap()]);
+    host.start_agent();
+    assert!(volume(&host, "data")["fault"].as_str().unwrap().contains("mounted"), "{}", volume(&host, "data"));
+    assert_eq!(wrong(&host).len(), 1);
+    let _ = host.form(&["volume", "clone", "data", "copy"]).exits(1);
+    fs::remove_dir(&pool).unwrap();
+    let away = host.form(&["volume", "rm", "data", "-y"]).exits(1);
+    assert!(away.stderr.contains("mounted"), "{away:?}");
+    assert_eq!(names(&host), ["data"]);
+    fs::create_dir(&pool).unwrap();
+    run("mount", &["--move", aside.to_str().unwrap(), pool.to_str().unwrap()]);
+    assert_eq!(volume(&host, "data")["fault"], Value::Null);
+    assert_eq!(fs::read(file(&pool, &volume(&host, "data"))).unwrap()[..72 << 20], vec![7; 72 << 20]);
+    let _ = host.form(&["volume", "rm", "data", "-y"]).ok();
+    assert_eq!((kept(&pool), wrong(&host)), (0, Vec::new()));
+    host.is_clean();
+}
+
+fn spawn(host: &Host, arguments: &[&str]) -> Child {
+    host.form_command(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+/// How many of these end well, when all begin at once; the others end with a conflict.
+fn winners(host: &Host, commands: &[&[&str]]) -> usize {
+    let children: Vec<Child> = commands.iter().map(|command| spawn(host, command)).collect();
+    let codes: Vec<i32> = children.into_iter().map(|mut child| child.wait().unwrap().code().unwrap()).collect();
+    assert!(codes.iter().all(|code| [0, 5].contains(code)), "{codes:?}");
+    codes.iter().filter(|code| **code == 0).count()
+}
+
+#[test]
+#[ignore = "needs root, and a kernel bundle in the build cache: tests/run-system"]
+fn system_of_all_who_want_one_volume_one_gets_it() {
+    enter_own_network();
+    let mut host = Host::new();
+    host.configure(Host::IMPATIENT);
+    host.start_agent();
+    host.stopped_vms(&["web", "db"]);
+    let pool = host.root().join("var/lib/formation/volumes");
+    let create: &[&str] = &["volume", "create", "data", "-s", "16M"];
+    assert_eq!(winners(&host, &[create; 6]), 1);
+    assert_eq!((names(&host), kept(&pool)), (vec!["data".to_owned()], 1));
+    let _ = host.form(&["volume", "create", "spare", "-s", "16M"]).ok();
+    let clones: [&[&str]; 2] = [&["volume", "clone", "data", "copy"], &["volume", "clone", "spare", "copy"]];
+    assert_eq!(winners(&host, &clones), 1);
+    let web: &[&str] = &["volume", "attach", "data", "web", "/data"];
+    let db: &[&str] = &["volume", "attach", "data", "db", "/data"];
+    assert_eq!(winners(&host, &[web, db, web, db]), 1);
+    assert!(["web", "db"].contains(&volume(&host, "data")["attachment"]["vm"].as_str().unwrap()));
+    // Removed and attached at once: whoever comes first, nothing is attached that is gone.
+    assert_eq!(winners(&host, &[&["volume", "detach", "data"], &["volume", "rm", "data", "-y"]]), 1);
+    let both: [&[&str]; 2] = [&["volume", "rm", "data", "-y"], web];
+    let codes: Vec<Option<i32>> =
+        both.map(|command| spawn(&host, command)).into_iter().map(|mut child| child.wait().unwrap().code()).collect();
+    match names(&host).contains(&"data".to_owned()) {
+        true => assert_eq!((codes[0], &volume(&host, "data")["attachment"]["vm"]), (Some(5), &json!("web")), "{codes:?}"),
+        false => assert!(codes[0] == Some(0) && [Some(3), Some(5)].contains(&codes[1]), "{codes:?}"),
+    }
+
+    // A program that is none of ours, and one that heeds no state but locks.
+    let spare = file(&pool, &volume(&host, "spare"));
+    let mut foreign =
+        Command::new("qemu-io").args(["-f", "raw", spare.to_str().unwrap()]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    wait("qemu-io has the file", || {
+        host.form(&["volume", "clone", "spare", "late"]).code == Some(5) || {
+            let _ = host.form(&["volume", "rm", "late", "-y"]).ok();
+            false
+        }
+    });
+    let refused = host.form(&["volume", "rm", "spare", "-y"]).exits(5);
+    assert!(refused.stderr.contains("qemu-io") && refused.stderr.contains("volume/spare"), "{refused:?}");
+    assert!(names(&host).contains(&"spare".to_owned()) && spare.exists(), "what could not be removed is still known");
+    foreign.kill().unwrap();
+    foreign.wait().unwrap();
+
+    let refused = host.form(&["volume", "attach", "spare", "web", "/spare", "--read-only"]).exits(5);
+    assert!(refused.stderr.contains("never held anything"), "{refused:?}");
+    senseless(&host);
+    let _ = host.form(&["destroy", "web", "db", "--volumes", "-y"]).ok();
+    let rest = names(&host);
+    let remove: Vec<&str> = ["volume", "rm", "-y"].into_iter().chain(rest.iter().map(String::as_str)).collect();
+    let _ = host.form(&remove).ok();
+    assert_eq!((kept(&pool), wrong(&host)), (0, Vec::new()));
+    host.is_clean();
+}
+
+/// Requests of a client that is not ours: the status says what is wrong, and nothing changes.
+fn senseless(host: &Host) {
+    let before = volume(host, "spare");
+    for (method, path, body, status) in [
+        ("POST", "/v1/volumes", r#"{"name": "x", "size_bytes": 16777217}"#, "400"),
+        ("POST", "/v1/volumes", r#"{"name": "x", "size_bytes": 0}"#, "400"),
+        ("POST", "/v1/volumes", r#"{"name": "x", "size_bytes": 18446744073709551615}"#, "400"),
+        ("POST", "/v1/volumes", r#"{"name": "../x", "size_bytes": 16777216}"#, "400"),
+        ("POST", "/v1/volumes", r#"{"name": "x", "size_bytes": 16777216, "pool": "nope"}"#, "404"),
+        ("POST", "/v1/volumes", r#"{"name": "x", "size_bytes": 16777216, "live": true}"#, "400"),
+        ("POST", "/v1/volumes", r#"{"name": "spare", "size_bytes": 16777216}"#, "409"),
+        ("POST", "/v1/volumes/spare/resize", r#"{"size_bytes": 16777215}"#, "400"),
+        ("POST", "/v1/volumes/spare/resize", r#"{"size_bytes": 17000000000001}"#, "400"),
+        ("POST", "/v1/volumes/spare/attach", r#"{"vm": "web", "path": "/proc/x"}"#, "400"),
+        ("POST", "/v1/volumes/spare/attach", r#"{"vm": "nope"}"#, "404"),
+        ("POST", "/v1/volumes/spare/detach", "", "409"),
+        ("POST", "/v1/volumes/spare/detach", r#"{"force": true}"#, "400"),
+        ("POST", "/v1/volumes/spare/clone", r#"{"name": "spare"}"#, "409"),
+        ("POST", "/v1/volumes/spare/export", r#"{"nbd": true}"#, "404"),
+        ("DELETE", "/v1/volumes", "", "405"),
+        ("DELETE", "/v1/volumes/nope", "", "404"),
+        ("DELETE", "/v1/pools/local", "", "405"),
+    ] {
+        let socket = host.socket();
+        let output = Command::new("curl")
+            .args(["--silent", "--output", "/dev/null", "--write-out", "%{http_code}", "--unix-socket", socket.to_str().unwrap()])
+            .args(["--request", method, "--header", "content-type: application/json", "--data-binary", body])
+            .arg(format!("http://agent{path}"))
+            .output()
+            .unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), status, "{method} {path} {body}");
+    }
+    assert_eq!(volume(host, "spare"), before);
+    assert!(!names(host).contains(&"x".to_owned()));
+}
