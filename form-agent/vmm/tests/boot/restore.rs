@@ -13,6 +13,8 @@ use crate::vm::{Shape, Tap, Vm, shape};
 use crate::wanted;
 
 const VSOCK_PORT: u32 = 1024;
+/// Between the save and the restore.
+const GONE: Duration = Duration::from_secs(15);
 /// A listener that answers each line with it and the guest's time of day; `sockaddr_vm` is family, reserved, port, cid, flags, zeros.
 const ECHO: &str = "perl -e '$|=1; socket(L,40,1,0) or die; bind(L,pack(q(SSLLCx3),40,0,1024,0xffffffff,0)) or die; listen(L,5);
         print qq(VSOCK LISTENS\\n); while(accept(C,L)){ my $l=<C>; chomp $l; syswrite(C,qq(ECHO $l ).time()); close C }' &";
@@ -52,21 +54,19 @@ fn last_tick(log: &str) -> Option<Tick> {
     })
 }
 
-/// Has the guest answer over vsock, and looks at its clock: it must show the world's time at every moment.
-fn echo(vm: &Vm, text: &str) {
-    let before = world();
+/// Has the guest answer over vsock. Gives how far its clock is behind the world's, in seconds: a guest in software emulation on a busy machine loses
+/// some while it boots.
+fn echo(vm: &Vm, text: &str) -> i64 {
     let mut stream = UnixStream::from(vm.client().vsock_connect(VSOCK_PORT).unwrap());
     writeln!(stream, "{text}").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     let time = answer.strip_prefix(&format!("ECHO {text} ")).unwrap_or_else(|| panic!("{answer}"));
-    let time: u64 = time.parse().unwrap();
-    let window = before - 1..=world() + 1;
-    assert!(window.contains(&time), "{text}: the guest's clock shows {time}, the world's {window:?}");
+    world() - time.parse::<i64>().unwrap()
 }
 
-fn world() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+fn world() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     let vm = Vm::boot(&whole);
     vm.await_log("a whole tick", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number >= 3));
     vm.await_line("VSOCK LISTENS");
-    echo(&vm, "before");
+    let behind = echo(&vm, "before");
     vm.client().balloon(16).unwrap();
     vm.await_metric("a balloon of 16 MiB", |metrics| metrics.balloon_mib == 16);
 
@@ -119,7 +119,7 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     let saved = last_tick(&vm.log()).unwrap();
     vm.kill();
     vm.wait();
-    std::thread::sleep(Duration::from_secs(3));
+    std::thread::sleep(GONE);
 
     damaged_states_are_refused(&vm, &whole, &state, &memory);
     let start = Instant::now();
@@ -131,7 +131,8 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     let first = last_tick(&log).unwrap();
     assert!(first.number > saved.number, "{log}");
     again.await_log("whole ticks after the restore", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number > first.number + 2));
-    echo(&again, "after");
+    let lost = echo(&again, "after") - behind;
+    assert!(lost.unsigned_abs() < GONE.as_secs() / 2, "the guest's clock lost {lost} s on the way, {behind} s before");
     again.client().balloon(8).unwrap();
     again.await_metric("a balloon of 8 MiB", |metrics| metrics.balloon_mib == 8);
     again.assert_jailed(4242);
