@@ -38,7 +38,7 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
         StoreError::NoImage(_) | StoreError::NoImageDigest(_) | StoreError::NoKernel(_) | StoreError::NoDisk(_) => ErrorCode::NotFound,
         StoreError::NoPool(_) | StoreError::NoVolume(_) => ErrorCode::NotFound,
         StoreError::Manifest(_) | StoreError::Kernel(_) | StoreError::Block(_) | StoreError::DiskTooSmall { .. } => ErrorCode::Invalid,
-        StoreError::VolumeSize(_) | StoreError::VolumeShrinks { .. } => ErrorCode::Invalid,
+        StoreError::VolumeSize(_) | StoreError::VolumeShrinks { .. } | StoreError::VolumeTooLarge { .. } => ErrorCode::Invalid,
         StoreError::MissingBlocks(_) | StoreError::ImageInUse { .. } | StoreError::DiskExists(_) => ErrorCode::Conflict,
         StoreError::VolumeExists(_) | StoreError::VolumeInUse { .. } => ErrorCode::Conflict,
         StoreError::VolumeGone { .. } => ErrorCode::Failed,

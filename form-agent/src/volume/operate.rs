@@ -9,7 +9,7 @@ use form_api::{
 };
 use form_state::Table;
 use form_store::{Hold, Pool, StoreError};
-use form_types::{Failpoint, Name, OperationId, VolumeId, failpoint::reach};
+use form_types::{Failpoint, Name, OperationId, VolumeFormat, VolumeId, failpoint::reach};
 use serde::{Deserialize, Serialize};
 
 use super::{DesiredVolume, describe, of_vm, rules};
@@ -186,6 +186,7 @@ fn make(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Result<
     match &progress.change {
         Change::Create(request) => {
             has_room(pool)?;
+            pool.can_hold(request.format, request.size_bytes).map_err(store)?;
             pool.create(&progress.id, request.format, request.size_bytes).map_err(store)?;
         }
         Change::Clone(_) => {
@@ -197,6 +198,10 @@ fn make(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Result<
                 Err(StoreError::NoVolume(_)) => pool.create(&progress.id, source.format, source.size_bytes).map_err(store)?,
                 Err(error) => return Err(store(error)),
             };
+        }
+        Change::Resize(request) => {
+            let volume = describe::volume_named(agent, name)?;
+            return pool.can_hold(volume.format, request.size_bytes).map_err(store);
         }
         Change::Attach(AttachRequest { path: Some(_), read_only: true, .. }) if is_blank(pool, &progress.id) => {
             let text = format!("volume/{name} never held anything, and a VM that cannot write to it cannot make a file system on it");
@@ -308,6 +313,14 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
     Err(nothing_changed())
 }
 
+/// Whether the pools have files of the sizes that a deploy asks for.
+fn can_hold(agent: &Agent, deployed: &rules::Deployed) -> Result<(), StoreError> {
+    for size in deployed.new.values() {
+        agent.store.pool(&form_store::local_pool())?.can_hold(VolumeFormat::Raw, *size)?;
+    }
+    deployed.grown.iter().try_for_each(|(volume, size)| agent.store.pool(&volume.pool)?.can_hold(volume.format, *size))
+}
+
 /// What a deploy would do to the volumes of its Formfile.
 ///
 /// # Errors
@@ -317,6 +330,7 @@ pub fn of_deploy(agent: &Agent, request: &form_api::deploy::DeployRequest) -> Re
     let vm = crate::desired::vm_named(&view, &request.spec.name);
     let host = vm.as_ref().map_or_else(|| agent.host_id(), |vm| vm.host);
     let deployed = rules::deployed(request, vm.as_ref().map(|vm| &vm.id), &host, &view).map_err(rules::VolumeFault::into_api)?;
+    can_hold(agent, &deployed).map_err(|error| store_error(&error))?;
     // One that was detached from a VM that still runs with it.
     for volume in &deployed.taken {
         let holder = agent.vms_on_disk().into_iter().find(|id| describe::held_by(agent, id).contains(&volume.id));

@@ -59,6 +59,8 @@ pub enum StoreError {
     VolumeShrinks { has: u64, wanted: u64 },
     #[error(transparent)]
     VolumeSize(#[from] VolumeSizeError),
+    #[error("the file system of {pool} has no files of {size_bytes} bytes: ask for less, or use the format qcow2 or another pool")]
+    VolumeTooLarge { pool: PathBuf, size_bytes: u64 },
     #[error("image `{image}` is used by {}", list(.users))]
     ImageInUse { image: ImageReference, users: Vec<String> },
     #[error("{what} was changed on disk: {reason}. Run `form image verify`, or remove it and deploy again")]

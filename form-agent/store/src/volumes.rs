@@ -130,6 +130,25 @@ impl Pool {
         }
     }
 
+    /// Whether the pool's file system has files of this size. A volume never becomes smaller, so that is to be known before one is promised.
+    ///
+    /// # Errors
+    /// [`StoreError::VolumeTooLarge`], and those of the file system.
+    pub fn can_hold(&self, format: VolumeFormat, size_bytes: u64) -> Result<()> {
+        if format != VolumeFormat::Raw {
+            return Ok(());
+        }
+        self.is_there()?;
+        let draft = Draft::new(&self.directory)?;
+        let path = draft.path().join("size");
+        match create(&path).and_then(|file| file.set_len(size_bytes)) {
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+                Err(StoreError::VolumeTooLarge { pool: self.directory.clone(), size_bytes })
+            }
+            tried => tried.map_err(StoreError::io("try", &path)),
+        }
+    }
+
     /// Makes an empty volume.
     ///
     /// # Errors

@@ -210,6 +210,18 @@ fn a_second_writer_is_kept_out_whoever_it_is() {
     assert!(matches!(pool(&store).open_volume(&DATA, false), Err(StoreError::VolumeInUse { .. })));
 }
 
+/// It could be promised, never be made, and never be made smaller.
+#[test]
+fn what_the_file_system_cannot_hold_is_not_promised() {
+    let root = Mount::ext4(64 << 20);
+    let store = Store::open(root.path()).unwrap();
+    pool(&store).can_hold(VolumeFormat::Raw, 1 << 40).unwrap();
+    let error = pool(&store).can_hold(VolumeFormat::Raw, 64 << 40).unwrap_err();
+    assert!(matches!(error, StoreError::VolumeTooLarge { .. }), "{error}");
+    pool(&store).can_hold(VolumeFormat::Qcow2, 64 << 40).unwrap();
+    assert_eq!(pool(&store).volumes().unwrap(), []);
+}
+
 #[test]
 fn a_full_pool_leaves_nothing_and_the_next_try_works() {
     let root = Mount::tmpfs(4 << 20);
