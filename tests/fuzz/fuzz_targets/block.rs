@@ -37,7 +37,8 @@ enum Sector {
 impl Sector {
     fn number(self) -> u64 {
         match self {
-            Self::Near(sector) => u64::from(sector),
+            // On the disk, or a little behind it.
+            Self::Near(sector) => u64::from(sector) % (SECTORS + 16),
             Self::End(offset) => SECTORS.wrapping_add_signed(i64::from(offset)),
             Self::Any(sector) => sector,
         }
@@ -141,9 +142,10 @@ impl Target for Disk {
     type Event = ();
 
     fn device(&mut self, variant: u8) -> Box<dyn VirtioDevice> {
-        let read_only = variant & 2 != 0;
+        // Most can be written, and of those most are raw.
+        let read_only = variant % 8 >= 6;
         let below = memory_file(content(), SIZE);
-        let backend = if variant & 1 == 0 {
+        let backend = if !matches!(variant % 8, 4 | 5 | 7) {
             let backend = open(Layer { file: copy_of(&below), format: DiskFormat::Raw }, Vec::new(), read_only);
             *if read_only { &mut self.constant } else { &mut self.raw } = Some(below);
             backend
