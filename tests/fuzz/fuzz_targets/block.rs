@@ -82,6 +82,11 @@ enum Request {
     },
 }
 
+/// Most requests are whole sectors, however often an input says otherwise.
+fn odd(more: Option<u16>) -> u16 {
+    more.filter(|more| more % 8 == 1).unwrap_or(0)
+}
+
 fn header(kind: u32, sector: u64) -> Vec<u8> {
     let mut bytes = vec![0; 16];
     bytes[0..4].copy_from_slice(&kind.to_le_bytes());
@@ -160,12 +165,10 @@ impl Target for Disk {
 
     fn parts(&self, request: &Request) -> Parts {
         let (readable, writable) = match request {
-            Request::Read { sector, sectors, more } => {
-                (header(0, sector.number()), u32::from(*sectors) * 512 + u32::from(more.unwrap_or(0)) + 1)
-            }
+            Request::Read { sector, sectors, more } => (header(0, sector.number()), u32::from(*sectors) * 512 + u32::from(odd(*more)) + 1),
             Request::Write { sector, sectors, fill, more } => {
                 let mut bytes = header(1, sector.number());
-                bytes.resize(16 + usize::from(*sectors % 64) * 512 + usize::from(more.unwrap_or(0)), *fill);
+                bytes.resize(16 + usize::from(*sectors % 64) * 512 + usize::from(odd(*more)), *fill);
                 (bytes, 1)
             }
             Request::Flush => (header(4, 0), 1),
