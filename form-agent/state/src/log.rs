@@ -99,6 +99,11 @@ fn open(path: &Path) -> Result<Database, StateError> {
     opened.map_err(|error| StateError::storage(path, error))
 }
 
+/// The database trusts its pages: in a damaged one keys are out of order, and whoever goes on from the key that it found would go in circles.
+fn in_order(ordered: bool) -> Result<(), redb::Error> {
+    if ordered { Ok(()) } else { Err(redb::Error::Corrupted("its keys are out of order".to_owned())) }
+}
+
 impl Log {
     /// Opens or makes the database at `path` for this host of this cluster.
     pub fn open(path: &Path, host: &PublicKey, cluster: &ClusterId) -> Result<Self, StateError> {
@@ -256,6 +261,7 @@ impl Log {
                 };
                 let Some((key, hash)) = last else { return Ok(rows) };
                 let (document, author, seq) = key.value();
+                in_order(upper.is_none_or(|upper| (*document, *author) < upper))?;
                 rows.push((*document, *author, seq, ChangeHash(*hash.value())));
                 upper = Some((*document, *author));
             }
@@ -281,8 +287,10 @@ impl Log {
         self.guard(|database| {
             let log = database.begin_read()?.open_table(LOG)?;
             let name = document.to_bytes();
-            let row = log.range((&name, from)..=(&name, u64::MAX))?.next().transpose()?;
-            Ok(row.map(|(key, value)| (key.value().1, value.value().to_vec())))
+            let Some(row) = log.range((&name, from)..=(&name, u64::MAX))?.next() else { return Ok(None) };
+            let (key, value) = row?;
+            in_order(*key.value().0 == name && key.value().1 >= from)?;
+            Ok(Some((key.value().1, value.value().to_vec())))
         })
     }
 
@@ -291,8 +299,10 @@ impl Log {
         self.guard(|database| {
             let log = database.begin_read()?.open_table(LOG)?;
             let name = document.to_bytes();
-            let row = log.range((&name, 0)..(&name, before))?.next_back().transpose()?;
-            Ok(row.map(|(key, value)| (key.value().1, value.value().to_vec())))
+            let Some(row) = log.range((&name, 0)..(&name, before))?.next_back() else { return Ok(None) };
+            let (key, value) = row?;
+            in_order(*key.value().0 == name && key.value().1 < before)?;
+            Ok(Some((key.value().1, value.value().to_vec())))
         })
     }
 
@@ -314,10 +324,11 @@ impl Log {
     pub fn proofs(&self) -> Result<Vec<(Document, PublicKey, Proof)>, StateError> {
         let rows = self.guard(|database| {
             let proofs = database.begin_read()?.open_table(PROOFS)?;
-            let mut rows = Vec::new();
+            let mut rows: Vec<([u8; 33], [u8; 32], Vec<u8>)> = Vec::new();
             for row in proofs.iter()? {
                 let (key, value) = row?;
                 let (document, author) = key.value();
+                in_order(rows.last().is_none_or(|last| (last.0, last.1) < (*document, *author)))?;
                 rows.push((*document, *author, value.value().to_vec()));
             }
             Ok(rows)

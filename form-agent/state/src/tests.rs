@@ -310,6 +310,33 @@ fn a_damaged_file_is_an_error_that_names_it() {
 }
 
 #[test]
+fn a_file_whose_keys_lead_back_is_an_error_not_a_circle() {
+    let host = Host::new(1);
+    for n in 0..60_u64 {
+        host.put((n % 5) as u8, "request", format!("{n}{}", "x".repeat(300)));
+    }
+    let Host { directory, replica, .. } = host;
+    drop(replica);
+    let path = directory.path().join("state.redb");
+    let mut file = std::fs::read(&path).unwrap();
+    // The pages that lead to others say now that all is to the left; redb's pages begin with their kind, of which 2 leads to others.
+    let mut replaced = 0;
+    for page in file.chunks_mut(4096).filter(|page| page[0] == 2) {
+        for position in 0..60_u64 {
+            let place = [&Document::Cluster.to_bytes()[..], &position.to_le_bytes()].concat();
+            if let Some(at) = page.windows(place.len()).position(|window| window == place) {
+                page[at + 33..at + place.len()].fill(0xff);
+                replaced += 1;
+            }
+        }
+    }
+    assert!(replaced >= 2, "{replaced}");
+    std::fs::write(&path, file).unwrap();
+    let error = Replica::open(&path, &key(1), CLUSTER, Arc::new(TestRules)).unwrap_err();
+    assert!(error.to_string().contains("state.redb"), "{error}");
+}
+
+#[test]
 fn waiting_ends_with_a_change() {
     let host = Host::new(1);
     assert_eq!(host.replica.wait(0, Duration::from_millis(5)), 0);
