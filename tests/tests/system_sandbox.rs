@@ -1,4 +1,4 @@
-//! What a newcomer does, on a machine without hardware virtualisation: a sandbox host, a deploy, a look, a change, and away with it.
+//! What a newcomer does, on a machine without hardware virtualisation: sandbox hosts, a deploy, a look, a change, and away with it.
 
 use std::{
     io::{Read, Write},
@@ -38,9 +38,13 @@ impl Drop for Sandbox<'_> {
 }
 
 fn write_app(directory: &Path, greeting: &str, entrypoint: &str) {
+    write_app_called("greeter", 18080, directory, greeting, entrypoint);
+}
+
+fn write_app_called(name: &str, port: u16, directory: &Path, greeting: &str, entrypoint: &str) {
     let formfile = format!(
-        "NAME greeter\nFROM debian:12\nMEM 256\nINSTALL python3\nCOPY app.py /app/app.py\nENV GREETING=\"{greeting}\"\nENTRYPOINT {entrypoint}\n\
-         EXPOSE 18080:8080\nHEALTHCHECK --interval=5s --timeout=5s --start-period=60s http 8080 /\n"
+        "NAME {name}\nFROM debian:12\nMEM 256\nINSTALL python3\nCOPY app.py /app/app.py\nENV GREETING=\"{greeting}\"\nENTRYPOINT {entrypoint}\n\
+         EXPOSE {port}:8080\nHEALTHCHECK --interval=5s --timeout=5s --start-period=60s http 8080 /\n"
     );
     std::fs::write(directory.join("Formfile"), formfile).unwrap();
     let app = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/hello/app.py");
@@ -49,13 +53,18 @@ fn write_app(directory: &Path, greeting: &str, entrypoint: &str) {
 
 #[test]
 #[ignore = "starts a host in QEMU: make test-system"]
-fn system_a_sandbox_host_runs_an_app_and_leaves_nothing_behind() {
+fn system_sandbox_hosts_run_apps_and_leave_nothing_behind() {
     let home = tempfile::tempdir().unwrap();
     let form = Programs::new(home.path());
     let _down = Sandbox(&form);
-    let _ = form.form(["sandbox", "up"]).ok();
+    let _ = form.form(["sandbox", "up", "--hosts", "2"]).ok();
     let again = form.form(["sandbox", "up"]).ok();
     assert!(again.stderr.contains("already") || again.stdout.contains("already"), "a second up says that it is there: {again:?}");
+    let _ = form.form(["sandbox", "up", "--hosts", "1"]).exits(5);
+    let _ = form.form(["sandbox", "up", "--hosts", "3"]).exits(5);
+    let status = form.form(["sandbox", "status", "-o", "json"]).ok().json();
+    let of = |host: usize| (status["hosts"][host]["name"].as_str().unwrap(), status["hosts"][host]["answers"].as_bool().unwrap());
+    assert_eq!((of(0), of(1)), (("sandbox", true), ("sandbox-2", true)));
 
     let app = tempfile::tempdir().unwrap();
     let file = app.path().join("Formfile");
@@ -89,6 +98,19 @@ fn system_a_sandbox_host_runs_an_app_and_leaves_nothing_behind() {
     let broken = deploy().exits(1);
     assert!(broken.stderr.contains("it is broken"), "the tail of its log: {}", broken.stderr);
     assert!(answer(18080).contains("Good evening"));
+
+    // The other host is another host, and its VMs reach what the first one publishes.
+    let other = tempfile::tempdir().unwrap();
+    write_app_called("other", 18081, other.path(), "Hello", r#"["python3", "-u", "/app/app.py"]"#);
+    let second = other.path().join("Formfile");
+    let _ = form.form(["--host", "sandbox-2", "deploy", second.to_str().unwrap(), "-y", "--timeout", "300s"]).ok();
+    assert!(answer(18081).contains("Hello, other!"));
+    assert_eq!(form.form(["ps", "-o", "json"]).ok().json().as_array().unwrap().len(), 1);
+    let fetch = "import urllib.request as u; print(u.urlopen('http://10.0.3.1:18080/', timeout=30).read().decode())";
+    let fetched = form.form(["--host", "sandbox-2", "exec", "other", "--", "python3", "-c", fetch]).ok();
+    assert!(fetched.stdout.contains("Good evening"), "{fetched:?}");
+    let _ = form.form(["--host", "sandbox-2", "destroy", "other", "-y"]).ok();
+    let _ = form.form(["--host", "sandbox-2", "doctor"]).ok();
 
     let _ = form.form(["destroy", "greeter", "-y"]).ok();
     let _ = form.form(["doctor"]).ok();

@@ -6,7 +6,7 @@ use form_api::client::Client;
 use form_types::spec::Protocol;
 
 use super::{
-    holder,
+    Host, holder,
     qmp::{Qmp, QmpError},
 };
 use crate::{
@@ -46,13 +46,14 @@ pub async fn publish_of(session: &Session, client: &Client, host: &KnownHost) {
     }
 }
 
-/// The directory of the sandbox with this host, and the port that leads to its agent.
+/// The directory of this host of a sandbox, and the port that leads to its agent.
 fn sandbox_of(config: &Config, key: &form_types::PublicKey) -> Option<(std::path::PathBuf, u16)> {
     let contexts = config.contexts.iter().filter(|context| context.kind == ContextKind::Sandbox);
     contexts
         .filter_map(|context| {
-            let host = context.hosts.iter().find(|host| host.public_key == *key)?;
-            Some((context.sandbox.clone()?, host.address.rsplit_once(':')?.1.parse().ok()?))
+            let index = context.hosts.iter().position(|host| host.public_key == *key)?;
+            let host = Host::new(&context.name, context.sandbox.as_ref()?, u32::try_from(index).ok()? + 1).ok()?;
+            Some((host.directory, context.hosts[index].address.rsplit_once(':')?.1.parse().ok()?))
         })
         .next()
 }
@@ -134,14 +135,17 @@ mod tests {
     fn only_hosts_of_sandboxes_are_forwarded_to() {
         let key = SecretKey::from_bytes([1; 32]).public();
         let host = KnownHost { name: "box".into(), address: "127.0.0.1:40000".into(), public_key: key };
+        let second_key = SecretKey::from_bytes([3; 32]).public();
+        let second = KnownHost { name: "box-2".into(), address: "127.0.0.1:40002".into(), public_key: second_key };
         let mut config = Config::default();
         config.contexts.push(Context {
             name: "box".parse().unwrap(),
             kind: ContextKind::Sandbox,
-            hosts: vec![host],
+            hosts: vec![host, second],
             sandbox: Some("/srv/box".into()),
         });
         assert_eq!(sandbox_of(&config, &key), Some(("/srv/box".into(), 40_000)));
+        assert_eq!(sandbox_of(&config, &second_key), Some(("/srv/box/box-2".into(), 40_002)));
         assert_eq!(sandbox_of(&config, &SecretKey::from_bytes([2; 32]).public()), None);
         config.contexts[0].kind = ContextKind::Cluster;
         assert_eq!(sandbox_of(&config, &key), None);

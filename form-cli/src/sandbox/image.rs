@@ -9,10 +9,10 @@ use std::{
 
 use form_bundle::ModuleSet;
 use form_image::{BuiltImage, ImageStore};
-use form_types::{ImageReference, Name, PublicKey, SecretKey, Spec};
+use form_types::{ImageReference, PublicKey, SecretKey, Spec};
 use formfile::LowerOptions;
 
-use super::{qemu::INITRAMFS, record::write_private, settings::settings};
+use super::{Host, Link, qemu::INITRAMFS, record::write_private, settings::settings};
 use crate::{
     deploy::build::{self, BuildArgs},
     failure::Failure,
@@ -104,9 +104,9 @@ impl HostImage {
     ///
     /// # Errors
     /// When there is no room for it.
-    pub async fn write_disk(self, disk: PathBuf, disk_gib: u64) -> Result<(), Failure> {
+    pub async fn write_disk(&self, disk: PathBuf, disk_gib: u64) -> Result<(), Failure> {
         let store = ImageStore::new(&build::cache()?);
-        let reference = ImageReference { name: self.image.name, version: Some(self.image.version) };
+        let reference = ImageReference { name: self.image.name.clone(), version: Some(self.image.version) };
         let fresh = disk.with_extension("new");
         let written = tokio::task::spawn_blocking(move || -> Result<(), Failure> {
             store.export(&reference, &fresh).map_err(|error| build::failure(&error))?;
@@ -134,19 +134,19 @@ pub fn resize(disk: &Path, disk_gib: u64) -> Result<(), Failure> {
 /// # Errors
 /// When a file cannot be read or written.
 pub fn write_initramfs(
-    directory: &Path,
+    host: &Host,
     kernel: &form_image::KernelBundle,
-    name: &Name,
     owner: PublicKey,
     host_key: &SecretKey,
+    link: Option<Link>,
 ) -> Result<(), Failure> {
     let path = program("form-guest")?;
     let guest = fs::read(&path).map_err(|error| Failure::io("read", &path, &error))?;
-    let settings = settings(name, &spec()?, owner, host_key).map_err(|error| Failure::failed(error.to_string()))?;
+    let settings = settings(&host.name, &spec()?, owner, host_key, link).map_err(|error| Failure::failed(error.to_string()))?;
     let mut initramfs = kernel.initramfs(&guest, ModuleSet::Host).map_err(|error| build::failure(&error))?;
     let segment = form_bundle::initramfs::settings_segment(&settings).map_err(|error| Failure::failed(error.to_string()))?;
     initramfs.extend_from_slice(&segment);
-    write_private(&directory.join(INITRAMFS), &initramfs)
+    write_private(&host.directory.join(INITRAMFS), &initramfs)
 }
 
 #[cfg(test)]

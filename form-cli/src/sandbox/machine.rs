@@ -17,13 +17,13 @@ use form_types::{Name, SecretKey};
 use tokio::time::Instant;
 
 use super::{
-    Accelerator, HostImage, Record, Sandbox, State,
+    Accelerator, Host, HostImage, Link, Record, Sandbox,
     image::{resize, write_initramfs},
     qemu::{CONSOLE, DISK, Launch, PROGRAM},
     qmp::Qmp,
 };
 use crate::{
-    context::{Config, ConfigFile, Context, ContextKind, Target, load_or_create_identity},
+    context::{Config, ConfigFile, Context, ContextKind, KnownHost, Target, load_or_create_identity},
     deploy::build,
     failure::Failure,
     session::Session,
@@ -42,7 +42,7 @@ const HOST_PATIENCE: Duration = Duration::from_secs(10 * 60);
 const TAIL_LINES: usize = 20;
 const TAIL_BYTES: u64 = 8 * 1024;
 
-/// What a sandbox has. `None` where nobody asked: what it has had, or the default.
+/// What each host of a sandbox has. `None` where nobody asked: what it has had, or the default.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Machine {
     pub cpus: Option<u32>,
@@ -85,25 +85,27 @@ fn default_cpus() -> u32 {
     there.min(4)
 }
 
-/// Makes a sandbox that does not run yet.
+/// Makes a host that does not run yet; its record is for the caller to save, last: what has a record is complete.
 ///
 /// # Errors
 /// When there is no room for its disk, or no randomness for its key.
-pub async fn make(sandbox: &Sandbox, image: HostImage, machine: Machine) -> Result<Record, Failure> {
+pub async fn make(host: &Host, image: &HostImage, machine: Machine) -> Result<Record, Failure> {
     let key = SecretKey::random().map_err(|error| Failure::failed(format!("no randomness: {error}")))?;
     let resources = &image.spec.resources;
     let cpus = machine.cpus.unwrap_or_else(default_cpus);
     let memory = machine.memory_mib.unwrap_or(resources.memory_mib);
     let disk_gib = machine.disk_gib.unwrap_or(resources.disk_gib);
     let record = Record::new(cpus, memory, disk_gib, free_port(None)?, Accelerator::detect(), &key);
-    image.write_disk(sandbox.directory.join(DISK), disk_gib).await?;
-    // Last: what has a record is complete.
-    record.save(&sandbox.directory)?;
+    fs::create_dir_all(&host.directory).map_err(|error| Failure::io("create", &host.directory, &error))?;
+    image.write_disk(host.directory.join(DISK), disk_gib).await?;
     Ok(record)
 }
 
 /// A UDP port of the loopback address that nobody has: the wanted one if possible.
-fn free_port(wanted: Option<u16>) -> Result<u16, Failure> {
+///
+/// # Errors
+/// When all are taken.
+pub fn free_port(wanted: Option<u16>) -> Result<u16, Failure> {
     let bind = |port| UdpSocket::bind(("127.0.0.1", port)).and_then(|socket| socket.local_addr());
     let address = wanted.ok_or(io::ErrorKind::AddrInUse.into()).and_then(bind).or_else(|_: io::Error| bind(0));
     address.map(|address| address.port()).map_err(|error| Failure::failed(format!("no free port on 127.0.0.1: {error}")))
@@ -113,22 +115,23 @@ fn free_port(wanted: Option<u16>) -> Result<u16, Failure> {
 ///
 /// # Errors
 /// When QEMU is missing or does not start, with what it said.
-pub async fn start(session: &Session, sandbox: &Sandbox, record: &mut Record) -> Result<(), Failure> {
+pub async fn start(session: &Session, host: &Host, record: &mut Record, link: Option<Link>) -> Result<(), Failure> {
     let kernel = build::kernel(session).await?;
     let owner = load_or_create_identity()?.public();
     record.port = free_port(Some(record.port))?;
     record.accelerator = Accelerator::detect();
-    record.save(&sandbox.directory)?;
-    resize(&sandbox.directory.join(DISK), record.disk_gib)?;
-    write_initramfs(&sandbox.directory, &kernel, &sandbox.name, owner, &record.host_key()?)?;
+    record.save(&host.directory)?;
+    resize(&host.directory.join(DISK), record.disk_gib)?;
+    write_initramfs(host, &kernel, owner, &record.host_key()?, link)?;
     let launch = Launch {
-        name: sandbox.name.as_str(),
-        directory: &sandbox.directory,
+        name: host.name.as_str(),
+        directory: &host.directory,
         kernel: &kernel.vmlinux(),
         accelerator: record.accelerator,
         cpus: record.cpus,
         memory_mib: record.memory_mib,
         port: record.port,
+        link,
     };
     let mut child = spawn(&launch)?;
     let deadline = Instant::now() + QEMU_PATIENCE;
@@ -136,17 +139,17 @@ pub async fn start(session: &Session, sandbox: &Sandbox, record: &mut Record) ->
         let ended = child.try_wait().map_err(|error| Failure::failed(format!("QEMU is lost: {error}")))?;
         if let Some(status) = ended {
             let failure = Failure::failed(format!("QEMU did not start: {status}"));
-            return Err(failure.tail("what QEMU said", tail(&sandbox.directory.join(LOG))));
+            return Err(failure.tail("what QEMU said", tail(&host.directory.join(LOG))));
         }
-        let directory = sandbox.directory.clone();
+        let directory = host.directory.clone();
         let connected = tokio::task::spawn_blocking(move || Qmp::connect(&directory).map(drop));
         if matches!(connected.await, Ok(Ok(()))) {
             return Ok(());
         }
         if Instant::now() > deadline {
-            super::stop(&sandbox.directory)?;
+            super::stop(&host.directory)?;
             return Err(Failure::new(ErrorCode::TimedOut, format!("QEMU did not get ready in {} s", QEMU_PATIENCE.as_secs()))
-                .tail("what QEMU said", tail(&sandbox.directory.join(LOG))));
+                .tail("what QEMU said", tail(&host.directory.join(LOG))));
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -187,24 +190,24 @@ pub fn require_programs() -> Result<(), Failure> {
 ///
 /// # Errors
 /// When QEMU ends, or the time is over; with the end of the host's console.
-pub async fn wait_until_it_answers(session: &Session, sandbox: &Sandbox, record: &Record) -> Result<Client, Failure> {
+pub async fn wait_until_it_answers(session: &Session, host: &Host, record: &Record) -> Result<Client, Failure> {
     let timeouts = Timeouts { connect: Duration::from_secs(5), request: Duration::from_secs(20), deadline: None };
-    let client: Client = session.connect(&Target::Remote(record.known_host(&sandbox.name)?), timeouts)?;
+    let client: Client = session.connect(&Target::Remote(record.known_host(&host.name)?), timeouts)?;
     let deadline = session.deadline().unwrap_or_else(|| Instant::now() + HOST_PATIENCE);
-    let console = || tail(&sandbox.directory.join(CONSOLE));
+    let console = || tail(&host.directory.join(CONSOLE));
     loop {
         let error = match client.host().await {
             Ok(_) => return Ok(client),
             Err(error) if error.is_unreachable() => error,
             Err(error) => return Err(error.into()),
         };
-        if State::of(&sandbox.directory).process().is_none() {
-            return Err(Failure::failed("the host ended before it answered")
+        if !host.runs() {
+            return Err(Failure::failed(format!("the host {} ended before it answered", host.name))
                 .tail("the end of its console", console())
                 .hint("`form sandbox up` tries again; `form sandbox down` removes it"));
         }
         if Instant::now() > deadline {
-            return Err(Failure::new(ErrorCode::TimedOut, format!("the host does not answer: {error}"))
+            return Err(Failure::new(ErrorCode::TimedOut, format!("the host {} does not answer: {error}", host.name))
                 .tail("the end of its console", console())
                 .hint("it runs on: `form sandbox up` waits for it again, `form sandbox down` removes it"));
         }
@@ -232,27 +235,21 @@ fn tail(path: &Path) -> Vec<String> {
 ///
 /// # Errors
 /// When the settings cannot be read or written.
-pub fn write_context(sandbox: &Sandbox, record: &mut Record) -> Result<(), Failure> {
+pub fn write_context(sandbox: &Sandbox, first: &mut Record, hosts: Vec<KnownHost>) -> Result<(), Failure> {
     let mut file = ConfigFile::load()?;
     let before = file.config.current.clone();
     if before.as_ref() != Some(&sandbox.name) {
-        record.previous_context = before;
-        record.save(&sandbox.directory)?;
+        first.previous_context = before;
+        first.save(&sandbox.directory)?;
     }
-    enter(&mut file.config, sandbox, record)?;
+    enter(&mut file.config, sandbox, hosts);
     file.save()
 }
 
-fn enter(config: &mut Config, sandbox: &Sandbox, record: &Record) -> Result<(), Failure> {
+fn enter(config: &mut Config, sandbox: &Sandbox, hosts: Vec<KnownHost>) {
     let context = config.context_or_new(&sandbox.name);
-    *context = Context {
-        name: sandbox.name.clone(),
-        kind: ContextKind::Sandbox,
-        hosts: vec![record.known_host(&sandbox.name)?],
-        sandbox: Some(sandbox.directory.clone()),
-    };
+    *context = Context { name: sandbox.name.clone(), kind: ContextKind::Sandbox, hosts, sandbox: Some(sandbox.directory.clone()) };
     config.current = Some(sandbox.name.clone());
-    Ok(())
 }
 
 /// Takes the context of the sandbox away; the one before it is current again, if it still is there.

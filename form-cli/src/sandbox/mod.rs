@@ -2,8 +2,9 @@
 //!
 //! Everything of a sandbox is in one directory, `~/.local/share/form/sandbox/NAME`: `sandbox.json` (what it is, written last when it
 //! is made), `disk.raw` (root disk, with all VMs), `initramfs` (guest program, modules and the host's settings), `console.log`,
-//! `qemu.log`, and while it runs `qemu.pid` and `qmp.sock`. QEMU needs no root and no tap: the host is reached through ports of the
-//! loopback address that QEMU forwards.
+//! `qemu.log`, and while it runs `qemu.pid` and `qmp.sock`. A second host has the same in `NAME-2` below it, and so on. QEMU needs no
+//! root and no tap: a host is reached through ports of the loopback address that QEMU forwards, and hosts reach each other through a
+//! multicast group of that address, so that each of them may go away without the others.
 
 mod forward;
 mod holder;
@@ -29,10 +30,10 @@ use rustix::fs::FlockOperation;
 pub use self::{
     forward::{publish, publish_of},
     image::{HostImage, build as build_host_image},
-    machine::{Machine, make, remove_context, require_programs, start, wait_until_it_answers, write_context},
+    machine::{Machine, free_port, make, remove_context, require_programs, start, wait_until_it_answers, write_context},
     process::{State, stop},
-    qemu::{Accelerator, DISK},
-    record::Record,
+    qemu::{Accelerator, DISK, Link},
+    record::{Peers, Record},
 };
 use crate::{
     context::{Config, ContextKind},
@@ -42,6 +43,48 @@ use crate::{
 
 /// What a sandbox is called when nobody says otherwise: its directory, its context and its host.
 pub const DEFAULT_NAME: &str = "sandbox";
+
+/// How many hosts a sandbox may have: more than one machine is for.
+pub const MAX_HOSTS: u32 = 16;
+
+/// One of the machines of a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Host {
+    /// From 1.
+    pub number: u32,
+    /// The sandbox's for the first, `NAME-2` for the second.
+    pub name: Name,
+    pub directory: PathBuf,
+}
+
+impl Host {
+    /// The host `number` of the sandbox `name` in `sandbox`.
+    ///
+    /// # Errors
+    /// When a host with that name would have too long a name.
+    pub fn new(name: &Name, sandbox: &Path, number: u32) -> Result<Self, Failure> {
+        if number == 1 {
+            return Ok(Self { number, name: name.clone(), directory: sandbox.to_owned() });
+        }
+        let name: Name = format!("{name}-{number}").parse().map_err(|error| {
+            Failure::usage(format!("the hosts of `{name}` cannot be named: {error}")).hint("take a shorter --name for the sandbox")
+        })?;
+        let directory = sandbox.join(name.as_str());
+        Ok(Self { number, name, directory })
+    }
+
+    /// The first `count` hosts.
+    ///
+    /// # Errors
+    /// As [`Host::new`].
+    pub fn all(name: &Name, sandbox: &Path, count: u32) -> Result<Vec<Self>, Failure> {
+        (1..=count).map(|number| Self::new(name, sandbox, number)).collect()
+    }
+
+    pub fn runs(&self) -> bool {
+        State::of(&self.directory).process().is_some()
+    }
+}
 
 /// The directory of one sandbox, held against other commands for as long as this lives.
 #[derive(Debug)]
@@ -106,6 +149,22 @@ impl Sandbox {
         }
     }
 
+    /// Ends every host that runs, also ones that no record names.
+    ///
+    /// # Errors
+    /// When one cannot be ended, or the directory cannot be read.
+    pub fn stop(&self) -> Result<(), Failure> {
+        stop(&self.directory)?;
+        let failed = |error: io::Error| Failure::io("read", &self.directory, &error);
+        for entry in fs::read_dir(&self.directory).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if entry.file_type().map_err(failed)?.is_dir() {
+                stop(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes the directory with all that is in it, and those above it that are empty then.
     ///
     /// # Errors
@@ -138,6 +197,17 @@ pub fn directory(config: &Config, name: &Name) -> Result<PathBuf, Failure> {
 mod tests {
     use super::*;
     use crate::context::Context;
+
+    #[test]
+    fn hosts_have_names_and_places() {
+        let name: Name = "box".parse().unwrap();
+        let hosts = Host::all(&name, Path::new("/srv/box"), 3).unwrap();
+        let of = |number: usize| (hosts[number].name.as_str(), hosts[number].directory.to_str().unwrap());
+        assert_eq!((of(0), of(1), of(2)), (("box", "/srv/box"), ("box-2", "/srv/box/box-2"), ("box-3", "/srv/box/box-3")));
+        let long: Name = "b".repeat(62).parse().unwrap();
+        assert!(Host::new(&long, Path::new("/srv"), 1).is_ok());
+        assert_eq!(Host::new(&long, Path::new("/srv"), 2).unwrap_err().exit_code(), 2);
+    }
 
     #[test]
     fn the_context_knows_where_it_is() {

@@ -58,6 +58,25 @@ impl Accelerator {
     }
 }
 
+/// A host's place in the network of its sandbox's hosts. It is for them alone: the agents encrypt what they say, but any program of this
+/// machine may listen in on the group, so nothing else should be said there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Of the host, from 1.
+    pub number: u32,
+    /// UDP port of the group.
+    pub port: u16,
+}
+
+/// From the block that is for use within one organisation (RFC 2365, 6.2); on the loopback address it leaves no machine.
+const GROUP: &str = "239.192.70.77";
+
+impl Link {
+    pub fn mac(self) -> String {
+        format!("52:54:00:12:35:{:02x}", self.number)
+    }
+}
+
 /// What a start needs to know. Paths are absolute; QEMU runs in the sandbox's directory and finds everything else there.
 #[derive(Clone, Debug)]
 pub struct Launch<'a> {
@@ -68,6 +87,7 @@ pub struct Launch<'a> {
     pub cpus: u32,
     pub memory_mib: u64,
     pub port: u16,
+    pub link: Option<Link>,
 }
 
 impl Launch<'_> {
@@ -104,6 +124,10 @@ impl Launch<'_> {
         option("device", format!("virtio-blk-pci,drive=root,serial={ROOT_SERIAL}").into());
         option("netdev", format!("user,id=net,ipv6=off,hostfwd=udp:127.0.0.1:{}-:{DEFAULT_PORT}", self.port).into());
         option("device", format!("virtio-net-pci,netdev=net,mac={MAC},romfile=").into());
+        if let Some(link) = self.link {
+            option("netdev", format!("socket,id=link,mcast={GROUP}:{},localaddr=127.0.0.1", link.port).into());
+            option("device", format!("virtio-net-pci,netdev=link,mac={},romfile=", link.mac()).into());
+        }
         option("device", "virtio-rng-pci".into());
         // Memory that the host does not use goes back to the machine.
         option("device", "virtio-balloon-pci,free-page-reporting=on".into());
@@ -138,6 +162,7 @@ mod tests {
             cpus: 2,
             memory_mib: 2048,
             port: 40_000,
+            link: None,
         };
         let arguments: Vec<String> = launch.arguments().into_iter().map(|argument| argument.into_string().unwrap()).collect();
         let value = |option: &str| arguments.iter().skip_while(|argument| *argument != option).nth(1).unwrap().as_str();
@@ -147,6 +172,10 @@ mod tests {
         // Within a list of options a comma would have to be doubled: no path is in one.
         assert!(arguments.iter().filter(|argument| argument.contains("/home")).count() == 1);
         assert!(ROOT_SERIAL.len() <= 20);
+        assert_eq!(arguments.iter().filter(|argument| *argument == "-netdev").count(), 1);
+        let linked = Launch { link: Some(Link { number: 3, port: 40_001 }), ..launch.clone() }.arguments();
+        assert!(linked.iter().any(|argument| argument == "socket,id=link,mcast=239.192.70.77:40001,localaddr=127.0.0.1"));
+        assert!(linked.iter().any(|argument| argument == "virtio-net-pci,netdev=link,mac=52:54:00:12:35:03,romfile="));
         let kvm = Launch { accelerator: Accelerator::Kvm, ..launch }.arguments();
         assert!(kvm.windows(2).any(|pair| pair[0] == "-cpu" && pair[1] == "host"));
     }

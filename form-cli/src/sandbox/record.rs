@@ -15,7 +15,7 @@ use crate::{context::KnownHost, failure::Failure};
 
 const FILE: &str = "sandbox.json";
 
-/// `sandbox.json`, readable by its owner alone: it holds the host's secret key.
+/// `sandbox.json` of a host, readable by its owner alone: it holds the host's secret key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
@@ -30,13 +30,30 @@ pub struct Record {
     /// The context that was current before, to go back to.
     #[serde(default)]
     pub previous_context: Option<Name>,
+    /// How the sandbox's hosts see each other, in the first one's record; a sandbox with one host has nothing to see.
+    #[serde(default)]
+    pub peers: Option<Peers>,
     host_key: String,
 }
 
+/// The hosts of a sandbox that has several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Peers {
+    pub hosts: u32,
+    /// UDP port of the multicast group that is their network.
+    pub port: u16,
+}
+
 impl Record {
+    /// How many hosts the sandbox of this first host's record has.
+    pub fn hosts(&self) -> u32 {
+        self.peers.map_or(1, |peers| peers.hosts)
+    }
+
     pub fn new(cpus: u32, memory_mib: u64, disk_gib: u64, port: u16, accelerator: Accelerator, host_key: &SecretKey) -> Self {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Self { version, cpus, memory_mib, disk_gib, port, accelerator, previous_context: None, host_key: host_key.to_hex() }
+        Self { version, cpus, memory_mib, disk_gib, port, accelerator, previous_context: None, peers: None, host_key: host_key.to_hex() }
     }
 
     /// `None` when the sandbox was never made to its end.
@@ -120,8 +137,11 @@ mod tests {
         let key = SecretKey::from_bytes([7; 32]);
         let mut record = Record::new(2, 2048, 20, 40_000, Accelerator::Software, &key);
         record.previous_context = Some("home".parse().unwrap());
+        assert_eq!(record.hosts(), 1);
+        record.peers = Some(Peers { hosts: 3, port: 40_001 });
         record.save(directory.path()).unwrap();
         assert_eq!(Record::load(directory.path()).unwrap().as_ref(), Some(&record));
+        assert_eq!(record.hosts(), 3);
         let path = directory.path().join(FILE);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let host = record.known_host(&"box".parse().unwrap()).unwrap();

@@ -9,7 +9,7 @@ use crate::{
     session::Session,
 };
 
-/// Remove a sandbox with all its VMs; the context that was current before is current again
+/// Remove a sandbox with all its hosts and VMs; the context that was current before is current again
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -32,7 +32,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     if let Some(sandbox) = sandbox {
         // A record that cannot be read is no reason to keep anything; the context before is forgotten then.
         previous = Record::load(&sandbox.directory).ok().flatten().and_then(|record| record.previous_context);
-        sandbox::stop(&sandbox.directory)?;
+        sandbox.stop()?;
         sandbox.remove()?;
     }
     removed |= sandbox::remove_context(&name, previous)?;

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::{
     failure::{Failure, Outcome},
-    sandbox::{Accelerator, DISK, Record, Sandbox, State},
+    sandbox::{Accelerator, DISK, Host, Record, State},
     session::Session,
     ui::{self, age, bytes},
 };
@@ -41,7 +41,7 @@ impl Verb {
 /// Which sandbox is meant.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Which {
-    /// The sandbox: also the name of its host and of its context
+    /// The sandbox: also the name of its first host and of its context
     #[arg(long, default_value = crate::sandbox::DEFAULT_NAME)]
     name: Name,
 }
@@ -49,6 +49,14 @@ pub struct Which {
 /// A sandbox as it is now.
 #[derive(Debug, Serialize)]
 struct Report {
+    name: Name,
+    directory: PathBuf,
+    hosts: Vec<HostReport>,
+}
+
+/// One of its hosts.
+#[derive(Debug, Serialize)]
+struct HostReport {
     name: Name,
     /// `running`, `stopped` or `crashed`.
     status: &'static str,
@@ -70,13 +78,13 @@ struct Report {
     directory: PathBuf,
 }
 
-impl Report {
-    fn new(name: &Name, directory: PathBuf, record: &Record, answers: bool) -> Self {
-        let state = State::of(&directory);
+impl HostReport {
+    fn new(host: &Host, record: &Record, answers: bool) -> Self {
+        let state = State::of(&host.directory);
         let process = state.process();
-        let disk = std::fs::metadata(directory.join(DISK)).ok();
+        let disk = std::fs::metadata(host.directory.join(DISK)).ok();
         Self {
-            name: name.clone(),
+            name: host.name.clone(),
             status: state.as_str(),
             answers,
             address: record.address(),
@@ -89,23 +97,29 @@ impl Report {
             up_since: process.and_then(|process| Timestamp::try_from(process.since?).ok()),
             resident_bytes: process.and_then(|process| process.resident_bytes()),
             disk_used_bytes: disk.map(|metadata| metadata.blocks() * 512),
-            directory,
+            directory: host.directory.clone(),
         }
     }
 
-    fn of(sandbox: &Sandbox, record: &Record) -> Self {
-        Self::new(&sandbox.name, sandbox.directory.clone(), record, true)
+    fn runs(&self) -> bool {
+        self.pid.is_some()
+    }
+
+    fn status(&self) -> &'static str {
+        if self.runs() && !self.answers { "running (its agent does not answer)" } else { self.status }
+    }
+
+    fn age(&self) -> Option<String> {
+        self.up_since.map(|since| age(since, Timestamp::now()))
     }
 
     fn record(&self) -> ui::Record {
-        let runs = self.up_since.is_some() || self.pid.is_some();
-        let status = if runs && !self.answers { "running (its agent does not answer)" } else { self.status };
         let used = |used: Option<u64>| used.map(|used| format!(", {} of this machine's used", bytes(used))).unwrap_or_default();
         ui::Record::new(self.name.to_string())
             .field("name", &self.name)
-            .field("status", status)
+            .field("status", self.status())
             .field("address", &self.address)
-            .optional("up", self.up_since.map(|since| age(since, Timestamp::now())))
+            .optional("up", self.age())
             .field("runs on", self.accelerator.as_str())
             .field("cpus", self.cpus)
             .field("memory", format!("{}{}", bytes(self.memory_mib * MIB), used(self.resident_bytes)))
@@ -114,6 +128,36 @@ impl Report {
             .field("directory", self.directory.display())
             .optional("process", self.pid)
     }
+}
+
+impl Report {
+    /// One host as a record, several as a table.
+    fn show(&self, session: &Session) -> Result<(), Failure> {
+        match self.hosts.as_slice() {
+            [host] => session.terminal.show(self, &host.record()),
+            _ if session.terminal.is_machine_readable() => session.terminal.show(self, &ui::Record::new(self.name.to_string())),
+            hosts => session.terminal.list(hosts, &table(hosts)),
+        }
+    }
+}
+
+fn table(hosts: &[HostReport]) -> ui::Table {
+    let mut table = ui::Table::new(&["NAME", "STATUS", "ADDRESS", "UP", "CPUS", "MEMORY", "DISK"], &["VERSION", "DIRECTORY", "PROCESS"]);
+    for host in hosts {
+        table.row([
+            host.name.to_string(),
+            host.status().to_owned(),
+            host.address.clone(),
+            host.age().unwrap_or_default(),
+            host.cpus.to_string(),
+            bytes(host.memory_mib * MIB),
+            bytes(host.disk_gib * GIB),
+            host.version.clone(),
+            host.directory.display().to_string(),
+            host.pid.map(|pid| pid.to_string()).unwrap_or_default(),
+        ]);
+    }
+    table
 }
 
 fn incomplete(name: &Name) -> Failure {

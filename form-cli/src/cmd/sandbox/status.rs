@@ -2,11 +2,11 @@ use std::time::Duration;
 
 use form_api::client::Timeouts;
 
-use super::{Report, Which, incomplete};
+use super::{HostReport, Report, Which, incomplete};
 use crate::{
     context::{ConfigFile, Target},
     failure::{Failure, Outcome},
-    sandbox::{self, Record, State},
+    sandbox::{self, Host, Record},
     session::Session,
 };
 
@@ -26,13 +26,18 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     if !directory.exists() {
         return Err(Failure::not_found(format!("there is no sandbox `{name}`")).hint("`form sandbox up` makes one"));
     }
-    let record = Record::load(&directory)?.ok_or_else(|| incomplete(&name))?;
-    let runs = State::of(&directory).process().is_some();
-    let answers = runs && session.connect(&Target::Remote(record.known_host(&name)?), TIMEOUTS)?.host().await.is_ok();
-    let report = Report::new(&name, directory, &record, answers);
-    session.terminal.show(&report, &report.record())?;
-    if !runs && !session.terminal.is_machine_readable() {
-        session.terminal.note("`form sandbox up` starts it with its disk; `form sandbox down` removes it.");
+    let first = Record::load(&directory)?.ok_or_else(|| incomplete(&name))?;
+    let mut hosts = Vec::new();
+    for host in Host::all(&name, &directory, first.hosts())? {
+        let record = Record::load(&host.directory)?.ok_or_else(|| incomplete(&name))?;
+        let target = Target::Remote(record.known_host(&host.name)?);
+        let answers = host.runs() && session.connect(&target, TIMEOUTS)?.host().await.is_ok();
+        hosts.push(HostReport::new(&host, &record, answers));
+    }
+    let away = hosts.iter().any(|host| !host.runs());
+    Report { name, directory, hosts }.show(session)?;
+    if away && !session.terminal.is_machine_readable() {
+        session.terminal.note("`form sandbox up` starts what does not run, with its disk; `form sandbox down` removes it.");
     }
     Ok(0)
 }

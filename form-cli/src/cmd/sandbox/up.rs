@@ -1,27 +1,33 @@
 use form_api::ErrorCode;
-use form_types::size::{self, GIB, MIB};
+use form_types::{
+    Name,
+    size::{self, GIB, MIB},
+};
 
-use super::{Report, Which};
+use super::{HostReport, Report, Which, incomplete};
 use crate::{
     context::{Config, ConfigFile, ContextKind, load_or_create_identity},
     failure::{Failure, Outcome},
-    sandbox::{self, Machine, Record, Sandbox, State},
+    sandbox::{self, Host, Link, Machine, Peers, Record, Sandbox},
     session::Session,
     ui::bytes,
 };
 
-/// Bring up a throw-away host in QEMU; no root and no hardware virtualisation needed
+/// Bring up throw-away hosts in QEMU; no root and no hardware virtualisation needed
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     which: Which,
-    /// Processors (this machine's, up to 4)
+    /// How many hosts (1): NAME, NAME-2 and so on, which reach each other on 10.0.3.1, 10.0.3.2 and so on
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(sandbox::MAX_HOSTS)))]
+    hosts: Option<u32>,
+    /// Processors of each host (this machine's, up to 4)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: Option<u32>,
-    /// Memory for the host and its VMs: MiB, or with a unit: 4G (2G)
+    /// Memory for each host and its VMs: MiB, or with a unit: 4G (2G)
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     memory: Option<u64>,
-    /// Disk for the host and its VMs: GiB, or with a unit (20G); takes only the room it uses
+    /// Disk for each host and its VMs: GiB, or with a unit (20G); takes only the room it uses
     #[arg(long, value_name = "SIZE", value_parser = disk)]
     disk: Option<u64>,
 }
@@ -52,58 +58,136 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     // Before anything is made: without a key the host could belong to nobody.
     load_or_create_identity()?;
     let sandbox = Sandbox::create(session, &config, name).await?;
-    let (mut record, runs) = match Record::load(&sandbox.directory)? {
-        Some(record) if State::of(&sandbox.directory).process().is_some() => {
-            if !machine.fits(&record) {
-                return Err(Failure::new(ErrorCode::Conflict, format!("the sandbox `{name}` runs already, and not with what you ask for"))
-                    .hint("`form sandbox down` removes it with all its VMs; then bring it up anew, or take another --name"));
-            }
-            session.terminal.note(format!("the sandbox `{name}` runs already"));
-            (record, true)
+    let there = existing(session, &sandbox, &args, machine)?;
+    let fresh = there.is_none();
+    let mut machines = there.unwrap_or_default();
+    let wanted = args.hosts.unwrap_or(1);
+    if machines.len() < wanted as usize
+        && let Err(failure) = add(session, &sandbox, wanted, machine, &mut machines).await
+    {
+        if fresh {
+            // There was none, and there is none. The first failure is what matters.
+            let _ = sandbox.remove();
         }
-        Some(mut record) => {
-            machine.apply(&mut record)?;
-            session.terminal.note(format!("the sandbox `{name}` is there and does not run: starting it with its disk"));
-            (record, false)
+        return Err(failure);
+    }
+    let peers = machines.first().and_then(|(_, first)| first.peers);
+    let mut clients = Vec::new();
+    for (host, record) in &mut machines {
+        if record.version != env!("CARGO_PKG_VERSION") {
+            session.terminal.warn(format!(
+                "the agent of {} is of version {}, this is {}; `form sandbox down` and `up` make a new one",
+                host.name,
+                record.version,
+                env!("CARGO_PKG_VERSION")
+            ));
         }
-        None => match make(session, &sandbox, machine).await {
-            Ok(record) => (record, false),
-            Err(failure) => {
-                // There was none, and there is none. The first failure is what matters.
-                let _ = sandbox.remove();
-                return Err(failure);
-            }
-        },
-    };
-    if record.version != env!("CARGO_PKG_VERSION") {
-        session.terminal.warn(format!(
-            "its agent is of version {}, this is {}; `form sandbox down` and `up` make a new one",
-            record.version,
-            env!("CARGO_PKG_VERSION")
-        ));
+        if !host.runs() {
+            let link = peers.map(|peers| Link { number: host.number, port: peers.port });
+            sandbox::start(session, host, record, link).await?;
+        }
     }
-    if !runs {
-        sandbox::start(session, &sandbox, &mut record).await?;
+    for (host, record) in &machines {
+        let whom = if machines.len() == 1 { "the host" } else { host.name.as_str() };
+        let step = session.terminal.step(format!("waiting until {whom} answers ({})", record.accelerator.as_str()));
+        clients.push(sandbox::wait_until_it_answers(session, host, record).await?);
+        step.done("");
     }
-    let step = session.terminal.step(format!("waiting until the host answers ({})", record.accelerator.as_str()));
-    let client = sandbox::wait_until_it_answers(session, &sandbox, &record).await?;
-    step.done("");
-    sandbox::write_context(&sandbox, &mut record)?;
-    sandbox::publish_of(session, &client, &record.known_host(name)?).await;
-    let sentence = format!("The host {name} answers on {}; the current context is {name}", record.address());
-    session.terminal.done(&Report::of(&sandbox, &record), name.as_str(), &sentence)?;
-    session.terminal.note("Go on with `form deploy` and `form ps`. `form sandbox down` removes the host and all its VMs.");
+    let known = machines.iter().map(|(host, record)| record.known_host(&host.name)).collect::<Result<Vec<_>, _>>()?;
+    if let Some((_, first)) = machines.first_mut() {
+        sandbox::write_context(&sandbox, first, known.clone())?;
+    }
+    for (client, known) in clients.iter().zip(&known) {
+        sandbox::publish_of(session, client, known).await;
+    }
+    let hosts = machines.iter().map(|(host, record)| HostReport::new(host, record, true)).collect();
+    let report = Report { name: name.clone(), directory: sandbox.directory.clone(), hosts };
+    session.terminal.done(&report, name.as_str(), &sentence(name, &machines))?;
+    session.terminal.note("Go on with `form deploy` and `form ps`. `form sandbox down` removes the hosts and all their VMs.");
     Ok(0)
 }
 
-async fn make(session: &Session, sandbox: &Sandbox, machine: Machine) -> Result<Record, Failure> {
-    // What another command left half made.
-    sandbox::stop(&sandbox.directory)?;
+fn sentence(name: &Name, machines: &[(Host, Record)]) -> String {
+    match machines {
+        [(host, record)] => format!("The host {} answers on {}; the current context is {name}", host.name, record.address()),
+        several => {
+            let names: Vec<&str> = several.iter().map(|(host, _)| host.name.as_str()).collect();
+            format!(
+                "The hosts {} answer; the current context is {name}, `--host {}` means the last of them",
+                names.join(", "),
+                names.last().copied().unwrap_or_default()
+            )
+        }
+    }
+}
+
+/// The hosts of a sandbox that is there, with what was asked for where they do not run.
+fn existing(session: &Session, sandbox: &Sandbox, args: &Args, machine: Machine) -> Result<Option<Vec<(Host, Record)>>, Failure> {
+    let name = &sandbox.name;
+    let Some(first) = Record::load(&sandbox.directory)? else { return Ok(None) };
+    let hosts = Host::all(name, &sandbox.directory, first.hosts())?;
+    let running = hosts.iter().filter(|host| host.runs()).count();
+    let wanted = args.hosts.unwrap_or(first.hosts());
+    if wanted < first.hosts() {
+        return Err(Failure::new(ErrorCode::Conflict, format!("the sandbox `{name}` has {} hosts", first.hosts()))
+            .hint("`form sandbox down` removes it with all its VMs; then bring up a smaller one"));
+    }
+    let mut machines = Vec::new();
+    let mut fits = wanted == first.hosts() || running == 0;
+    for host in hosts {
+        let mut record = Record::load(&host.directory)?.ok_or_else(|| incomplete(name))?;
+        if host.runs() {
+            fits &= machine.fits(&record);
+        } else {
+            machine.apply(&mut record)?;
+        }
+        machines.push((host, record));
+    }
+    if !fits {
+        return Err(Failure::new(ErrorCode::Conflict, format!("the sandbox `{name}` runs already, and not with what you ask for"))
+            .hint("`form sandbox down` removes it with all its VMs; then bring it up anew, or take another --name"));
+    }
+    if running == machines.len() {
+        session.terminal.note(format!("the sandbox `{name}` runs already"));
+    } else if running == 0 {
+        session.terminal.note(format!("the sandbox `{name}` is there and does not run: starting it with its disk"));
+    } else {
+        let away = machines.iter().filter(|(host, _)| !host.runs()).map(|(host, _)| host.name.as_str()).collect::<Vec<_>>();
+        session.terminal.note(format!("not running: {}; starting with what is on the disk", away.join(", ")));
+    }
+    Ok(Some(machines))
+}
+
+/// Makes the hosts that are not there yet, up to `wanted` of them.
+async fn add(
+    session: &Session,
+    sandbox: &Sandbox,
+    wanted: u32,
+    machine: Machine,
+    machines: &mut Vec<(Host, Record)>,
+) -> Result<(), Failure> {
+    let hosts = Host::all(&sandbox.name, &sandbox.directory, wanted)?;
+    if machines.is_empty() {
+        // What another command left half made.
+        sandbox.stop()?;
+    }
     let image = sandbox::build_host_image(session).await?;
-    let step = session.terminal.step("writing the host's disk");
-    let record = sandbox::make(sandbox, image, machine).await?;
-    step.done("");
-    Ok(record)
+    for host in hosts.into_iter().skip(machines.len()) {
+        let step = session.terminal.step(if wanted == 1 {
+            "writing the host's disk".to_owned()
+        } else {
+            format!("writing the disk of {}", host.name)
+        });
+        let record = sandbox::make(&host, &image, machine).await?;
+        step.done("");
+        machines.push((host, record));
+    }
+    if let [(_, first), _, ..] = machines.as_mut_slice() {
+        let port = first.peers.map(|peers| peers.port);
+        first.peers = Some(Peers { hosts: wanted, port: sandbox::free_port(port)? });
+    }
+    // The first one's last: it says how many there are.
+    machines.iter().rev().try_for_each(|(host, record)| record.save(&host.directory))
 }
 
 fn refuse_taken_name(config: &Config, args: &Args) -> Result<(), Failure> {
