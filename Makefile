@@ -7,6 +7,8 @@ STATIC = x86_64-unknown-linux-gnu
 DIST = $(TARGET)/dist/$(CARGO_PROFILE_DIR)
 # A VM process pays for every library it loads: what is installed loads none. Development builds are spared the second build.
 STATIC_VMM = $(if $(filter release,$(PROFILE)),-p form-vmm --bin form-vmm)
+# The static programs of a release are small by every means, since each VM process holds one.
+SMALL = RUSTFLAGS="-C target-feature=+crt-static" CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1
 VMM = $(TARGET)/$(if $(STATIC_VMM),$(STATIC)/)$(CARGO_PROFILE_DIR)/form-vmm
 
 .PHONY: demo test test-fast test-system fuzz check build release-vmm packages install docs clean
@@ -39,7 +41,7 @@ check:
 ## build: the programs, laid out as they are installed, below $(DIST)
 build: packages
 	cargo build --profile $(PROFILE) --workspace --bins
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build --profile $(PROFILE) -p form-guest --bin form-guest $(STATIC_VMM) --target $(STATIC)
+	$(SMALL) cargo build --profile $(PROFILE) -p form-guest --bin form-guest $(STATIC_VMM) --target $(STATIC)
 	@install -d $(DIST)/bin $(DIST)/lib/formation
 	@install -C -m 755 $(TARGET)/$(CARGO_PROFILE_DIR)/form $(TARGET)/$(CARGO_PROFILE_DIR)/form-agent $(DIST)/bin/
 	@install -C -m 755 $(VMM) $(DIST)/lib/formation/
@@ -47,7 +49,7 @@ build: packages
 
 ## release-vmm: the programs of VMs as they are installed, beside a development build; says where
 release-vmm:
-	@RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --release -p form-vmm --bin form-vmm --target $(STATIC) >&2
+	@$(SMALL) cargo build --quiet --release -p form-vmm --bin form-vmm --target $(STATIC) >&2
 	@install -d $(DIST)/lib/release
 	@install -C -m 755 $(TARGET)/$(STATIC)/release/form-vmm $(DIST)/lib/formation/form-guest $(DIST)/lib/release/ >&2
 	@echo $(abspath $(DIST)/lib/release)

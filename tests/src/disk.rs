@@ -7,6 +7,8 @@ use std::{
     process::Command,
 };
 
+use rustix::fs::FallocateFlags;
+
 fn run(program: &str, arguments: &[&str]) {
     let output = Command::new(program).args(arguments).output().unwrap();
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -46,10 +48,19 @@ impl SmallDisk {
             figures.f_bavail * figures.f_frsize
         };
         let mut ballast = fs::File::create(self.ballast()).unwrap();
-        // The file system needs some room for its own tables: what is asked for at once has to leave it.
-        let bytes = free().saturating_sub((kibibytes << 10).max(1 << 20));
-        if bytes > 0 {
-            run("fallocate", &["-l", &bytes.to_string(), self.ballast().to_str().unwrap()]);
+        // The file system needs some room for its own tables: what is asked for at once has to leave it. Somebody else may be writing
+        // at the same time, and take room that was free a moment ago.
+        loop {
+            let length = ballast.metadata().unwrap().len();
+            let bytes = free().saturating_sub((kibibytes << 10).max(1 << 20));
+            if bytes == 0 {
+                break;
+            }
+            match rustix::fs::fallocate(&ballast, FallocateFlags::empty(), length, bytes) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::NOSPC) => {}
+                Err(error) => panic!("{error}"),
+            }
         }
         ballast.seek(SeekFrom::End(0)).unwrap();
         while free() > kibibytes << 10 {

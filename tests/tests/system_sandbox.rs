@@ -68,7 +68,7 @@ fn system_sandbox_hosts_run_apps_and_leave_nothing_behind() {
 
     let app = tempfile::tempdir().unwrap();
     let file = app.path().join("Formfile");
-    let deploy = || form.form(["deploy", file.to_str().unwrap(), "-y", "--timeout", "300s"]);
+    let deploy = || form.form(["deploy", file.to_str().unwrap(), "-y", "--timeout", "600s"]);
     write_app(app.path(), "Good morning", r#"["python3", "-u", "/app/app.py"]"#);
     let _ = deploy().ok();
     assert!(answer(18080).contains("Good morning, greeter!"));
@@ -103,7 +103,7 @@ fn system_sandbox_hosts_run_apps_and_leave_nothing_behind() {
     let other = tempfile::tempdir().unwrap();
     write_app_called("other", 18081, other.path(), "Hello", r#"["python3", "-u", "/app/app.py"]"#);
     let second = other.path().join("Formfile");
-    let _ = form.form(["--host", "sandbox-2", "deploy", second.to_str().unwrap(), "-y", "--timeout", "300s"]).ok();
+    let _ = form.form(["--host", "sandbox-2", "deploy", second.to_str().unwrap(), "-y", "--timeout", "600s"]).ok();
     assert!(answer(18081).contains("Hello, other!"));
     assert_eq!(form.form(["ps", "-o", "json"]).ok().json().as_array().unwrap().len(), 1);
     let fetch = "import urllib.request as u; print(u.urlopen('http://10.0.3.1:18080/', timeout=30).read().decode())";
