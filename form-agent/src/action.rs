@@ -18,6 +18,9 @@ pub enum Action {
     Set,
     /// vCPUs, memory: what a start brings.
     Resize,
+    Snapshot,
+    /// Going back to a snapshot.
+    Restore,
     Destroy,
     Exec,
     Copy,
@@ -29,7 +32,7 @@ pub enum Action {
 
 impl Action {
     #[cfg(test)]
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 19] = [
         Self::Deploy,
         Self::Start,
         Self::Stop,
@@ -40,6 +43,8 @@ impl Action {
         Self::Rename,
         Self::Set,
         Self::Resize,
+        Self::Snapshot,
+        Self::Restore,
         Self::Destroy,
         Self::Exec,
         Self::Copy,
@@ -72,7 +77,8 @@ pub enum Instead {
 /// The table. A VM that starts, is asked and does not answer yet is the guest's matter: exec and its like are tried.
 pub const fn judge(action: Action, state: VmState) -> Verdict {
     use Action::{
-        Console, Copy, Deploy, Destroy, Exec, Forward, Logs, Pause, Rename, Reset, Resize, Restart, Resume, Set, Start, Stats, Stop,
+        Console, Copy, Deploy, Destroy, Exec, Forward, Logs, Pause, Rename, Reset, Resize, Restart, Restore, Resume, Set, Snapshot, Start,
+        Stats, Stop,
     };
     use VmState::{Failed, Paused, Pending, Running, Starting, Stopped, Stopping};
     match (action, state) {
@@ -108,6 +114,17 @@ pub const fn judge(action: Action, state: VmState) -> Verdict {
         (Resize, Paused) => Verdict::Refuse(Instead::Resume),
         (Resize, Stopping) => Verdict::Refuse(Instead::WaitUntilStopped),
 
+        // Of one that does not run the disk alone. One that failed is about to be started again, or may be.
+        (Snapshot, Running | Paused | Stopped) => Verdict::Do,
+        (Snapshot, Pending | Starting) => Verdict::Refuse(Instead::WaitUntilRunning),
+        (Snapshot, Stopping) => Verdict::Refuse(Instead::WaitUntilStopped),
+        (Snapshot, Failed) => Verdict::Refuse(Instead::Start),
+
+        // A guest that hangs or fails is what one goes back from.
+        (Restore, Starting | Running | Paused | Stopped | Failed) => Verdict::Do,
+        (Restore, Pending) => Verdict::Refuse(Instead::WaitUntilRunning),
+        (Restore, Stopping) => Verdict::Refuse(Instead::WaitUntilStopped),
+
         (Exec | Copy | Forward, Starting | Running) => Verdict::Do,
         (Exec | Copy | Forward, Pending) => Verdict::Refuse(Instead::WaitUntilRunning),
         (Exec | Copy | Forward, Paused) => Verdict::Refuse(Instead::Resume),
@@ -141,7 +158,7 @@ mod tests {
 
     /// Columns: pending, starting, running, paused, stopping, stopped, failed. `+` do, `=` already so; refused: `s` start it, `r` resume
     /// it, `w` wait until it runs, `e` wait until it has ended.
-    const TABLE: [(Action, &str); 17] = [
+    const TABLE: [(Action, &str); 19] = [
         (Action::Deploy, "+++++++"),
         (Action::Start, "+==r+++"),
         (Action::Stop, "+++++++"),
@@ -152,6 +169,8 @@ mod tests {
         (Action::Rename, "+++++++"),
         (Action::Set, "+++++++"),
         (Action::Resize, "+++re++"),
+        (Action::Snapshot, "ww++e+s"),
+        (Action::Restore, "w+++e++"),
         (Action::Destroy, "+++++++"),
         (Action::Exec, "w++rsss"),
         (Action::Copy, "w++rsss"),

@@ -207,7 +207,7 @@ impl Agent {
     /// Every VM that has something on this host, wanted or not.
     pub fn vms_on_disk(&self) -> Vec<VmId> {
         let mut found = self.store.disks().unwrap_or_default();
-        for directory in [self.paths.vm_runtime(), self.paths.logs(), self.paths.vms()] {
+        for directory in [self.paths.vm_runtime(), self.paths.logs(), self.paths.vms(), self.paths.snapshots()] {
             let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
             found.extend(entries.filter_map(|entry| entry.file_name().to_str()?.parse::<VmId>().ok()));
         }

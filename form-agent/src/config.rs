@@ -43,6 +43,11 @@ impl Paths {
         self.data().join("vms")
     }
 
+    /// One directory a VM, with its snapshots.
+    pub fn snapshots(&self) -> PathBuf {
+        self.data().join("snapshots")
+    }
+
     pub fn database(&self) -> PathBuf {
         self.data().join("db")
     }

@@ -24,7 +24,7 @@ use crate::{
     identity::Identity,
     lifecycle, machine,
     operation::Operations,
-    serve, volume,
+    serve, snapshot, volume,
 };
 
 type Failure = Box<dyn Error>;
@@ -138,7 +138,9 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             | OperationKind::VmReset
             | OperationKind::VmRename
             | OperationKind::VmSet
+            | OperationKind::VmRestore
             | OperationKind::VmDestroy => lifecycle::resume(agent, &record),
+            OperationKind::SnapshotCreate | OperationKind::SnapshotRemove => snapshot::operate::resume(agent, &record),
             OperationKind::VolumeCreate
             | OperationKind::VolumeAttach
             | OperationKind::VolumeDetach

@@ -11,6 +11,7 @@ use std::{
 use form_api::{
     deploy::DeployRequest,
     sign,
+    snapshot::RestoreRequest,
     vm::{RenameRequest, SetRequest},
 };
 use form_net::{Ipv4Range, Ipv6Prefix, Mac};
@@ -54,6 +55,14 @@ impl Run {
     }
 }
 
+/// A start of a VM that goes on from a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restore {
+    pub snapshot: Name,
+    /// Which start ([`DesiredVm::starts`]): those after it are from the disk.
+    pub starts: u64,
+}
+
 /// One VM as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredVm {
@@ -66,6 +75,8 @@ pub struct DesiredVm {
     pub starts: u64,
     /// Grows when somebody asks for a reset, together with `starts`: the guest is not asked to shut down then.
     pub resets: u64,
+    /// What was last asked to go back to.
+    pub restore: Option<Restore>,
     pub ipv4: Ipv4Addr,
     pub actor: PublicKey,
     pub created_at: Timestamp,
@@ -117,6 +128,10 @@ impl DesiredVm {
             },
             starts: number("starts")?,
             resets: number("resets").unwrap_or(0),
+            restore: text("restore")
+                .and_then(|name| name.parse().ok())
+                .zip(number("restore_starts"))
+                .map(|(snapshot, starts)| Restore { snapshot, starts }),
             ipv4: text("ipv4")?.parse().ok()?,
             actor: text("actor")?.parse().ok()?,
             created_at: Timestamp::from_second(i64::try_from(number("created_at")?).ok()?).ok()?,
@@ -132,6 +147,11 @@ fn boot_digest(request: &DeployRequest, starts: u64) -> Digest {
     boot.spec.labels.clear();
     boot.spec.restart = Restart { policy: RestartPolicy::Always, max_retries: None };
     Digest::of(format!("{starts} {}", serde_json::to_string(&boot).unwrap_or_default()).as_bytes())
+}
+
+/// Whether a VM that was started from one would be started from the same by the other.
+pub fn same_boot(one: &DeployRequest, other: &DeployRequest) -> bool {
+    boot_digest(one, 0) == boot_digest(other, 0)
 }
 
 /// The request of a VM that has got another name, with what refers to the old one.
@@ -289,6 +309,17 @@ impl Rules for AgentRules {
                     Write::put(Table::Vms, vm.id, "run", Run::Running.as_str()),
                     Write::put(Table::Vms, vm.id, "starts", vm.starts.saturating_add(1)),
                     Write::put(Table::Vms, vm.id, "resets", vm.resets.saturating_add(1)),
+                ])
+            }
+            ("POST", ["v1", "vms", name, "restore"]) => {
+                let vm = existing(name, authority, view)?;
+                let RestoreRequest { snapshot } = json(&request.body)?;
+                let starts = vm.starts.saturating_add(1);
+                Ok(vec![
+                    Write::put(Table::Vms, vm.id, "run", Run::Running.as_str()),
+                    Write::put(Table::Vms, vm.id, "starts", starts),
+                    Write::put(Table::Vms, vm.id, "restore", snapshot.as_str()),
+                    Write::put(Table::Vms, vm.id, "restore_starts", starts),
                 ])
             }
             ("POST", ["v1", "vms", name, "pause"]) => existing(name, authority, view)?.turn(Run::Running, Run::Paused),

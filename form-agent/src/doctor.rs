@@ -1,6 +1,10 @@
 //! What a host lacks, what was left over on it, and how to mend both.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use form_api::{
     ApiError, ErrorCode,
@@ -118,6 +122,8 @@ enum Leftover {
     Runtime(VmId),
     Disk(VmId),
     Log(VmId),
+    Snapshots(VmId),
+    PartialSnapshot(PathBuf),
 }
 
 impl Leftover {
@@ -127,6 +133,12 @@ impl Leftover {
             Self::Cgroup(id) => (format!("cgroup/{id}"), "a cgroup without a VM"),
             Self::Runtime(id) => (format!("runtime/{id}"), "a runtime directory without a VM"),
             Self::Disk(id) => (format!("disk/{id}"), "a root disk without a VM"),
+            Self::Snapshots(id) => (format!("snapshots/{id}"), "snapshots without a VM"),
+            Self::PartialSnapshot(path) => {
+                let mut names = path.iter().rev().map(|name| name.to_string_lossy());
+                let (name, vm) = (names.next().unwrap_or_default(), names.next().unwrap_or_default());
+                (format!("snapshots/{vm}/{name}"), "a snapshot that was never finished")
+            }
             Self::Log(id) => (format!("log/{id}"), "a log without a VM"),
         };
         Check {
@@ -168,6 +180,11 @@ async fn leftovers(agent: &Arc<Agent>) -> Vec<Leftover> {
     found.extend(orphans(&agent.paths().vm_runtime()).into_iter().map(Leftover::Runtime));
     found.extend(orphans(&agent.paths().vms()).into_iter().map(Leftover::Disk));
     found.extend(orphans(&agent.paths().logs()).into_iter().map(Leftover::Log));
+    found.extend(orphans(&agent.paths().snapshots()).into_iter().map(Leftover::Snapshots));
+    match agent.store.partial_snapshots() {
+        Ok(paths) => found.extend(paths.into_iter().map(Leftover::PartialSnapshot)),
+        Err(error) => tracing::warn!("the snapshots cannot be examined: {error}"),
+    }
     found
 }
 
@@ -181,8 +198,9 @@ pub async fn fix(agent: &Arc<Agent>) -> Result<(), ApiError> {
         let result = match &leftover {
             Leftover::Network(network) => agent.network.remove(network).await.map_err(|error| error.to_string()),
             Leftover::Cgroup(id) => cgroup::remove(&agent.host_id().mark(), id).await.map_err(|error| error.to_string()),
+            Leftover::PartialSnapshot(_) => agent.store.remove_partial_snapshots().map_err(|error| error.to_string()),
             // A driver knows how: it adopts or kills what runs there, and then removes everything.
-            Leftover::Runtime(_) | Leftover::Disk(_) | Leftover::Log(_) => {
+            Leftover::Runtime(_) | Leftover::Disk(_) | Leftover::Log(_) | Leftover::Snapshots(_) => {
                 agent.fleet.reconcile(agent);
                 Ok(())
             }

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use form_api::{
     ApiError, ErrorCode,
     operation::{Operation, OperationKind},
+    snapshot::RestoreRequest,
     vm::{SetRequest, VmState},
 };
 use form_types::{Digest, Failpoint, Name, OperationId, VmId, failpoint::reach};
@@ -21,6 +22,7 @@ use crate::{
     driver::{live, process::RuntimeDirectory},
     fleet::Observed,
     operation::{Begun, Opening, Record},
+    snapshot,
 };
 
 /// How long the asked-for state may take: a stop includes the guest's own shutdown.
@@ -38,6 +40,7 @@ pub enum Change {
     Destroy,
     Rename(Name),
     Set(SetRequest),
+    Restore(RestoreRequest),
 }
 
 impl Change {
@@ -52,6 +55,7 @@ impl Change {
             Self::Destroy => OperationKind::VmDestroy,
             Self::Rename(_) => OperationKind::VmRename,
             Self::Set(_) => OperationKind::VmSet,
+            Self::Restore(_) => OperationKind::VmRestore,
         }
     }
 
@@ -67,6 +71,7 @@ impl Change {
             Self::Rename(_) => Action::Rename,
             Self::Set(set) if set.needs_start() => Action::Resize,
             Self::Set(_) => Action::Set,
+            Self::Restore(_) => Action::Restore,
         }
     }
 }
@@ -155,6 +160,7 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<bool, ApiErro
             }
             return Ok(changed != vm.request);
         }
+        Change::Restore(request) => return snapshot::restore::check(agent, vm, &request.snapshot).map(|_| true),
         _ => {}
     }
     Ok(needed)
@@ -196,6 +202,12 @@ async fn reached(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
     loop {
         let observed = agent.fleet.observed(vm);
         let desired = agent.desired(vm);
+        if let (Change::Restore(request), Some(vm)) = (change, &desired)
+            && let Some(fault) = snapshot::restore::fault(agent, vm)
+        {
+            let text = format!("the snapshot `{}` was not restored: {fault}", request.snapshot);
+            return Err(ApiError::new(ErrorCode::Failed, text).hint("the VM is on the disk that it had; see `form ps` and `form events`"));
+        }
         if is_reached(progress, desired.as_ref(), observed.as_ref())? {
             return Ok(());
         }
@@ -224,7 +236,7 @@ fn is_reached(progress: &Progress, desired: Option<&DesiredVm>, observed: Option
     match &progress.change {
         Change::Destroy => Ok(false),
         Change::Stop => Ok(observed.state == VmState::Stopped),
-        Change::Start | Change::Restart | Change::Reset => runs(),
+        Change::Start | Change::Restart | Change::Reset | Change::Restore(_) => runs(),
         Change::Pause if matches!(observed.state, VmState::Stopped | VmState::Failed) => {
             let fault = observed.fault.clone().unwrap_or_else(|| "it has ended".to_owned());
             Err(ApiError::new(ErrorCode::Failed, format!("it ended before it was paused: {fault}")))
@@ -279,7 +291,7 @@ fn is_recorded(vm: &DesiredVm, change: &Change, boot: &Digest) -> bool {
         Change::Start | Change::Resume => vm.run == Run::Running,
         Change::Stop => vm.run == Run::Stopped,
         Change::Pause => vm.run == Run::Paused,
-        Change::Restart | Change::Reset => vm.boot_digest() != *boot,
+        Change::Restart | Change::Reset | Change::Restore(_) => vm.boot_digest() != *boot,
         Change::Rename(name) => vm.name() == name,
         Change::Set(set) => desired::with_set(&vm.request, set).is_ok_and(|changed| changed == vm.request),
         // A recorded one would not be in the state any more.

@@ -28,6 +28,7 @@ mod metrics;
 mod operation;
 mod plan;
 mod serve;
+mod snapshot;
 mod stats;
 #[cfg(test)]
 mod testing;

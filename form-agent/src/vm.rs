@@ -11,7 +11,7 @@ use form_types::{
     settings::{File, Interface, Route4, Route6, Service, Settings, UserSettings, VolumeMount},
     spec::EnvScope,
 };
-use form_vmm::config::{BackingFile, DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, VmConfig};
+use form_vmm::config::{BackingFile, DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, RestoreConfig, VmConfig};
 
 /// The kernel's command line for every VM: the console is the serial port, a panic ends the VM so that the agent sees it.
 pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
@@ -150,18 +150,17 @@ pub struct VolumeDisk {
     pub read_only: bool,
 }
 
-/// Descriptors are passed as: kvm, kernel, initramfs, settings, log ring, exit record, tap, root disk, its backing files, volumes.
-pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, volumes: &[VolumeDisk], jail: JailConfig) -> VmConfig {
-    let resources = &request.spec.resources;
+/// The root disk at descriptor `first`, its backing files behind it, then the volumes.
+fn disks(id: &VmId, first: u16, disk: Disk, volumes: &[VolumeDisk]) -> Vec<DiskConfig> {
     let root = DiskConfig {
         id: "root".to_owned(),
         serial: root_serial(id),
         format: disk.format,
-        file: Fd(7),
-        backing: (0..disk.backing).map(|index| BackingFile { file: Fd(8 + index), format: DiskFormat::Raw }).collect(),
+        file: Fd(first),
+        backing: (0..disk.backing).map(|index| BackingFile { file: Fd(first + 1 + index), format: DiskFormat::Raw }).collect(),
         read_only: false,
     };
-    let of_volumes = (8 + disk.backing..).zip(volumes).map(|(file, volume)| DiskConfig {
+    let of_volumes = (first + 1 + disk.backing..).zip(volumes).map(|(file, volume)| DiskConfig {
         id: format!("volume/{}", volume.name),
         serial: volume.serial.clone(),
         format: volume.format,
@@ -169,6 +168,16 @@ pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, volum
         backing: Vec::new(),
         read_only: volume.read_only,
     });
+    std::iter::once(root).chain(of_volumes).collect()
+}
+
+fn networks(link: &Link, tap: Fd) -> Vec<NetworkConfig> {
+    vec![NetworkConfig { id: "eth0".to_owned(), tap, mac: link.mac, mtu: link.mtu }]
+}
+
+/// Descriptors are passed as: kvm, kernel, initramfs, settings, log ring, exit record, tap, root disk, its backing files, volumes.
+pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, volumes: &[VolumeDisk], jail: JailConfig) -> VmConfig {
+    let resources = &request.spec.resources;
     VmConfig {
         vcpus: u8::try_from(resources.vcpus).unwrap_or(u8::MAX),
         memory_mib: resources.memory_mib,
@@ -176,14 +185,33 @@ pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, volum
         kernel: Fd(1),
         initramfs: vec![Fd(2), Fd(3)],
         cmdline: CMDLINE.to_owned(),
-        disks: std::iter::once(root).chain(of_volumes).collect(),
-        networks: vec![NetworkConfig { id: "eth0".to_owned(), tap: Fd(6), mac: link.mac, mtu: link.mtu }],
+        disks: disks(id, 7, disk, volumes),
+        networks: networks(link, Fd(6)),
         vsock_cid: Some(GUEST_CID),
         rng: true,
         balloon: true,
         console_log: Some(Fd(4)),
         exit_record: Some(Fd(5)),
         jail,
+    }
+}
+
+/// The same VM from what was saved of it, to be held where it stood. Descriptors are passed as: kvm, state, memory, log ring, exit record,
+/// tap, root disk, its backing files.
+pub fn restore_config(id: &VmId, link: &Link, disk: Disk, jail: JailConfig) -> RestoreConfig {
+    RestoreConfig {
+        kvm: Fd(0),
+        state: Fd(1),
+        memory: Fd(2),
+        disks: disks(id, 6, disk, &[]),
+        networks: networks(link, Fd(5)),
+        vsock_cid: Some(GUEST_CID),
+        rng: true,
+        balloon: true,
+        console_log: Some(Fd(3)),
+        exit_record: Some(Fd(4)),
+        jail,
+        resume: false,
     }
 }
 
@@ -246,5 +274,22 @@ mod tests {
         used.extend(config.disks[0].backing.iter().map(|backing| backing.file.0));
         used.extend(config.disks[1..].iter().map(|disk| disk.file.0));
         assert_eq!(used, (0..11).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_restored_vm_has_the_devices_of_a_booted_one() {
+        let id = VmId::from_bytes([7; 16]);
+        let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
+        let booted = config(&id, &request("web"), &link(), disk, &[], JailConfig::default());
+        let restored = restore_config(&id, &link(), disk, JailConfig::default());
+        let disks = |disks: &[DiskConfig]| disks.iter().map(|disk| (disk.id.clone(), disk.serial.clone(), disk.format)).collect::<Vec<_>>();
+        assert_eq!(disks(&restored.disks), disks(&booted.disks));
+        let macs = |networks: &[NetworkConfig]| networks.iter().map(|network| (network.id.clone(), network.mac)).collect::<Vec<_>>();
+        assert_eq!(macs(&restored.networks), macs(&booted.networks));
+        assert_eq!((restored.vsock_cid, restored.rng, restored.balloon), (booted.vsock_cid, booted.rng, booted.balloon));
+        let mut used = vec![restored.kvm.0, restored.state.0, restored.memory.0];
+        used.extend([restored.console_log.unwrap().0, restored.exit_record.unwrap().0, restored.networks[0].tap.0]);
+        used.extend([restored.disks[0].file.0, restored.disks[0].backing[0].file.0]);
+        assert_eq!(used, (0..8).collect::<Vec<_>>());
     }
 }

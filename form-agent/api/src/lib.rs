@@ -17,6 +17,12 @@
 //! | `POST /v1/vms/{name}/start` `stop` `restart` `pause` `resume` `reset` (signed) | | [`operation::Operation`] |
 //! | `POST /v1/vms/{name}/rename` (signed) | [`vm::RenameRequest`] | [`operation::Operation`] |
 //! | `PATCH /v1/vms/{name}` (signed) | [`vm::SetRequest`] | [`operation::Operation`] |
+//! | `POST /v1/vms/{name}/restore` (signed) | [`snapshot::RestoreRequest`] | [`operation::Operation`] |
+//! | `GET /v1/snapshots` | | `Vec<`[`snapshot::Snapshot`]`>` |
+//! | `GET /v1/vms/{name}/snapshots` | | `Vec<`[`snapshot::Snapshot`]`>` |
+//! | `POST /v1/vms/{name}/snapshots` (signed) | [`snapshot::SnapshotRequest`] | [`operation::Operation`] |
+//! | `GET /v1/vms/{name}/snapshots/{snapshot}` | | [`snapshot::Snapshot`] |
+//! | `DELETE /v1/vms/{name}/snapshots/{snapshot}` (signed) | | [`operation::Operation`] |
 //! | `DELETE /v1/vms/{name}` (signed) | | [`operation::Operation`] |
 //! | `GET /v1/stats` | query [`stats::StatsQuery`] | `Vec<`[`stats::VmStats`]`>` |
 //! | `GET /v1/vms/{name}/stats` | query [`stats::StatsQuery`] | [`stats::VmStats`] |
@@ -65,6 +71,7 @@ pub mod operation;
 #[cfg(feature = "transport")]
 pub mod server;
 pub mod sign;
+pub mod snapshot;
 pub mod stats;
 #[cfg(feature = "transport")]
 pub mod tls;

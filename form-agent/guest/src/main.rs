@@ -7,6 +7,7 @@ mod boot;
 mod environment;
 mod error;
 mod files;
+mod freeze;
 mod identity;
 mod init;
 mod machine;

@@ -118,7 +118,7 @@ fn disk_mounts(mountinfo: &str) -> Vec<String> {
 }
 
 /// Blanks and such are written as three octal digits.
-fn unescape(text: &str) -> String {
+pub fn unescape(text: &str) -> String {
     let mut parts = text.split('\\');
     let mut plain = parts.next().unwrap_or_default().to_owned();
     for part in parts {

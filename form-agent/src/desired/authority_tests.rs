@@ -174,3 +174,24 @@ fn slow_a_thousand_deploys_and_destroys_leave_a_state_that_loads() {
     assert_eq!(again.generation(), 2001);
     assert!(size() < 32 << 10, "{} KiB", size());
 }
+
+#[test]
+fn a_restore_is_one_start_of_the_vm() {
+    let host = Host::new(FOUNDER);
+    host.own(OWNER).unwrap();
+    host.deploy(OWNER, "web", 1).unwrap();
+    host.ask(OWNER, "POST", "/v1/vms/web/stop", b"", 2).unwrap();
+    let vm = || vm_named(&host.replica.view(), &"web".parse().unwrap()).unwrap();
+    let before = vm();
+    assert_eq!(before.restore, None);
+    is_refused(host.ask(STRANGER, "POST", "/v1/vms/web/restore", br#"{"snapshot":"one"}"#, 3), "own");
+    is_refused(host.ask(OWNER, "POST", "/v1/vms/web/restore", br#"{"snapshot":"../one"}"#, 4), "not a name");
+    host.ask(OWNER, "POST", "/v1/vms/web/restore", br#"{"snapshot":"one"}"#, 5).unwrap();
+    let restored = vm();
+    assert_eq!((restored.run, restored.starts), (Run::Running, before.starts + 1));
+    assert_eq!(restored.restore, Some(Restore { snapshot: "one".parse().unwrap(), starts: restored.starts }));
+    assert_ne!(restored.boot_digest(), before.boot_digest());
+    // The next start is from the disk again.
+    host.ask(OWNER, "POST", "/v1/vms/web/restart", b"", 6).unwrap();
+    assert!(vm().restore.is_some_and(|restore| restore.starts < vm().starts));
+}

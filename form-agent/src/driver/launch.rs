@@ -11,11 +11,14 @@ use std::{
 use form_bundle::initramfs;
 use form_net::NetError;
 use form_store::{DiskFormat as StoredFormat, StoreError};
-use form_types::{Failpoint, VmId, failpoint::reach};
+use form_types::{Failpoint, VmId, VolumeId, failpoint::reach};
 use form_vmm::{config::DiskFormat, log_ring};
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::process::{self, Launch, Process, ProcessError, RuntimeDirectory};
+use super::{
+    process::{self, Launch, Process, ProcessError, RuntimeDirectory},
+    restore::{self, Prepared},
+};
 use crate::{
     agent::Agent,
     cgroup,
@@ -40,13 +43,15 @@ pub enum LaunchError {
     Process(#[from] ProcessError),
     #[error("{what}: {source}")]
     Io { what: &'static str, source: io::Error },
+    #[error("{0}")]
+    Restore(String),
     #[error("its settings: {0}")]
     Settings(String),
     #[error("the agent is stopping")]
     Stopping,
 }
 
-fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> LaunchError {
+pub fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> LaunchError {
     move |source| LaunchError::Io { what, source }
 }
 
@@ -70,6 +75,24 @@ pub async fn launch(agent: &Arc<Agent>, desired: &DesiredVm) -> Result<Process, 
         tokio::task::spawn_blocking(move || prepare_files(&agent, &desired)).await.map_err(|_| LaunchError::Stopping)??
     };
     reach(Failpoint::LaunchOpened);
+    let volumes = files.volumes.iter().map(|ready| ready.volume.id).collect();
+    start(agent, desired, volumes, move |agent, desired, tap, uid, process| boot(agent, desired, &files, tap, uid, process)).await
+}
+
+/// Has a process hold what was saved.
+pub async fn restore(agent: &Arc<Agent>, desired: &DesiredVm, prepared: Prepared) -> Result<Process, LaunchError> {
+    // One with volumes is not restored.
+    start(agent, desired, Vec::new(), move |agent, desired, tap, uid, process| restore::hold(agent, desired, prepared, tap, uid, process))
+        .await
+}
+
+/// Makes everything around a process and the process itself, and has `fill` make its VM.
+async fn start(
+    agent: &Arc<Agent>,
+    desired: &DesiredVm,
+    volumes: Vec<VolumeId>,
+    fill: impl FnOnce(&Agent, &DesiredVm, &OwnedFd, u32, &mut Process) -> Result<(), LaunchError> + Send + 'static,
+) -> Result<Process, LaunchError> {
     // The rules are for every VM with a runtime directory: from here on another VM's change keeps this one's.
     let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), &desired.id);
     fs::create_dir_all(directory.path()).map_err(io_error("the VM's runtime directory"))?;
@@ -79,7 +102,18 @@ pub async fn launch(agent: &Arc<Agent>, desired: &DesiredVm) -> Result<Process, 
     let tap = agent.network.attach(&agent.attachment(desired)).await?;
     reach(Failpoint::LaunchTapMade);
     let (agent, desired) = (Arc::clone(agent), desired.clone());
-    tokio::task::spawn_blocking(move || start(&agent, &desired, &files, &tap)).await.map_err(|_| LaunchError::Stopping)?
+    let started = move || {
+        let (mut process, uid) = start_process(&agent, &desired, volumes)?;
+        match fill(&agent, &desired, &tap, uid, &mut process) {
+            Ok(()) => Ok(process),
+            Err(error) => {
+                process.kill();
+                process.reap();
+                Err(error)
+            }
+        }
+    };
+    tokio::task::spawn_blocking(started).await.map_err(|_| LaunchError::Stopping)?
 }
 
 fn prepare_files(agent: &Agent, desired: &DesiredVm) -> Result<Files, LaunchError> {
@@ -146,9 +180,11 @@ fn in_memory(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-fn start(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd) -> Result<Process, LaunchError> {
+/// A process with an empty VM, and the uid that it will have.
+fn start_process(agent: &Agent, desired: &DesiredVm, volumes: Vec<VolumeId>) -> Result<(Process, u32), LaunchError> {
     let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), &desired.id);
-    let turn = agent.starting();
+    // Until the process's record holds the uid.
+    let _turn = agent.starting();
     let uid = free_uid(agent);
     let group =
         cgroup::create(&agent.host_id().mark(), &desired.id, &desired.request.spec.resources).map_err(io_error("the VM's cgroup"))?;
@@ -160,22 +196,14 @@ fn start(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd) -> Re
         resets: desired.resets,
         request: desired.request.clone(),
         uid: Some(uid),
-        volumes: files.volumes.iter().map(|ready| ready.volume.id).collect(),
+        volumes,
         cgroup: group.as_deref(),
     };
-    let mut process = Process::start(&launch, &directory)?;
-    // Its record holds the uid now.
-    drop(turn);
-    let booted = boot(agent, desired, files, tap, uid, &mut process);
-    if let Err(error) = booted {
-        process.kill();
-        process.reap();
-        return Err(error);
-    }
-    Ok(process)
+    Ok((Process::start(&launch, &directory)?, uid))
 }
 
-fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd, uid: u32, process: &mut Process) -> Result<(), LaunchError> {
+/// Where the serial console's output goes, and where the process says how it ended.
+pub fn records(process: &Process) -> Result<(fs::File, fs::File), LaunchError> {
     let ring = fs::File::options()
         .read(true)
         .write(true)
@@ -185,6 +213,11 @@ fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd, uid: u
         .map_err(io_error("the console's log"))?;
     log_ring::create(&ring, CONSOLE_RING).map_err(|error| LaunchError::Settings(error.to_string()))?;
     let exit_record = process.create_exit_record().map_err(io_error("the exit record"))?;
+    Ok((ring, exit_record))
+}
+
+fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd, uid: u32, process: &mut Process) -> Result<(), LaunchError> {
+    let (ring, exit_record) = records(process)?;
     let format = if files.disk_is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
     let disk = Disk { format, backing: files.backing.len() as u16 };
     let volumes: Vec<VolumeDisk> = files.volumes.iter().map(Ready::disk).collect();
@@ -258,6 +291,7 @@ pub async fn remove(agent: &Arc<Agent>, id: &VmId) -> Result<(), LaunchError> {
     tokio::task::spawn_blocking(move || {
         agent.store.remove_disk(&id)?;
         reach(Failpoint::RemoveDiskRemoved);
+        agent.store.remove_snapshots(&id)?;
         remove_directory(&agent.vm_directory(&id)).map_err(io_error("its directory"))?;
         reach(Failpoint::RemoveDirectoryRemoved);
         agent.remove_log(&id).map_err(io_error("its log"))?;

@@ -5,6 +5,7 @@ mod launch;
 pub mod live;
 mod pause;
 pub mod process;
+mod restore;
 mod session;
 
 use std::{
@@ -31,6 +32,7 @@ use crate::{
     agent::Agent,
     cgroup,
     desired::{DesiredVm, Run},
+    snapshot::restore::due as restore_due,
     vm::SHUTDOWN_TIMEOUT_MS,
 };
 use process::{Process, RuntimeDirectory};
@@ -106,6 +108,7 @@ enum Next {
     Reset,
     Pause,
     Resume,
+    Restore(Box<DesiredVm>, Name),
     Start(Box<DesiredVm>),
     Wait,
 }
@@ -160,6 +163,7 @@ impl Driver {
                 }
                 Next::Pause => self.pause().await,
                 Next::Resume => self.resume().await,
+                Next::Restore(desired, snapshot) => self.restore(&desired, &snapshot).await,
                 Next::Start(desired) => self.start(&desired).await,
                 Next::Wait => self.wait().await,
             }
@@ -183,6 +187,9 @@ impl Driver {
             (Some(running), Run::Running | Run::Paused) => {
                 let record = &running.process.record;
                 if record.boot != boot {
+                    if let Some(snapshot) = restore_due(&self.agent, &desired).cloned() {
+                        return Next::Restore(Box::new(desired), snapshot);
+                    }
                     return if desired.resets > record.resets { Next::Reset } else { Next::Restart };
                 }
                 running.turn(desired.run)
@@ -199,7 +206,10 @@ impl Driver {
                 if !is_new && self.not_before.is_some_and(|time| time > Instant::now()) {
                     Next::Wait
                 } else {
-                    Next::Start(Box::new(desired))
+                    match restore_due(&self.agent, &desired).cloned() {
+                        Some(snapshot) => Next::Restore(Box::new(desired), snapshot),
+                        None => Next::Start(Box::new(desired)),
+                    }
                 }
             }
         }
@@ -263,6 +273,7 @@ impl Driver {
                     observed.boot = Some(boot);
                     observed.started_at = Some(started_at);
                 });
+                self.note_restored(&process);
                 self.attend(process);
             }
             None => self.clean_up().await,
@@ -313,18 +324,7 @@ impl Driver {
     }
 
     async fn start(&mut self, desired: &DesiredVm) {
-        let boot = desired.boot_digest();
-        // Not there for most: only a VM that has ended leaves it.
-        let _ = std::fs::remove_file(self.ended_file());
-        self.agent.fleet.update(&self.id, |observed| {
-            observed.state = VmState::Starting;
-            observed.boot = Some(boot);
-            observed.started_at = None;
-            observed.ready = false;
-            observed.health = Health::None;
-            observed.gave_up = false;
-            observed.guest = None;
-        });
+        self.begin_start(desired.boot_digest());
         match launch::launch(&self.agent, desired).await {
             Ok(process) => {
                 let started_at = process.record.started_at;
@@ -337,6 +337,20 @@ impl Driver {
                 self.start_failed(&error.to_string());
             }
         }
+    }
+
+    fn begin_start(&self, boot: Digest) {
+        // Not there for most: only a VM that has ended leaves it.
+        let _ = std::fs::remove_file(self.ended_file());
+        self.agent.fleet.update(&self.id, |observed| {
+            observed.state = VmState::Starting;
+            observed.boot = Some(boot);
+            observed.started_at = None;
+            observed.ready = false;
+            observed.health = Health::None;
+            observed.gave_up = false;
+            observed.guest = None;
+        });
     }
 
     /// Plans the next try, or gives up.

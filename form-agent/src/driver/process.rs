@@ -11,8 +11,8 @@ use std::{
 use form_api::deploy::DeployRequest;
 use form_types::{Digest, Failpoint, VmId, VolumeId, failpoint::reach};
 use form_vmm::{
-    config::VmConfig,
-    control::{self, Client, ExitRecord, VmState},
+    config::{RestoreConfig, VmConfig},
+    control::{self, Client, ClientError, ExitRecord, VmState},
 };
 use jiff::Timestamp;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -47,6 +47,12 @@ pub struct Record {
     /// How often a reset had been asked for when it was started.
     #[serde(default)]
     pub resets: u64,
+    /// The start for which it was restored from a snapshot, instead of booted.
+    #[serde(default)]
+    pub restored: Option<u64>,
+    /// The first line of the guest's log that is not in the host's: what a restored guest said before is.
+    #[serde(default)]
+    pub log_from: u64,
 }
 
 /// The files of a running VM, in a directory of its own below `/run`.
@@ -76,6 +82,25 @@ impl RuntimeDirectory {
 
     fn record(&self) -> PathBuf {
         self.0.join("process.json")
+    }
+
+    /// There while the VM stands still to be saved.
+    fn saving(&self) -> PathBuf {
+        self.0.join("saving")
+    }
+
+    /// Notes that the VM stands still to be saved: whoever finds it so lets it go on.
+    ///
+    /// # Errors
+    /// When the note cannot be written.
+    pub fn mark_saving(&self) -> io::Result<()> {
+        fs::write(self.saving(), b"")
+    }
+
+    /// Takes the note back.
+    pub fn unmark_saving(&self) {
+        // It is not there for most.
+        let _ = fs::remove_file(self.saving());
     }
 
     fn output(&self) -> PathBuf {
@@ -183,6 +208,8 @@ impl Process {
                 volumes: launch.volumes.clone(),
                 booted: false,
                 resets: launch.resets,
+                restored: None,
+                log_from: 0,
             };
             let pidfd = pidfd(pid).map_err(io_error("the VM process's pidfd"))?;
             write_record(directory, &record)?;
@@ -218,6 +245,38 @@ impl Process {
         Ok(())
     }
 
+    /// Goes on with a saved VM, with descriptors in the order of [`crate::vm::restore_config`]. It stands still until it is resumed, and is
+    /// on record only after [`Process::record_restored`].
+    ///
+    /// # Errors
+    /// What the VM process refused.
+    pub fn restore(&self, config: &RestoreConfig, descriptors: &[BorrowedFd<'_>]) -> Result<(), ProcessError> {
+        let refused = |error: ClientError| ProcessError::Boot(error.to_string());
+        let client = Client::connect(&self.directory.control()).map_err(refused)?;
+        client.restore(config, descriptors).map_err(refused)
+    }
+
+    /// From now on a restarted agent finds it as what the VM is.
+    ///
+    /// # Errors
+    /// When the record cannot be written.
+    pub fn record_restored(&mut self, starts: u64, log_from: u64) -> Result<(), ProcessError> {
+        self.record.booted = true;
+        self.record.restored = Some(starts);
+        self.record.log_from = log_from;
+        self.paused = true;
+        write_record(&self.directory, &self.record)
+    }
+
+    /// Takes it for what was started from `boot`: that start was given up, and it runs on.
+    ///
+    /// # Errors
+    /// When the record cannot be written.
+    pub fn stays_for(&mut self, boot: Digest) -> Result<(), ProcessError> {
+        self.record.boot = boot;
+        write_record(&self.directory, &self.record)
+    }
+
     /// Finds the process that an earlier run of the agent started. None when it is gone, another process has its pid, or it never booted.
     pub fn adopt(directory: &RuntimeDirectory) -> Option<Self> {
         let record = directory.read_record()?;
@@ -230,7 +289,10 @@ impl Process {
         match Client::connect(&directory.control()) {
             Ok(client) if process.record.booted => {
                 // One that is too busy to say is one that runs.
-                process.paused = client.with_timeout(ADOPTION).status().is_ok_and(|(state, _)| state == VmState::Paused);
+                let status = client.with_timeout(ADOPTION).status();
+                // One that writes its memory does not answer, and it stands.
+                process.paused = status.map_or_else(|_| directory.saving().exists(), |(state, _)| state == VmState::Paused);
+                directory.unmark_saving();
                 Some(process)
             }
             _ => {
@@ -353,6 +415,8 @@ mod tests {
             volumes: Vec::new(),
             booted: true,
             resets: 0,
+            restored: None,
+            log_from: 0,
         };
         write_record(&directory, &record).unwrap();
         assert_eq!(directory.read_record(), Some(record));

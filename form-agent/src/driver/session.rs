@@ -42,6 +42,14 @@ pub enum Update {
     Status(Box<StatusReport>),
 }
 
+/// Of a VM, as far as its log is concerned.
+#[derive(Clone, Copy)]
+struct Run {
+    at: Timestamp,
+    /// The first line that is new.
+    log_from: u64,
+}
+
 pub struct Session {
     watch: JoinHandle<()>,
     logs: JoinHandle<()>,
@@ -68,7 +76,8 @@ impl Session {
                 sleep(retry).await;
             }
         });
-        let (agent, control, run) = (Arc::clone(agent), process.control(), process.record.started_at);
+        let (agent, control) = (Arc::clone(agent), process.control());
+        let run = Run { at: process.record.started_at, log_from: process.record.log_from };
         let ended = Arc::new(AtomicBool::new(false));
         let has_ended = Arc::clone(&ended);
         let logs = tokio::spawn(async move {
@@ -125,11 +134,11 @@ async fn watch(control: &std::path::Path, sender: &mpsc::Sender<Update>, told_re
 }
 
 /// Follows the log until the VM process is gone, from where the file ends.
-async fn keep_logs(control: &std::path::Path, mut writer: Writer, run: Timestamp, mut paused: watch::Receiver<bool>, ended: &AtomicBool) {
-    let mut next = writer.last_sequence(run).map_or(0, |last| last + 1);
+async fn keep_logs(control: &std::path::Path, mut writer: Writer, run: Run, mut paused: watch::Receiver<bool>, ended: &AtomicBool) {
+    let mut next = writer.last_sequence(run.at).map_or(run.log_from, |last| last + 1);
     let mut retry = FIRST_RETRY;
     while goes_on(&mut paused).await {
-        match follow(control, &mut writer, run, &mut next).await {
+        match follow(control, &mut writer, run.at, &mut next).await {
             // The guest says that there will be no more: it is powering off.
             Ok(()) => return,
             Err(GuestError::Control(_)) if ended.load(Ordering::Acquire) || !control.exists() => return,

@@ -12,6 +12,7 @@ fn desired(run: Run, starts: u64) -> DesiredVm {
         run,
         starts,
         resets: 0,
+        restore: None,
         ipv4: [10, 64, 0, 2].into(),
         actor: SecretKey::from_bytes([3; 32]).public(),
         created_at: Timestamp::UNIX_EPOCH,
@@ -33,6 +34,10 @@ fn an_operation_ends_when_the_vm_is_as_asked() {
     let is =
         |change: Change, vm: &DesiredVm, observed: Observed| is_reached(&progress(change, &before), Some(vm), Some(&observed)).unwrap();
     assert!(!is(Change::Restart, &again, observed(VmState::Running, true, &before)), "the old run is not the new one");
+    let restore = || Change::Restore(RestoreRequest { snapshot: "before".parse().unwrap() });
+    assert!(!is(restore(), &again, observed(VmState::Running, true, &before)), "the old run is not the restored one");
+    assert!(!is(restore(), &again, observed(VmState::Paused, false, &again)), "it is held until it is let go on");
+    assert!(is(restore(), &again, observed(VmState::Running, true, &again)));
     assert!(!is(Change::Reset, &again, observed(VmState::Running, false, &again)));
     assert!(is(Change::Reset, &again, observed(VmState::Running, true, &again)));
     let paused = desired(Run::Paused, 1);

@@ -11,6 +11,7 @@ use form_api::{
     host::{Check, CheckStatus, ClaimRequest, DoctorReport, Host},
     image::{BlocksReply, DamagedBlock, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
     operation::{Operation, OperationKind, OperationStatus},
+    snapshot::{Consistency, RestoreRequest, Snapshot, SnapshotRequest},
     stats::{DiskRates, DiskStats, HealthReport, NetworkRates, NetworkStats, PartHealth, VmStats},
     vm::{GuestDevice, GuestReport, Health, LogCursor, LogLine, LogStream, PublishedPort, Vm, VmDetail, VmState},
     volume::{AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, Pool, PoolKind, ResizeRequest, Volume},
@@ -78,6 +79,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
     let (data, local): (Name, Name) = ("data".parse().ok()?, "local".parse().ok()?);
     let create = CreateRequest { name: data.clone(), size_bytes: 20 << 30, format: VolumeFormat::Raw, pool: Some(local.clone()) };
     let attach = AttachRequest { vm: name.clone(), path: Some("/var/lib/data".to_owned()), read_only: false };
+    let before: Name = "before-upgrade".parse().ok()?;
     let import = ImportRequest { manifest: digest("manifest") };
     let kernel = Kernel { digest: digest("kernel"), release: "6.1.0-56-cloud-amd64".to_owned(), size_bytes: 91_226_112 };
     Some(vec![
@@ -105,6 +107,9 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("Plan", json!(plan(&name))),
         ("Pool", json!(pool(&local))),
         ("ResizeRequest", json!(ResizeRequest { size_bytes: 40 << 30 })),
+        ("RestoreRequest", json!(RestoreRequest { snapshot: before.clone() })),
+        ("Snapshot", json!(snapshot(&before, &vm))),
+        ("SnapshotRequest", json!(SnapshotRequest { name: Some(before) })),
         ("Spec", json!(spec(&name))),
         ("Verification", json!(verification(&name))),
         ("Vm", json!(vm)),
@@ -305,6 +310,25 @@ fn image(name: &Name) -> Image {
 fn verification(name: &Name) -> Verification {
     let damaged = DamagedBlock { index: 17, offset: 17 << 16, digest: Some(digest("block")) };
     Verification { name: name.clone(), version: 2, digest: digest("image"), blocks: 16_384, damaged_blocks: 1, damaged: vec![damaged] }
+}
+
+fn snapshot(name: &Name, vm: &Vm) -> Snapshot {
+    Snapshot {
+        name: name.clone(),
+        vm: vm.name.clone(),
+        vm_id: vm.id,
+        host: vm.host,
+        host_name: vm.host_name.clone(),
+        created_at: Some(at(60)),
+        consistency: Some(Consistency::Quiesced),
+        memory_mib: Some(vm.memory_mib),
+        vcpus: Some(vm.vcpus),
+        disk_bytes: Some(vm.disk_gib << 30),
+        allocated_bytes: Some(151_519_232),
+        pause_ms: Some(310),
+        image_digest: Some(vm.image_digest),
+        fault: None,
+    }
 }
 
 fn volume(name: &Name, pool: &Name, vm: &Name) -> Volume {

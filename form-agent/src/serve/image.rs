@@ -36,7 +36,9 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
     let code = match error {
         StoreError::NoRoom { .. } => ErrorCode::NoRoom,
         StoreError::NoImage(_) | StoreError::NoImageDigest(_) | StoreError::NoKernel(_) | StoreError::NoDisk(_) => ErrorCode::NotFound,
-        StoreError::NoPool(_) | StoreError::NoVolume(_) => ErrorCode::NotFound,
+        StoreError::NoPool(_) | StoreError::NoVolume(_) | StoreError::NoSnapshot(_) => ErrorCode::NotFound,
+        StoreError::SnapshotExists(_) => ErrorCode::Conflict,
+        StoreError::SnapshotVersion { .. } | StoreError::SnapshotDamaged { .. } => ErrorCode::Failed,
         StoreError::Manifest(_) | StoreError::Kernel(_) | StoreError::Block(_) | StoreError::DiskTooSmall { .. } => ErrorCode::Invalid,
         StoreError::VolumeSize(_) | StoreError::VolumeShrinks { .. } | StoreError::VolumeTooLarge { .. } => ErrorCode::Invalid,
         StoreError::MissingBlocks(_) | StoreError::ImageInUse { .. } | StoreError::DiskExists(_) => ErrorCode::Conflict,

@@ -8,6 +8,7 @@ mod host;
 mod image;
 mod openapi;
 mod operation;
+mod snapshot;
 mod stats;
 mod stream;
 mod vm;
@@ -70,7 +71,13 @@ api! {
     vm::reset,
     vm::rename,
     vm::set,
+    vm::restore,
     vm::logs,
+    snapshot::list_all,
+    snapshot::list,
+    snapshot::create,
+    snapshot::show,
+    snapshot::remove,
     stats::list,
     stats::show,
     stats::health,
@@ -154,6 +161,20 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
             .await
             .map_err(|error| ApiError::new(ErrorCode::Invalid, format!("the path is not understood: {}", error.body_text())))?;
         Ok(Self(text))
+    }
+}
+
+/// Both variable parts of a path, as text.
+struct Segments(String, String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segments {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let Path((one, other)) = Path::from_request_parts(parts, state)
+            .await
+            .map_err(|error| ApiError::new(ErrorCode::Invalid, format!("the path is not understood: {}", error.body_text())))?;
+        Ok(Self(one, other))
     }
 }
 

@@ -39,6 +39,7 @@ refusal has the body of `ErrorBody`. A request line with headers of more than 25
         (name = "hosts", description = "The host itself"),
         (name = "deploy", description = "From a request to a running VM"),
         (name = "vms", description = "Virtual machines"),
+        (name = "snapshots", description = "What VMs were at one instant"),
         (name = "volumes", description = "Disks with a life of their own"),
         (name = "pools", description = "Places that volumes live in"),
         (name = "streams", description = "Exchanges that turn into streams of bytes, by HTTP Upgrade"),
@@ -268,7 +269,7 @@ mod tests {
         for (name, _) in example::all() {
             assert!(document["components"]["schemas"][name]["examples"][0].is_object(), "{name} has no example");
         }
-        assert_eq!(example::all().len(), 30);
+        assert_eq!(example::all().len(), 33);
         // Two types of one name would be described as one.
         let has = |schema: &str, property: &str| document["components"]["schemas"][schema]["properties"].get(property).is_some();
         assert!(has("Volume", "serial") && has("SpecVolume", "path") && !has("SpecVolume", "serial"));

@@ -13,6 +13,7 @@ use form_api::{
     ApiError, ErrorCode,
     operation::Operation,
     server::{ndjson, read_json},
+    snapshot::RestoreRequest,
     vm::{LOG_CURSOR_HEADER, LogCursor, LogLine, LogStream, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail, VmState},
 };
 use form_types::Name;
@@ -22,7 +23,7 @@ use tokio::sync::watch;
 
 use super::{
     Segment, Shared, accepted, begins_after, blocking, changing, no_body,
-    openapi::{ChangeHeaders, InTheWay, Missing, Refused, Unreadable},
+    openapi::{ChangeHeaders, Impossible, InTheWay, Missing, NoRoom, Refused, Unreadable},
     parsed, query, reading,
 };
 use crate::{
@@ -206,7 +207,26 @@ pub async fn set(State(agent): State<Shared>, Segment(name): Segment, request: R
     begin(agent, caller, &name, Change::Set(wanted)).await
 }
 
-/// Destroys a VM, with its disk and its log.
+/// Puts a VM back to what it was when a snapshot was made, and lets it go on from there.
+///
+/// What it did since is lost. The snapshot stays. A VM whose image, size or settings have changed since is refused, and one with volumes.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/restore",
+    operation_id = "restore_vm",
+    tag = "snapshots",
+    params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
+    request_body(content = RestoreRequest, description = "The snapshot"),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay, Impossible, NoRoom),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn restore(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
+    let (caller, body) = changing(&agent, request).await?;
+    let wanted: RestoreRequest = read_json(&body)?;
+    begin(agent, caller, &name, Change::Restore(wanted)).await
+}
+
+/// Destroys a VM, with its disk, its snapshots and its log.
 #[utoipa::path(
     delete,
     path = "/v1/vms/{name}",

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use form_types::{Digest, Failpoint, VmId, failpoint::reach};
+use form_types::{Digest, Failpoint, Name, VmId, failpoint::reach};
 use imago::{
     DenyImplicitOpenGate, FormatCreateBuilder, FormatDriverBuilder,
     file::File as ImageFile,
@@ -24,7 +24,7 @@ use crate::{
     hold,
 };
 
-const DISK: &str = "disk.json";
+pub(crate) const DISK: &str = "disk.json";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -48,16 +48,16 @@ pub struct DiskFiles {
     pub size_bytes: u64,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Record {
-    format: DiskFormat,
-    image: Digest,
-    size_bytes: u64,
+pub(crate) struct Record {
+    pub format: DiskFormat,
+    pub image: Digest,
+    pub size_bytes: u64,
 }
 
 impl Store {
-    fn disk_dir(&self, vm: &VmId) -> PathBuf {
+    pub(crate) fn disk_dir(&self, vm: &VmId) -> PathBuf {
         self.vms.join(vm.to_string()).join("root")
     }
 
@@ -95,15 +95,19 @@ impl Store {
     }
 
     fn disk_files(&self, vm: &VmId, record: Record) -> DiskFiles {
+        self.disk_files_in(&self.disk_dir(vm), record)
+    }
+
+    pub(crate) fn disk_files_in(&self, directory: &Path, record: Record) -> DiskFiles {
         let Record { format, image, size_bytes } = record;
         let backing = match format {
             DiskFormat::Raw => Vec::new(),
             DiskFormat::Qcow2 => vec![self.image_rootfs(&image)],
         };
-        DiskFiles { format, path: self.disk_dir(vm).join(file_name(format)), backing, image, size_bytes }
+        DiskFiles { format, path: directory.join(file_name(format)), backing, image, size_bytes }
     }
 
-    fn disk_record(&self, vm: &VmId) -> Result<Record> {
+    pub(crate) fn disk_record(&self, vm: &VmId) -> Result<Record> {
         let path = self.disk_dir(vm).join(DISK);
         if path.exists() { read_json(&path) } else { Err(StoreError::NoDisk(*vm)) }
     }
@@ -186,11 +190,17 @@ impl Store {
                 users.push(vm);
             }
         }
+        for vm in self.vms_with_snapshots()? {
+            let is_overlay = |name: &Name| self.snapshot(&vm, name).is_ok_and(|entry| entry.overlays(image));
+            if !users.contains(&vm) && self.snapshots(&vm)?.iter().any(is_overlay) {
+                users.push(vm);
+            }
+        }
         Ok(users)
     }
 }
 
-const fn file_name(format: DiskFormat) -> &'static str {
+pub(crate) const fn file_name(format: DiskFormat) -> &'static str {
     match format {
         DiskFormat::Raw => "disk.raw",
         DiskFormat::Qcow2 => "disk.qcow2",

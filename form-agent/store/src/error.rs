@@ -63,6 +63,14 @@ pub enum StoreError {
     VolumeTooLarge { pool: PathBuf, size_bytes: u64 },
     #[error("image `{image}` is used by {}", list(.users))]
     ImageInUse { image: ImageReference, users: Vec<String> },
+    #[error("there is no snapshot `{0}` of this VM: list them with `form vm snapshot ls`")]
+    NoSnapshot(Name),
+    #[error("there is a snapshot `{0}` of this VM already: choose another name, or remove it with `form vm snapshot rm`")]
+    SnapshotExists(Name),
+    #[error("the snapshot `{name}` has version {found}, this agent reads {known}: use the release that made it")]
+    SnapshotVersion { name: Name, found: u32, known: u32 },
+    #[error("the snapshot `{name}` cannot be used: {reason}. Remove it with `form vm snapshot rm`")]
+    SnapshotDamaged { name: Name, reason: String },
     #[error("{what} was changed on disk: {reason}. Run `form image verify`, or remove it and deploy again")]
     Damaged { what: String, reason: String },
     #[error("a disk of {wanted} bytes is smaller than the {least} bytes it has to hold")]

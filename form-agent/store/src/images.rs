@@ -175,7 +175,7 @@ impl Store {
         let entry = self.by_digest(digest)?;
         let mut users: Vec<String> = users.iter().map(ToString::to_string).collect();
         if users.is_empty() {
-            users = self.overlays_of(digest)?.iter().map(|vm| format!("the disk of VM {}", vm.short())).collect();
+            users = self.overlays_of(digest)?.iter().map(|vm| format!("the disk or a snapshot of VM {}", vm.short())).collect();
         }
         if !users.is_empty() {
             return Err(StoreError::in_use(&entry.name, entry.version, users));

@@ -1,9 +1,10 @@
-//! What of a host is on disk: images, kernels, the disks of VMs, and volumes.
+//! What of a host is on disk: images, kernels, the disks of VMs, volumes, and snapshots.
 //!
 //! Everything here blocks. Whatever has a name is whole: it is made in a directory without one, flushed, and named in one
 //! step, so that a crash at any point leaves only what the next [`Store::open`] removes.
 
 mod blocks;
+mod copy;
 mod disks;
 mod durable;
 mod error;
@@ -11,6 +12,7 @@ mod images;
 mod kernels;
 mod lock;
 mod manifests;
+mod snapshots;
 mod volumes;
 
 use std::{
@@ -31,6 +33,7 @@ pub use crate::{
     images::ImageEntry,
     kernels::KernelEntry,
     manifests::ManifestWriter,
+    snapshots::{RestoredDisk, SavedMemory, SnapshotDraft, SnapshotEntry},
     volumes::{Hold, OpenVolume, Pool, VolumeEntry},
 };
 
@@ -40,6 +43,9 @@ pub struct Store {
     images: PathBuf,
     kernels: PathBuf,
     vms: PathBuf,
+    snapshots: PathBuf,
+    /// Those that are being made.
+    drafts: snapshots::Drafts,
     incoming: Incoming,
     pools: BTreeMap<Name, Pool>,
     locks: Locks,
@@ -77,8 +83,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::Locked`] when another agent has it; else those of the file system.
     pub fn open(root: &Path) -> Result<Self> {
-        let [images, kernels, vms, volumes] = ["vm-images", "kernel", "vms", "volumes"].map(|name| root.join(name));
-        for directory in [&images.join("versions"), &kernels, &vms, &volumes] {
+        let [images, kernels, vms, volumes, snapshots] = ["vm-images", "kernel", "vms", "volumes", "snapshots"].map(|name| root.join(name));
+        for directory in [&images.join("versions"), &kernels, &vms, &volumes, &snapshots] {
             durable::make_dir(directory)?;
         }
         let lock = lock_store(&images)?;
@@ -87,9 +93,20 @@ impl Store {
         }
         let incoming = Incoming::open(&images)?;
         incoming.remove_stale(STALE_AFTER)?;
-        let mut store =
-            Self { root: root.to_owned(), images, kernels, vms, incoming, pools: BTreeMap::new(), locks: Locks::default(), _lock: lock };
+        let mut store = Self {
+            root: root.to_owned(),
+            images,
+            kernels,
+            vms,
+            snapshots,
+            drafts: snapshots::Drafts::default(),
+            incoming,
+            pools: BTreeMap::new(),
+            locks: Locks::default(),
+            _lock: lock,
+        };
         store.add_pool(local_pool(), volumes)?;
+        store.remove_partial_snapshots()?;
         Ok(store)
     }
 

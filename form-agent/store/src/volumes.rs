@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Space,
     blocks::read_dir,
+    copy::share_or_copy,
     disks::create,
     durable::{Draft, clear_temporary, make_dir, read_json, replace_file, retire, sync_dir, to_json, write_file},
     error::{Result, StoreError},
@@ -320,12 +321,7 @@ impl Pool {
         lock::take(&source, &entry.path, false)?;
         self.make(new, &Record { format: entry.format, size_bytes: entry.size_bytes }, |path| {
             let target = create(path)?;
-            match rustix::fs::ioctl_ficlone(&target, &source) {
-                Ok(()) => {}
-                Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => return Err(error.into()),
-                // Every file system has its own word for "cannot".
-                Err(_) => copy_sparse(&source, &target)?,
-            }
+            share_or_copy(&source, &target)?;
             target.sync_all()
         })
     }
@@ -365,31 +361,6 @@ const fn file_name(format: VolumeFormat) -> &'static str {
         VolumeFormat::Raw => "volume.raw",
         VolumeFormat::Qcow2 => "volume.qcow2",
     }
-}
-
-/// Copies what is not a hole.
-fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
-    let length = source.metadata()?.len();
-    target.set_len(length)?;
-    let mut at = 0;
-    while at < length {
-        let begin = match seek(source, SeekFrom::Data(at)) {
-            Ok(begin) => begin,
-            Err(Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(source, SeekFrom::Hole(begin))?;
-        let (mut from, mut to) = (begin, begin);
-        while from < end {
-            let count = usize::try_from((end - from).min(1 << 30)).unwrap_or(1 << 30);
-            if rustix::fs::copy_file_range(source, Some(&mut from), target, Some(&mut to), count)? == 0 {
-                // It became shorter meanwhile, which the lock rules out for all who heed it.
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-        }
-        at = end;
-    }
-    Ok(())
 }
 
 fn is_blank(file: &File, format: VolumeFormat) -> io::Result<bool> {

@@ -108,6 +108,26 @@ failpoints! {
     VolumeGrown = "volume.grown",
     /// Nobody knows a volume any more; its file is still there.
     VolumeForgotten = "volume.forgotten",
+    /// A VM stands still to be saved; nothing of it is written.
+    SnapshotPaused = "snapshot.paused",
+    /// Memory, devices and disk are written; the VM still stands.
+    SnapshotSaved = "snapshot.saved",
+    /// The VM goes on; its snapshot has no name yet.
+    SnapshotDrafted = "snapshot.drafted",
+    /// The snapshot has its name; the operation does not know.
+    SnapshotNamed = "snapshot.named",
+    /// A snapshot that is to be removed has lost its name; its files are still there.
+    SnapshotRetired = "snapshot.retired",
+    /// The disk that a VM goes back to is made; the VM runs on.
+    RestoreDrafted = "restore.drafted",
+    /// The VM process that was to be replaced is gone.
+    RestoreEnded = "restore.ended",
+    /// A process holds the restored VM; its disk has no name yet.
+    RestoreHeld = "restore.held",
+    /// The restored disk has taken the old one's place; the process is on no record as booted.
+    RestoreSwapped = "restore.swapped",
+    /// The restored VM is on record; that the restore is done is not.
+    RestoreRecorded = "restore.recorded",
     /// The tap is removed.
     CleanTapRemoved = "clean.tap-removed",
     /// The runtime directory is removed.

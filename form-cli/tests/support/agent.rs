@@ -76,6 +76,38 @@ fn volume(name: &str, vm: Option<&str>) -> Value {
     })
 }
 
+fn snapshot(name: &str) -> Value {
+    json!({
+        "name": name, "vm": "web", "vm_id": ID, "host": ID, "host_name": "den", "created_at": "2026-01-01T00:00:00Z", "consistency": "quiesced",
+        "memory_mib": 512, "vcpus": 1, "disk_bytes": 5_u64 << 30, "allocated_bytes": 1 << 20, "pause_ms": 300, "image_digest": "ab".repeat(32),
+        "fault": null
+    })
+}
+
+async fn snapshots(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    find(&vms, &name)?;
+    Ok(axum::Json(json!([snapshot("before")])))
+}
+
+async fn show_snapshot(State(vms): Vms, Path((vm, name)): Path<(String, String)>) -> Result<axum::Json<Value>, ApiError> {
+    find(&vms, &vm)?;
+    Ok(axum::Json(snapshot(&name)))
+}
+
+async fn create_snapshot(State(vms): Vms, Path(vm): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    find(&vms, &vm)?;
+    Ok(axum::Json(operation("snapshot-create", &format!("vm/{vm}"), "completed")))
+}
+
+async fn remove_snapshot(Path((vm, _)): Path<(String, String)>) -> axum::Json<Value> {
+    axum::Json(operation("snapshot-remove", &format!("vm/{vm}"), "completed"))
+}
+
+async fn restore(State(vms): Vms, Path(vm): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    find(&vms, &vm)?;
+    Ok(axum::Json(operation("vm-restore", &format!("vm/{vm}"), "completed")))
+}
+
 fn pool() -> Value {
     json!({
         "name": "local", "kind": "local", "host": ID, "host_name": "den", "path": "/var/lib/formation/volumes",
@@ -181,6 +213,10 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/pools/{name}", get(show_pool))
         .route("/v1/operations/{id}", get(wait))
         .route("/v1/operations", get(async || axum::Json(json!([operation("vm-start", "vm/web", "completed")]))))
+        .route("/v1/snapshots", get(async || axum::Json(json!([snapshot("before")]))))
+        .route("/v1/vms/{name}/snapshots", get(snapshots).post(create_snapshot))
+        .route("/v1/vms/{name}/snapshots/{snapshot}", get(show_snapshot).delete(remove_snapshot))
+        .route("/v1/vms/{name}/restore", post(restore))
         .route("/v1/events", get(events))
         .route("/v1/host", get(async || axum::Json(host())))
         .route(

@@ -18,6 +18,7 @@ use crate::{
     host::{ClaimRequest, DoctorReport, Host},
     image::{BlocksReply, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
     operation::{Operation, OperationsQuery, WaitQuery},
+    snapshot::{RestoreRequest, Snapshot, SnapshotRequest},
     stats::{HealthReport, StatsQuery, VmStats},
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail},
     volume::{AttachRequest, CloneRequest, CreateRequest, Pool, ResizeRequest, Volume},
@@ -162,6 +163,32 @@ impl Client {
 
     pub async fn set(&self, name: &Name, request: &SetRequest) -> Result<Operation, ClientError> {
         self.read(&Call::patch(format!("/v1/vms/{name}")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    /// Puts a VM back to what it was when a snapshot was made.
+    pub async fn restore(&self, name: &Name, request: &RestoreRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/vms/{name}/restore")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    /// Those of all VMs.
+    pub async fn all_snapshots(&self) -> Result<Vec<Snapshot>, ClientError> {
+        self.read(&Call::get("/v1/snapshots")).await
+    }
+
+    pub async fn snapshots(&self, vm: &Name) -> Result<Vec<Snapshot>, ClientError> {
+        self.read(&Call::get(format!("/v1/vms/{vm}/snapshots"))).await
+    }
+
+    pub async fn snapshot(&self, vm: &Name, name: &Name) -> Result<Snapshot, ClientError> {
+        self.read(&Call::get(format!("/v1/vms/{vm}/snapshots/{name}"))).await
+    }
+
+    pub async fn create_snapshot(&self, vm: &Name, request: &SnapshotRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/vms/{vm}/snapshots")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn remove_snapshot(&self, vm: &Name, name: &Name) -> Result<Operation, ClientError> {
+        self.read(&Call::delete(format!("/v1/vms/{vm}/snapshots/{name}")).signed(fresh_key()?)).await
     }
 
     async fn vm_verb(&self, name: &Name, verb: &str) -> Result<Operation, ClientError> {

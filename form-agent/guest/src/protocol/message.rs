@@ -26,10 +26,17 @@ pub enum Request {
     Shutdown {
         reboot: bool,
     },
-    /// Sets the wall clock: nanoseconds since 1970. The host sends it when it lets a paused machine go on.
+    /// Sets the wall clock: nanoseconds since 1970. The host sends it when it lets a paused machine go on, so it thaws file systems, too.
     SyncTime {
         unix_ns: u64,
     },
+    /// Writes everything out and holds back writes to the file systems on disks until `Thaw`, `SyncTime`, or `limit_ms` are over. Answered
+    /// with [`Reply::Done`] when they all stand still; refused when one does not, and none does then.
+    Freeze {
+        limit_ms: u64,
+    },
+    /// Lets writes go on; fine also when they do.
+    Thaw,
     /// The machine has another name now: the kernel's, /etc/hostname and /etc/hosts.
     SetName {
         hostname: String,
@@ -328,6 +335,8 @@ mod tests {
             (Request::Status, r#"{"request":"status"}"#),
             (Request::Ready { wait_ms: 5 }, r#"{"request":"ready","wait_ms":5}"#),
             (Request::Logs(LogsRequest::default()), r#"{"request":"logs","from_sequence":null,"tail":null,"follow":false}"#),
+            (Request::Freeze { limit_ms: 9 }, r#"{"request":"freeze","limit_ms":9}"#),
+            (Request::Thaw, r#"{"request":"thaw"}"#),
             (Request::Shutdown { reboot: false }, r#"{"request":"shutdown","reboot":false}"#),
         ];
         for (request, text) in cases {

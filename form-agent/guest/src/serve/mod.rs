@@ -23,6 +23,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::{
     boot::volumes,
+    freeze,
     machine::{Machine, Power},
     network::names,
     process::lock,
@@ -127,7 +128,13 @@ fn serve(machine: &Arc<Machine>, channel: &Channel, request: Result<Request, ser
         }
         Request::SyncTime { unix_ns } => {
             machine.resumed();
+            freeze::thaw();
             done(channel, sync_time(unix_ns))
+        }
+        Request::Freeze { limit_ms } => done(channel, freeze::freeze(Duration::from_millis(limit_ms))),
+        Request::Thaw => {
+            freeze::thaw();
+            channel.reply(&Reply::Done)
         }
         Request::SetName { hostname, hosts } => done(channel, names::rename(&machine.settings, hostname, hosts)),
         Request::SetRestart { restart } => {

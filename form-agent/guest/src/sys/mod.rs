@@ -19,6 +19,20 @@ pub fn ext4_resize(mount_point: &File, blocks: u64) -> rustix::io::Result<()> {
     unsafe { rustix::ioctl::ioctl(mount_point, rustix::ioctl::Setter::<RESIZE, u64>::new(blocks)) }
 }
 
+/// Holds back writes to a mounted file system, after everything is written out (`FIFREEZE`, the kernel's `include/uapi/linux/fs.h`).
+pub fn freeze(mount_point: &File) -> rustix::io::Result<()> {
+    const FREEZE: rustix::ioctl::Opcode = rustix::ioctl::opcode::read_write::<i32>(b'X', 119);
+    // SAFETY: `_IOWR('X', 119, int)` is declared with an argument that the kernel never reads or writes.
+    unsafe { rustix::ioctl::ioctl(mount_point, rustix::ioctl::NoArg::<FREEZE>::new()) }
+}
+
+/// Lets writes go on (`FITHAW`).
+pub fn thaw(mount_point: &File) -> rustix::io::Result<()> {
+    const THAW: rustix::ioctl::Opcode = rustix::ioctl::opcode::read_write::<i32>(b'X', 120);
+    // SAFETY: `_IOWR('X', 120, int)` is declared with an argument that the kernel never reads or writes.
+    unsafe { rustix::ioctl::ioctl(mount_point, rustix::ioctl::NoArg::<THAW>::new()) }
+}
+
 /// Joins a multicast group of a netlink socket (`NETLINK_ADD_MEMBERSHIP`, netlink(7)).
 pub fn netlink_add_membership(socket: &OwnedFd, group: u32) -> io::Result<()> {
     let length = std::mem::size_of::<u32>() as libc::socklen_t;

@@ -77,7 +77,7 @@ impl Empty {
         vm.set_tss_address(KVM_TSS).map_err(kvm("place the TSS"))?;
         vm.set_identity_map_address(KVM_IDENTITY_MAP).map_err(kvm("place the identity map"))?;
         vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
-        let cpuid = cpuid::template(&hypervisor, hypervisor.check_extension(Cap::TscDeadlineTimer)).map_err(kvm("read the CPUID"))?;
+        let cpuid = host_cpuid(&hypervisor)?;
         Ok(Empty { hypervisor, vm, cpuid })
     }
 
@@ -172,7 +172,7 @@ impl Prepared {
         let count = u8::try_from(state.vcpus.len()).ok().filter(|count| (1..=MAX_VCPUS).contains(count));
         let count =
             count.ok_or(MachineError::Invalid { what: "a number of vCPUs", value: state.vcpus.len() as u64, allowed: "1 to 128" })?;
-        check_host(&empty, &state)?;
+        check_host(&empty.cpuid, &state)?;
         let layout = empty.layout(state.memory_mib)?;
         let memory = image::map(&layout, File::from(fds.take(config.memory, "memory")?), &state.save)?;
         register_memory(&empty.vm, &memory)?;
@@ -202,10 +202,34 @@ impl Prepared {
     }
 }
 
+fn host_cpuid(hypervisor: &Kvm) -> Result<CpuId, MachineError> {
+    cpuid::template(hypervisor, hypervisor.check_extension(Cap::TscDeadlineTimer)).map_err(kvm("read the CPUID"))
+}
+
+/// How large a saved VM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedSize {
+    pub vcpus: usize,
+    pub memory_mib: u64,
+}
+
+/// Whether a saved VM could go on here, as far as that can be told without making it. `kvm` is `/dev/kvm`.
+///
+/// # Errors
+/// When the files are torn, foreign, of another version or not of one save, or when this host's CPU lacks what the VM uses.
+pub fn check_saved(state: &File, memory: &File, kvm: OwnedFd) -> Result<SavedSize, MachineError> {
+    let saved = saved::read(state)?;
+    let cpuid = host_cpuid(&open_kvm(kvm)?)?;
+    check_host(&cpuid, &saved)?;
+    let layout = Layout::new(saved.memory_mib, cpuid::address_bits(&cpuid))?;
+    image::check(&layout, memory, &saved.save).map_err(memory::MemoryError::Image)?;
+    Ok(SavedSize { vcpus: saved.vcpus.len(), memory_mib: saved.memory_mib })
+}
+
 /// Refuses a VM that was told of more than this host has.
-fn check_host(empty: &Empty, state: &MachineState) -> Result<(), MachineError> {
+fn check_host(host: &CpuId, state: &MachineState) -> Result<(), MachineError> {
     for vcpu in &state.vcpus {
-        let missing = features::missing(&vcpu.cpuid, empty.cpuid.as_slice());
+        let missing = features::missing(&vcpu.cpuid, host.as_slice());
         if !missing.is_empty() {
             return Err(MachineError::Features(missing.into_iter().collect::<Vec<_>>().join(", ")));
         }

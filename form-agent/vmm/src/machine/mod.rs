@@ -13,7 +13,7 @@ use std::time::Instant;
 use kvm_ioctls::VmFd;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
-pub use self::build::Prepared;
+pub use self::build::{Prepared, SavedSize, check_saved};
 use self::devices::Handles;
 use self::state::{ClockState, DeviceState, MachineState};
 use crate::control::{Metrics, VmState};

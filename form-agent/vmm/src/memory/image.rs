@@ -135,8 +135,7 @@ fn write_run(region: &GuestRegionMmap, at: usize, length: usize, file: &File, of
 /// # Errors
 /// When the file was never finished, was cut, or belongs to another save than `id`.
 pub fn map(layout: &Layout, file: File, id: &SaveId) -> Result<GuestMemoryMmap, MemoryError> {
-    let ram: u64 = layout.ram().iter().map(|(_, bytes)| bytes).sum();
-    check(&file, ram, id)?;
+    check(layout, &file, id)?;
     let file = std::sync::Arc::new(file);
     let mut offset = 0;
     super::map_with(layout, libc::MAP_PRIVATE | libc::MAP_NORESERVE, |bytes| {
@@ -146,7 +145,12 @@ pub fn map(layout: &Layout, file: File, id: &SaveId) -> Result<GuestMemoryMmap, 
     })
 }
 
-fn check(file: &File, ram: u64, id: &SaveId) -> Result<(), ImageError> {
+/// Whether `file` is the finished RAM of `layout` from the save `id`.
+///
+/// # Errors
+/// As [`map`].
+pub fn check(layout: &Layout, file: &File, id: &SaveId) -> Result<(), ImageError> {
+    let ram: u64 = layout.ram().iter().map(|(_, bytes)| bytes).sum();
     let found = file.metadata().map_err(ImageError::Read)?.len();
     let expected = ram + PAGE as u64;
     if found != expected {

@@ -14,6 +14,7 @@ pub mod resume;
 pub mod rm;
 pub mod set;
 pub mod show;
+pub mod snapshot;
 pub mod start;
 pub mod stats;
 pub mod stop;
@@ -35,6 +36,7 @@ pub enum Verb {
     Reset(reset::Args),
     Rename(rename::Args),
     Set(set::Args),
+    Snapshot(snapshot::Args),
     Rm(rm::Args),
     Logs(logs::Args),
     Exec(exec::Args),
@@ -58,6 +60,7 @@ impl Verb {
             Self::Reset(args) => reset::run(args, session).await,
             Self::Rename(args) => rename::run(args, session).await,
             Self::Set(args) => set::run(args, session).await,
+            Self::Snapshot(args) => snapshot::run(args, session).await,
             Self::Rm(args) => rm::run(args, session).await,
             Self::Logs(args) => logs::run(args, session).await,
             Self::Exec(args) => exec::run(args, session).await,

@@ -1,0 +1,71 @@
+//! Snapshots: memory, devices and root disk of a VM at one instant.
+
+use form_types::{Digest, HostId, Name, VmId};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Snapshot {
+    /// One VM has no two of the same name.
+    pub name: Name,
+    pub vm: Name,
+    pub vm_id: VmId,
+    pub host: HostId,
+    pub host_name: String,
+    pub created_at: Option<Timestamp>,
+    /// None of one that cannot be used.
+    pub consistency: Option<Consistency>,
+    /// Of the memory that is in it; none when the VM did not run, or it cannot be used.
+    pub memory_mib: Option<u64>,
+    pub vcpus: Option<u32>,
+    /// Of the disk, as the guest sees it.
+    pub disk_bytes: Option<u64>,
+    /// What its files take. Blocks that they share with others are counted.
+    pub allocated_bytes: Option<u64>,
+    /// How long the VM stood still for it, in milliseconds; none when it did not run.
+    pub pause_ms: Option<u64>,
+    /// The image that the VM ran.
+    pub image_digest: Option<Digest>,
+    /// Why it cannot be used.
+    pub fault: Option<String>,
+}
+
+/// How much its disk can be relied on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Consistency {
+    /// The guest had written everything out and held back writes.
+    Quiesced,
+    /// The guest was not asked (it was paused) or did not answer: the disk alone is as after a loss of power. Memory and disk belong
+    /// together all the same.
+    Crash,
+    /// The VM did not run: its disk alone.
+    Stopped,
+}
+
+impl Consistency {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Quiesced => "quiesced",
+            Self::Crash => "crash",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// `POST /v1/vms/{name}/snapshots`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Without it the agent makes one of the time.
+    #[serde(default)]
+    pub name: Option<Name>,
+}
+
+/// `POST /v1/vms/{name}/restore`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreRequest {
+    pub snapshot: Name,
+}

@@ -1,0 +1,175 @@
+//! Going back to a snapshot. Everything is made and looked at while the old VM runs; only then it is ended, and only when another process
+//! holds the restored one does its disk take the place of the old one. An agent that is killed at any step finds the old VM, or does it again
+//! from the start.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+};
+
+use form_api::{event::EventKind, vm::VmState};
+use form_store::{DiskFormat as StoredFormat, RestoredDisk};
+use form_types::{Failpoint, Name, failpoint::reach};
+use form_vmm::config::DiskFormat;
+
+use super::{
+    Driver,
+    launch::{self, LaunchError, io_error},
+    process::Process,
+};
+use crate::{
+    agent::Agent,
+    desired::DesiredVm,
+    snapshot::{self, restore},
+    vm::{self, Disk},
+};
+
+/// What is open before anything is ended.
+pub struct Prepared {
+    kvm: OwnedFd,
+    state: fs::File,
+    memory: fs::File,
+    disk: fs::File,
+    is_qcow2: bool,
+    backing: Vec<fs::File>,
+    restored: RestoredDisk,
+    log_from: u64,
+}
+
+/// What a restore comes to be.
+enum Plan {
+    /// Memory, devices and disk.
+    GoOn(Box<Prepared>),
+    /// The disk alone: the VM did not run when the snapshot was made, and is started from it.
+    Start(Box<RestoredDisk>),
+}
+
+fn prepare(agent: &Agent, desired: &DesiredVm, name: &Name) -> Result<Plan, LaunchError> {
+    let refused = |error: form_api::ApiError| LaunchError::Restore(error.message);
+    let saved = restore::check(agent, desired, name).map_err(refused)?;
+    let (_, details) = snapshot::find(agent, &desired.id, name).map_err(refused)?;
+    let restored = agent.store.restore_disk(&desired.id, name)?;
+    let Some(saved) = saved else { return Ok(Plan::Start(Box::new(restored))) };
+    let files = &restored.files;
+    Ok(Plan::GoOn(Box::new(Prepared {
+        kvm: fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("/dev/kvm"))?.into(),
+        state: fs::File::open(&saved.state).map_err(io_error("the saved state"))?,
+        memory: fs::File::open(&saved.memory).map_err(io_error("the saved memory"))?,
+        disk: fs::File::options().read(true).write(true).open(&files.path).map_err(io_error("its root disk"))?,
+        is_qcow2: files.format == StoredFormat::Qcow2,
+        backing: files.backing.iter().map(fs::File::open).collect::<io::Result<_>>().map_err(io_error("its image"))?,
+        restored,
+        log_from: details.next_log_sequence,
+    })))
+}
+
+impl Driver {
+    /// Ends what runs and goes on with what was saved. What cannot be restored leaves the VM as it is.
+    pub(super) async fn restore(&mut self, desired: &DesiredVm, name: &Name) {
+        let prepared = {
+            let (agent, desired, name) = (Arc::clone(&self.agent), desired.clone(), name.clone());
+            tokio::task::spawn_blocking(move || prepare(&agent, &desired, &name)).await.unwrap_or(Err(LaunchError::Stopping))
+        };
+        let plan = match prepared {
+            Ok(plan) => plan,
+            Err(error) => return self.give_up_restore(desired, name, &error),
+        };
+        reach(Failpoint::RestoreDrafted);
+        // It goes back: what it would do to shut down is undone anyway.
+        self.stop_now().await;
+        reach(Failpoint::RestoreEnded);
+        let boot = desired.boot_digest();
+        self.begin_start(boot);
+        let restored = match plan {
+            Plan::GoOn(prepared) => launch::restore(&self.agent, desired, *prepared).await.map(Some),
+            Plan::Start(disk) => {
+                let (agent, desired) = (Arc::clone(&self.agent), desired.clone());
+                let placed = tokio::task::spawn_blocking(move || place(&agent, &desired, *disk)).await;
+                placed.unwrap_or(Err(LaunchError::Stopping)).map(|()| None)
+            }
+        };
+        match restored {
+            Ok(Some(process)) => {
+                let started_at = process.record.started_at;
+                self.agent.fleet.update(&self.id, |observed| observed.started_at = Some(started_at));
+                self.emit(EventKind::VmStarted, format!("restored from the snapshot {name}"));
+                self.attend(process);
+            }
+            Ok(None) => self.emit(EventKind::VmStarted, format!("its disk is that of the snapshot {name}")),
+            Err(error) => {
+                self.clean_up().await;
+                self.give_up_restore(desired, name, &error);
+            }
+        }
+    }
+
+    /// Notes why it is not done. The VM that runs stays; one that was ended starts again from the disk that it had.
+    fn give_up_restore(&mut self, desired: &DesiredVm, name: &Name, error: &LaunchError) {
+        let reason = error.to_string();
+        tracing::error!(vm = %self.id, snapshot = %name, "it is not restored: {reason}");
+        if let Err(error) = restore::note(&self.agent, &self.id, desired.starts, Some(reason.clone())) {
+            // Without the note it would be tried for ever.
+            self.start_failed(&format!("{reason}; and that cannot be noted: {error}"));
+            return;
+        }
+        self.emit(EventKind::VmUnhealthy, format!("the snapshot {name} was not restored: {reason}"));
+        let boot = desired.boot_digest();
+        if let Some(running) = &mut self.running {
+            if let Err(error) = running.process.stays_for(boot) {
+                tracing::warn!(vm = %self.id, "a restarted agent will start it again: {error}");
+            }
+            self.agent.fleet.update(&self.id, |observed| observed.boot = Some(boot));
+        } else {
+            self.agent.fleet.update(&self.id, |observed| observed.state = VmState::Stopped);
+        }
+    }
+
+    /// After a restart of the agent: what runs was restored, so that is done.
+    pub(super) fn note_restored(&self, process: &Process) {
+        let Some(starts) = process.record.restored else { return };
+        if let Err(error) = restore::note(&self.agent, &self.id, starts, None) {
+            tracing::warn!(vm = %self.id, "should its process end, it will go back to its snapshot again: {error}");
+        }
+    }
+}
+
+/// Of a snapshot without memory.
+fn place(agent: &Agent, desired: &DesiredVm, disk: RestoredDisk) -> Result<(), LaunchError> {
+    disk.publish(&agent.store, &desired.id)?;
+    reach(Failpoint::RestoreSwapped);
+    restore::note(agent, &desired.id, desired.starts, None).map_err(io_error("the note of its restore"))
+}
+
+/// Has `process` hold the saved VM, gives it its disk, and writes down that it is what the VM is now.
+pub fn hold(
+    agent: &Agent,
+    desired: &DesiredVm,
+    prepared: Prepared,
+    tap: &OwnedFd,
+    uid: u32,
+    process: &mut Process,
+) -> Result<(), LaunchError> {
+    let (ring, exit_record) = launch::records(process)?;
+    let format = if prepared.is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
+    let disk = Disk { format, backing: prepared.backing.len() as u16 };
+    let config = vm::restore_config(&desired.id, &agent.link(desired), disk, vm::jail(uid));
+    let mut descriptors: Vec<BorrowedFd<'_>> = vec![
+        prepared.kvm.as_fd(),
+        prepared.state.as_fd(),
+        prepared.memory.as_fd(),
+        ring.as_fd(),
+        exit_record.as_fd(),
+        tap.as_fd(),
+        prepared.disk.as_fd(),
+    ];
+    descriptors.extend(prepared.backing.iter().map(AsFd::as_fd));
+    process.restore(&config, &descriptors)?;
+    reach(Failpoint::RestoreHeld);
+    prepared.restored.publish(&agent.store, &desired.id)?;
+    reach(Failpoint::RestoreSwapped);
+    process.record_restored(desired.starts, prepared.log_from)?;
+    reach(Failpoint::RestoreRecorded);
+    // Before its first instruction: from then on its memory and the snapshot's disk do not fit any more.
+    restore::note(agent, &desired.id, desired.starts, None).map_err(io_error("the note of its restore"))
+}

@@ -1,0 +1,82 @@
+//! Snapshots as a client sees them.
+
+use form_api::{ApiError, snapshot::Snapshot};
+use form_types::Name;
+
+use super::find;
+use crate::{
+    agent::Agent,
+    desired::{self, DesiredVm},
+    serve::store_error,
+};
+
+/// The snapshots of one VM, the oldest first.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn of_vm(agent: &Agent, vm: &DesiredVm) -> Result<Vec<Snapshot>, ApiError> {
+    let names = agent.store.snapshots(&vm.id).map_err(|error| store_error(&error))?;
+    let mut all: Vec<Snapshot> = names.iter().map(|name| described(agent, vm, name)).collect();
+    all.sort_by(|one, other| (one.created_at, &one.name).cmp(&(other.created_at, &other.name)));
+    Ok(all)
+}
+
+/// Those of all VMs, by VM.
+///
+/// # Errors
+/// When a directory cannot be read.
+pub fn all(agent: &Agent) -> Result<Vec<Snapshot>, ApiError> {
+    let mut vms: Vec<DesiredVm> = desired::vms(&agent.view()).into_values().filter(|vm| vm.host == agent.host_id()).collect();
+    vms.sort_by(|one, other| one.name().cmp(other.name()));
+    let mut all = Vec::new();
+    for vm in &vms {
+        all.extend(of_vm(agent, vm)?);
+    }
+    Ok(all)
+}
+
+/// One; with its fault, when it cannot be used.
+///
+/// # Errors
+/// When there is none of this name.
+pub fn one(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<Snapshot, ApiError> {
+    let names = agent.store.snapshots(&vm.id).map_err(|error| store_error(&error))?;
+    if names.contains(name) {
+        return Ok(described(agent, vm, name));
+    }
+    Err(store_error(&form_store::StoreError::NoSnapshot(name.clone())).hint(format!("list them with `form vm snapshot ls {}`", vm.name())))
+}
+
+fn described(agent: &Agent, vm: &DesiredVm, name: &Name) -> Snapshot {
+    let mut snapshot = Snapshot {
+        name: name.clone(),
+        vm: vm.name().clone(),
+        vm_id: vm.id,
+        host: vm.host,
+        host_name: agent.name().to_owned(),
+        created_at: None,
+        consistency: None,
+        memory_mib: None,
+        vcpus: None,
+        disk_bytes: None,
+        allocated_bytes: None,
+        pause_ms: None,
+        image_digest: None,
+        fault: None,
+    };
+    match find(agent, &vm.id, name) {
+        Ok((entry, details)) => {
+            let resources = &details.request.spec.resources;
+            snapshot.created_at = Some(details.created_at);
+            snapshot.consistency = Some(details.consistency);
+            snapshot.memory_mib = entry.saved.is_some().then_some(resources.memory_mib);
+            snapshot.vcpus = Some(resources.vcpus);
+            snapshot.disk_bytes = Some(entry.disk_bytes);
+            snapshot.allocated_bytes = Some(entry.allocated_bytes);
+            snapshot.pause_ms = details.pause_ms;
+            snapshot.image_digest = Some(details.request.image);
+        }
+        Err(error) => snapshot.fault = Some(error.message),
+    }
+    snapshot
+}

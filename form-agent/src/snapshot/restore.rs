@@ -1,0 +1,151 @@
+//! Going back to a snapshot: what may be gone back to, and the note that it was done.
+//!
+//! The state says from which start of the VM on it is another's memory (`restore`, `restore_starts`); the driver does it. A restore is done
+//! once: a VM whose process is killed later starts from its disk, as every VM does. The note of that is beside the disk.
+
+use std::{fs, path::PathBuf};
+
+use form_api::{ApiError, ErrorCode, deploy::DeployRequest};
+use form_store::SavedMemory;
+use form_types::{Digest, Name, VmId};
+use form_vmm::machine;
+use serde::{Deserialize, Serialize};
+
+use super::{find, without_volumes};
+use crate::{
+    agent::{Agent, internal},
+    desired::{DesiredVm, Restore},
+    plan,
+};
+
+/// How the last restore went.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Note {
+    /// The start that it was for ([`DesiredVm::starts`]).
+    starts: u64,
+    fault: Option<String>,
+}
+
+fn file(agent: &Agent, vm: &VmId) -> PathBuf {
+    agent.vm_directory(vm).join("restored.json")
+}
+
+fn read(agent: &Agent, vm: &VmId) -> Option<Note> {
+    serde_json::from_slice(&fs::read(file(agent, vm)).ok()?).ok()
+}
+
+/// The snapshot that the present start of the VM is from, as long as it has not been tried.
+pub fn due<'a>(agent: &Agent, vm: &'a DesiredVm) -> Option<&'a Name> {
+    let Restore { snapshot, starts } = vm.restore.as_ref()?;
+    (*starts == vm.starts && read(agent, &vm.id).is_none_or(|note| note.starts != *starts)).then_some(snapshot)
+}
+
+/// Why the restore that was last asked for was not done.
+pub fn fault(agent: &Agent, vm: &DesiredVm) -> Option<String> {
+    read(agent, &vm.id).filter(|note| note.starts == vm.starts)?.fault
+}
+
+/// Notes that it was done, or why it cannot be: the VM then is what it is without it.
+///
+/// # Errors
+/// When the note cannot be written: it would be done again.
+pub fn note(agent: &Agent, vm: &VmId, starts: u64, fault: Option<String>) -> std::io::Result<()> {
+    fs::create_dir_all(agent.vm_directory(vm))?;
+    let json = serde_json::to_vec(&Note { starts, fault })?;
+    crate::identity::write_atomically(&file(agent, vm), 0o600, &json)
+}
+
+/// Whether `vm` can go back to its snapshot `name`: looked at before anything is changed, and again before the VM that runs is ended.
+///
+/// # Errors
+/// Not found, damaged, of another release; the VM has changed since, or the host cannot run what was saved.
+pub fn check(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<Option<SavedMemory>, ApiError> {
+    without_volumes(agent, vm, "restore")?;
+    let (entry, details) = find(agent, &vm.id, name)?;
+    fits(&details.request, &vm.request, entry.saved.is_some(), &|image| agent.root_of(image)).map_err(|reason| {
+        ApiError::new(ErrorCode::Conflict, format!("vm/{} has changed since the snapshot `{name}` was made: {reason}", vm.name()))
+            .hint("make it what it was (`form vm set`, or a deploy), and restore it then")
+    })?;
+    if let Some(saved) = &entry.saved {
+        check_saved(saved, &details.request, name)?;
+    }
+    Ok(entry.saved)
+}
+
+fn check_saved(saved: &SavedMemory, request: &DeployRequest, name: &Name) -> Result<(), ApiError> {
+    let open = |path: &PathBuf| fs::File::open(path).map_err(|error| internal(&format!("{}: {error}", path.display())));
+    let kvm = fs::File::options().read(true).write(true).open("/dev/kvm").map_err(|error| internal(&format!("/dev/kvm: {error}")))?;
+    let size = machine::check_saved(&open(&saved.state)?, &open(&saved.memory)?, kvm.into()).map_err(|error| {
+        ApiError::new(ErrorCode::Failed, format!("the snapshot `{name}` cannot be restored here: {}", machine::explain(&error)))
+            .hint("nothing was changed; another snapshot may do: `form vm snapshot ls`")
+    })?;
+    let resources = &request.spec.resources;
+    if (size.vcpus, size.memory_mib) == (resources.vcpus as usize, resources.memory_mib) {
+        return Ok(());
+    }
+    let text = format!(
+        "the snapshot `{name}` is of a VM with {} vCPUs and {} MiB, and its record says {} and {} MiB",
+        size.vcpus, size.memory_mib, resources.vcpus, resources.memory_mib
+    );
+    Err(ApiError::new(ErrorCode::Failed, text).hint("its files were mixed up: remove it with `form vm snapshot rm`"))
+}
+
+/// What keeps a VM that should be `now` from being what it was. A saved memory holds all that the VM was started from; a disk only has to
+/// fit its image and size.
+fn fits(then: &DeployRequest, now: &DeployRequest, has_memory: bool, root: &impl Fn(&Digest) -> Digest) -> Result<(), String> {
+    let (old, new) = (&then.spec.resources, &now.spec.resources);
+    if root(&then.image) != root(&now.image) {
+        return Err("it runs another image".to_owned());
+    }
+    if new.disk_gib < old.disk_gib {
+        return Err(format!("its disk had {} GiB and has {}", old.disk_gib, new.disk_gib));
+    }
+    if !has_memory {
+        return Ok(());
+    }
+    if old.vcpus != new.vcpus {
+        return Err(format!("it had {} vCPUs and has {}", old.vcpus, new.vcpus));
+    }
+    if old.memory_mib != new.memory_mib {
+        return Err(format!("it had {} MiB of memory and has {}", old.memory_mib, new.memory_mib));
+    }
+    if crate::desired::same_boot(then, now) {
+        return Ok(());
+    }
+    let changes = plan::plan(Some(then), now, root).vms.into_iter().flat_map(|vm| vm.changes).map(|change| change.field);
+    let fields: Vec<String> = changes.collect();
+    Err(if fields.is_empty() { "it was deployed otherwise".to_owned() } else { format!("another {}", fields.join(", ")) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::request;
+
+    #[test]
+    fn what_has_changed_since_is_named() {
+        let then = request("web");
+        let root = |image: &Digest| *image;
+        let refusal = |change: fn(&mut DeployRequest), has_memory: bool| {
+            let mut now = then.clone();
+            change(&mut now);
+            fits(&then, &now, has_memory, &root).err().unwrap_or_default()
+        };
+        assert_eq!(refusal(|_| {}, true), "");
+        for has_memory in [true, false] {
+            assert!(refusal(|now| now.image = Digest::of(b"other"), has_memory).contains("another image"));
+            assert!(refusal(|now| now.spec.resources.disk_gib = 4, has_memory).contains("5 GiB and has 4"));
+        }
+        assert!(refusal(|now| now.spec.resources.vcpus = 2, true).contains("1 vCPUs and has 2"));
+        assert!(refusal(|now| now.spec.resources.memory_mib = 256, true).contains("512 MiB of memory and has 256"));
+        assert!(refusal(|now| now.spec.ports.clear(), true).contains("ports"));
+        assert!(refusal(|now| now.kernel = Digest::of(b"newer"), true).contains("kernel"));
+        // Larger, and the guest would not know.
+        assert!(refusal(|now| now.spec.resources.disk_gib = 9, true).contains("disk"));
+        // A start from the disk takes all that; and what changes in a running VM is no change.
+        assert_eq!(refusal(|now| now.spec.resources.vcpus = 2, false), "");
+        assert_eq!(refusal(|now| now.spec.resources.disk_gib = 9, false), "");
+        assert_eq!(refusal(|now| now.spec.name = "app".parse().unwrap(), true), "");
+        assert_eq!(refusal(|now| drop(now.spec.labels.insert("a".to_owned(), "b".to_owned())), true), "");
+    }
+}

@@ -1,0 +1,278 @@
+//! One snapshot: the guest quiesced, the VM paused, everything written, the VM let go on.
+
+use std::{
+    os::fd::AsFd,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use form_api::{ApiError, ErrorCode, snapshot::Consistency, vm::VmState};
+use form_guest::protocol::{Reply, Request};
+use form_store::{SnapshotDraft, StoreError};
+use form_types::{Failpoint, Name, OperationId, VmId, failpoint::reach};
+use form_vmm::control::{Client, ClientError, ErrorKind, VmState as ProcessState};
+use jiff::Timestamp;
+
+use super::{Details, operate::on_disk};
+use crate::{
+    agent::{Agent, internal},
+    desired::DesiredVm,
+    driver::{guest, live, process::RuntimeDirectory},
+    headroom,
+    serve::store_error,
+};
+
+/// How long a guest may take to quiesce its file systems.
+const QUIESCE: Duration = Duration::from_secs(10);
+/// After this the guest lets them go on by itself. Its clock stands while it is paused.
+const FREEZE_LIMIT: Duration = Duration::from_secs(20);
+/// For a short question.
+const ANSWER: Duration = Duration::from_secs(3);
+/// Tries to let the VM go on. After these its driver tries.
+const RESUMES: u32 = 3;
+
+/// # Errors
+/// No room, the VM ended meanwhile, or it cannot be saved. It goes on as it was, and nothing is left.
+pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, state: VmState) -> Result<(), ApiError> {
+    let (vm_id, of) = (vm.id, name.clone());
+    let mut draft = on_disk(agent, move |agent| agent.store.draft_snapshot(&vm_id, &of)).await?;
+    let mut details = Details {
+        operation: id,
+        created_at: Timestamp::now(),
+        consistency: Consistency::Stopped,
+        request: vm.request.clone(),
+        pause_ms: None,
+        next_log_sequence: 0,
+    };
+    if matches!(state, VmState::Running | VmState::Paused) {
+        let running = Running { agent, vm: &vm_id, directory: RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm_id) };
+        details.request = running.started_from().unwrap_or(details.request);
+        let runs = state == VmState::Running;
+        if runs {
+            agent.operations.step(id, "quiescing the guest's file systems");
+            details.next_log_sequence = running.next_log_sequence().await;
+        }
+        let frozen = runs && running.freeze().await;
+        details.consistency = if frozen { Consistency::Quiesced } else { Consistency::Crash };
+        agent.operations.step(id, "saving memory, devices and disk");
+        let saved = running.save(draft).await;
+        if runs {
+            running.thaw(frozen).await;
+        }
+        let (whole, pause) = saved?;
+        draft = whole;
+        details.created_at = Timestamp::now();
+        details.pause_ms = Some(u64::try_from(pause.as_millis()).unwrap_or(u64::MAX));
+    } else {
+        agent.operations.step(id, "copying the disk");
+        draft = on_disk(agent, move |agent| {
+            draft.copy_disk(&agent.store, &vm_id)?;
+            Ok(draft)
+        })
+        .await?;
+    }
+    let details = serde_json::to_value(&details).map_err(|error| internal(&error))?;
+    on_disk(agent, move |_| draft.publish(details)).await?;
+    reach(Failpoint::SnapshotNamed);
+    Ok(())
+}
+
+/// A VM with a process.
+struct Running<'a> {
+    agent: &'a Arc<Agent>,
+    vm: &'a VmId,
+    directory: RuntimeDirectory,
+}
+
+impl Running<'_> {
+    /// What is in its memory may be older than what it should be now.
+    fn started_from(&self) -> Option<form_api::deploy::DeployRequest> {
+        self.directory.read_record().map(|record| record.request)
+    }
+
+    async fn next_log_sequence(&self) -> u64 {
+        match guest::ask(&self.directory.control(), &Request::Status, ANSWER).await {
+            Ok(Reply::Status(status)) => status.next_log_sequence,
+            _ => 0,
+        }
+    }
+
+    /// Whether the guest holds back writes now.
+    async fn freeze(&self) -> bool {
+        let limit_ms = u64::try_from(FREEZE_LIMIT.as_millis()).unwrap_or(u64::MAX);
+        match guest::ask(&self.directory.control(), &Request::Freeze { limit_ms }, QUIESCE).await {
+            Ok(Reply::Done) => true,
+            Ok(_) => false,
+            Err(error) => {
+                tracing::warn!(vm = %self.vm, "its file systems are not quiesced, the snapshot's disk is as after a loss of power: {error}");
+                false
+            }
+        }
+    }
+
+    /// Also when the freeze was not answered: it may have come to pass. A guest that does not hear thaws by itself.
+    async fn thaw(&self, frozen: bool) {
+        let control = self.directory.control();
+        if let Err(error) = guest::ask(&control, &Request::Thaw, ANSWER).await
+            && frozen
+        {
+            tracing::warn!(vm = %self.vm, "its file systems go on by themselves in a moment: {error}");
+        }
+        let (agent, vm) = (Arc::clone(self.agent), *self.vm);
+        tokio::spawn(async move {
+            if let Err(error) = live::resumed(&control, &agent, &vm).await {
+                tracing::debug!(vm = %vm, "the guest was not told that it stood still: {error}");
+            }
+        });
+    }
+
+    /// Pauses it, writes everything, lets it go on if it ran. Gives the draft, and how long it stood still.
+    async fn save(&self, draft: SnapshotDraft) -> Result<(SnapshotDraft, Duration), ApiError> {
+        let (agent, vm, directory) = (Arc::clone(self.agent), *self.vm, self.directory.clone());
+        let done = tokio::task::spawn_blocking(move || {
+            // An agent that is killed now leaves a VM that stands: the next one finds the mark and lets it go on.
+            directory.mark_saving().map_err(|error| internal(&error))?;
+            let result = stand_and_save(&agent, &vm, &directory.control(), draft);
+            if !matches!(result, Err(Fault::Stands(_))) {
+                directory.unmark_saving();
+            }
+            result.map_err(Fault::into_api)
+        });
+        done.await.map_err(|error| internal(&error))?
+    }
+}
+
+enum Fault {
+    /// The VM is as it was.
+    Api(ApiError),
+    /// It could not be let go on.
+    Stands(ApiError),
+}
+
+impl Fault {
+    fn into_api(self) -> ApiError {
+        match self {
+            Self::Api(error) | Self::Stands(error) => error,
+        }
+    }
+}
+
+fn stand_and_save(agent: &Agent, vm: &VmId, control: &Path, mut draft: SnapshotDraft) -> Result<(SnapshotDraft, Duration), Fault> {
+    let client = Client::connect(control).map_err(|error| Fault::Api(process_error(&error)))?;
+    let ran = match client.status() {
+        Ok((state, _)) => state == ProcessState::Running,
+        Err(error) => return Err(Fault::Api(process_error(&error))),
+    };
+    let begun = Instant::now();
+    let saved = pause(&client, ran).and_then(|()| {
+        reach(Failpoint::SnapshotPaused);
+        write(agent, vm, &client, &mut draft)?;
+        reach(Failpoint::SnapshotSaved);
+        Ok(())
+    });
+    let resumed = if ran { go_on(control) } else { Ok(()) };
+    let pause = begun.elapsed();
+    match (saved, resumed) {
+        (Ok(()), Ok(())) => Ok((draft, pause)),
+        (Err(error), Ok(())) => Err(Fault::Api(full(agent, error))),
+        (_, Err(error)) => Err(Fault::Stands(error)),
+    }
+}
+
+fn pause(client: &Client, ran: bool) -> Result<(), ApiError> {
+    match if ran { client.pause() } else { Ok(()) } {
+        Ok(()) => Ok(()),
+        Err(error) => Err(process_error(&error)),
+    }
+}
+
+/// Everything at one instant: nothing of the VM moves.
+fn write(agent: &Agent, vm: &VmId, client: &Client, draft: &mut SnapshotDraft) -> Result<(), ApiError> {
+    let store = |error: StoreError| store_error(&error);
+    let (state, memory) = draft.create_saved().map_err(store)?;
+    client.save(state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))?;
+    draft.copy_disk(&agent.store, vm).map_err(store)
+}
+
+/// On a connection of its own: that of the save is used up when the save has failed.
+fn go_on(control: &Path) -> Result<(), ApiError> {
+    let mut last = None;
+    for _ in 0..RESUMES {
+        match Client::connect(control).and_then(|client| client.resume()) {
+            Ok(()) | Err(ClientError::Refused { kind: ErrorKind::WrongState, .. }) => return Ok(()),
+            // Then there is nothing that stands.
+            Err(ClientError::Gone | ClientError::Connect(_)) => return Ok(()),
+            Err(error) => last = Some(error),
+        }
+    }
+    let words = last.map_or_else(String::new, |error| error.to_string());
+    Err(ApiError::new(ErrorCode::Failed, format!("the VM was paused to be saved and does not go on: {words}"))
+        .hint("start it again with `form vm reset`"))
+}
+
+fn process_error(error: &ClientError) -> ApiError {
+    match error {
+        ClientError::Gone | ClientError::Connect(_) => {
+            ApiError::new(ErrorCode::Conflict, "the VM ended while it was being saved").hint("see `form ps`, and try again when it runs")
+        }
+        other => ApiError::new(ErrorCode::Failed, format!("the VM cannot be saved: {other}")).hint("see the agent's log"),
+    }
+}
+
+/// A full disk is told as such, whoever met it. The draft still takes its room.
+fn full(agent: &Agent, error: ApiError) -> ApiError {
+    match agent.store.space() {
+        Ok(space) if space.free < headroom::LOW => ApiError::new(ErrorCode::NoRoom, format!("the host's disk is full: {}", error.message))
+            .hint("the VM runs on, and nothing is kept; remove snapshots with `form vm snapshot rm`, or images and VMs"),
+        _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use form_vmm::control::{ControlReply, ControlRequest, channel::Channel, launch};
+
+    use super::*;
+
+    /// A VM process that answers each request as `answer` says, at a socket.
+    fn process(directory: &Path, answer: impl Fn(&ControlRequest) -> ControlReply + Send + 'static) -> PathBuf {
+        let path = directory.join("control.sock");
+        let listener = launch::listen(&path).unwrap();
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(Duration::from_millis(1));
+                let flags = rustix::net::SocketFlags::NONBLOCK;
+                let Ok(socket) = rustix::net::accept_with(&listener, flags) else { continue };
+                let channel = Channel::new(socket);
+                while let Ok(Some((request, _))) = channel.receive::<ControlRequest>(Instant::now() + Duration::from_secs(5)) {
+                    channel.send(&answer(&request), &[], Instant::now() + Duration::from_secs(5)).unwrap();
+                }
+            }
+        });
+        path
+    }
+
+    #[test]
+    fn a_vm_goes_on_or_it_is_said_that_it_does_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let control = process(directory.path(), |request| match request {
+            ControlRequest::Resume => ControlReply::Done,
+            _ => ControlReply::Error { kind: ErrorKind::System, message: "no".to_owned() },
+        });
+        go_on(&control).unwrap();
+
+        // It runs already: somebody else was faster.
+        let directory = tempfile::tempdir().unwrap();
+        let wrong = |_: &ControlRequest| ControlReply::Error { kind: ErrorKind::WrongState, message: "running".to_owned() };
+        go_on(&process(directory.path(), wrong)).unwrap();
+
+        let directory = tempfile::tempdir().unwrap();
+        let fails = |_: &ControlRequest| ControlReply::Error { kind: ErrorKind::System, message: "no thread".to_owned() };
+        let error = go_on(&process(directory.path(), fails)).unwrap_err();
+        assert!(error.message.contains("no thread") && error.hint.unwrap().contains("reset"));
+        go_on(Path::new("/nonexistent/socket")).unwrap();
+    }
+}

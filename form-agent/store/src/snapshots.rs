@@ -1,0 +1,398 @@
+//! Snapshots of VMs: `<root>/snapshots/<vm>/<name>/{snapshot.json,disk.raw or disk.qcow2}`, and `state` and `memory` of a VM that ran.
+//!
+//! One that is being made or removed is called `<name>.part`, which is no name that anybody could give.
+//!
+//! `snapshot.json` has two lines: what it is (format, version and BLAKE3 digest of the second line), and the record. The version covers
+//! what is in the directory; `state` and `memory` have versions and checksums of their own.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use form_types::{Digest, Failpoint, Name, VmId, failpoint::reach};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{
+    Store,
+    blocks::read_dir,
+    copy::share_or_copy,
+    disks::{self, DISK, DiskFiles, DiskFormat, create, file_name},
+    durable::{Draft, make_dir, remove_tree, retire, sync_dir, to_json, write_file},
+    error::{Result, StoreError},
+};
+
+/// Raised with every change of what is in the directory.
+const VERSION: u32 = 1;
+const FORMAT: &str = "formation-snapshot";
+const RECORD: &str = "snapshot.json";
+const STATE: &str = "state";
+const MEMORY: &str = "memory";
+const PART: &str = ".part";
+
+#[derive(Serialize, Deserialize)]
+struct Head {
+    format: String,
+    version: u32,
+    /// Of the line with the record.
+    digest: Digest,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    disk: disks::Record,
+    /// Of the disk's file, in bytes.
+    disk_length: u64,
+    /// Of the files of state and memory, in bytes; none when the VM did not run.
+    saved: Option<(u64, u64)>,
+    /// The agent's.
+    details: Value,
+}
+
+/// The snapshots that are being made now, by their directories.
+#[derive(Clone, Default)]
+pub(crate) struct Drafts(Arc<Mutex<BTreeSet<PathBuf>>>);
+
+impl Drafts {
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<PathBuf>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a VM process wrote, in two files that belong together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedMemory {
+    pub state: PathBuf,
+    pub memory: PathBuf,
+}
+
+/// A snapshot that is whole.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotEntry {
+    pub name: Name,
+    pub format: DiskFormat,
+    /// The image that the disk was made from.
+    pub image: Digest,
+    /// Of the disk, as the guest sees it.
+    pub disk_bytes: u64,
+    /// Of a VM that ran.
+    pub saved: Option<SavedMemory>,
+    /// What all its files take.
+    pub allocated_bytes: u64,
+    /// What [`SnapshotDraft::publish`] was given.
+    pub details: Value,
+}
+
+impl SnapshotEntry {
+    /// Whether its disk is worth nothing without this image.
+    pub(crate) fn overlays(&self, image: &Digest) -> bool {
+        self.format == DiskFormat::Qcow2 && self.image == *image
+    }
+}
+
+/// A snapshot that is being made. Dropped before [`SnapshotDraft::publish`] it is gone.
+pub struct SnapshotDraft {
+    path: PathBuf,
+    target: PathBuf,
+    drafts: Drafts,
+    disk: Option<(disks::Record, File)>,
+    saved: Option<(File, File)>,
+}
+
+impl SnapshotDraft {
+    /// Empty files for what a VM process writes: its state and its memory.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn create_saved(&mut self) -> Result<(&File, &File)> {
+        let make = |name: &str| {
+            let path = self.path.join(name);
+            create(&path).map_err(StoreError::io("write", &path))
+        };
+        let files = (make(STATE)?, make(MEMORY)?);
+        let (state, memory) = self.saved.insert(files);
+        Ok((state, memory))
+    }
+
+    /// Copies the root disk of `vm`, which nobody may write to meanwhile. It is not flushed yet: [`SnapshotDraft::publish`] does that.
+    ///
+    /// # Errors
+    /// [`StoreError::NoDisk`], [`StoreError::NoRoom`].
+    pub fn copy_disk(&mut self, store: &Store, vm: &VmId) -> Result<()> {
+        let record = store.disk_record(vm)?;
+        let (source, path) = (store.disk_dir(vm).join(file_name(record.format)), self.path.join(file_name(record.format)));
+        let file = File::open(&source).map_err(StoreError::io("read", &source))?;
+        let copy = create(&path).map_err(StoreError::io("write", &path))?;
+        share_or_copy(&file, &copy).map_err(StoreError::io("write", &path))?;
+        self.disk = Some((record, copy));
+        Ok(())
+    }
+
+    /// Flushes everything, and gives the snapshot its name, durably.
+    ///
+    /// # Errors
+    /// [`StoreError::NoRoom`]; [`StoreError::SnapshotDamaged`] when no disk was copied.
+    pub fn publish(mut self, details: Value) -> Result<()> {
+        let length = |file: &File, name: &str| {
+            let flushed = file.sync_all().and_then(|()| file.metadata());
+            flushed.map(|metadata| metadata.len()).map_err(StoreError::io("flush", self.path.join(name)))
+        };
+        let Some((disk, file)) = &self.disk else {
+            return Err(damaged(&self.target, "it has no disk"));
+        };
+        let saved = match &self.saved {
+            Some((state, memory)) => Some((length(state, STATE)?, length(memory, MEMORY)?)),
+            None => None,
+        };
+        let record = Record { disk: disk.clone(), disk_length: length(file, file_name(disk.format))?, saved, details };
+        let path = self.path.join(RECORD);
+        let body = to_json(&path, &record)?;
+        let mut text = to_json(&path, &Head { format: FORMAT.to_owned(), version: VERSION, digest: Digest::of(&body) })?;
+        text.push(b'\n');
+        text.extend_from_slice(&body);
+        write_file(&path, &text, 0o600)?;
+        sync_dir(&self.path)?;
+        reach(Failpoint::SnapshotDrafted);
+        fs::rename(&self.path, &self.target).map_err(StoreError::io("name", &self.target))?;
+        self.drafts.lock().remove(&self.path);
+        self.path.clear();
+        let parent = self.target.parent().unwrap_or(&self.target);
+        sync_dir(parent)?;
+        // The VM's own directory may be new as well.
+        parent.parent().map_or(Ok(()), sync_dir)
+    }
+}
+
+impl Drop for SnapshotDraft {
+    fn drop(&mut self) {
+        if self.path.as_os_str().is_empty() {
+            return;
+        }
+        if let Err(error) = remove_tree(&self.path) {
+            tracing::warn!(%error, "a half-made snapshot stays until the next start, or `form doctor --fix`");
+        }
+        // Fails unless it is empty.
+        let _ = self.path.parent().map(fs::remove_dir);
+        self.drafts.lock().remove(&self.path);
+    }
+}
+
+/// The disk that a VM goes back to, until it takes the place of the one that it has. Dropped before it is gone.
+pub struct RestoredDisk {
+    draft: Draft,
+    pub files: DiskFiles,
+}
+
+impl RestoredDisk {
+    /// Puts it in the place of the VM's disk, in one step; that one is removed. Files that are open stay open.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn publish(self, store: &Store, vm: &VmId) -> Result<()> {
+        let target = store.disk_dir(vm);
+        if !target.exists() {
+            return self.draft.publish(&target);
+        }
+        sync_dir(self.draft.path())?;
+        match renameat_with(CWD, self.draft.path(), CWD, &target, RenameFlags::EXCHANGE) {
+            Ok(()) => target.parent().map_or(Ok(()), sync_dir),
+            // A file system that cannot exchange: for a moment there is none, and whoever is interrupted then begins anew.
+            Err(_) => {
+                retire(&target, &store.vms)?;
+                self.draft.publish(&target)
+            }
+        }
+    }
+}
+
+fn damaged(directory: &Path, reason: impl Into<String>) -> StoreError {
+    let text = directory.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    match text.parse() {
+        Ok(name) => StoreError::SnapshotDamaged { name, reason: reason.into() },
+        Err(_) => StoreError::Damaged { what: directory.display().to_string(), reason: reason.into() },
+    }
+}
+
+fn is_partial(path: &Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.ends_with(PART))
+}
+
+impl Store {
+    fn snapshots_of(&self, vm: &VmId) -> PathBuf {
+        self.snapshots.join(vm.to_string())
+    }
+
+    /// Begins a snapshot of `vm`.
+    ///
+    /// # Errors
+    /// [`StoreError::SnapshotExists`], also while one of this name is being made.
+    pub fn draft_snapshot(&self, vm: &VmId, name: &Name) -> Result<SnapshotDraft> {
+        let target = self.snapshots_of(vm).join(name.as_str());
+        let path = self.snapshots_of(vm).join(format!("{name}{PART}"));
+        if target.exists() || !self.drafts.lock().insert(path.clone()) {
+            return Err(StoreError::SnapshotExists(name.clone()));
+        }
+        let draft = SnapshotDraft { path, target, drafts: self.drafts.clone(), disk: None, saved: None };
+        // What an earlier try left.
+        remove_tree(&draft.path)?;
+        make_dir(&draft.path)?;
+        Ok(draft)
+    }
+
+    /// The names of the snapshots of `vm`, whole or damaged.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn snapshots(&self, vm: &VmId) -> Result<Vec<Name>> {
+        let directory = self.snapshots_of(vm);
+        if !directory.exists() {
+            return Ok(Vec::new());
+        }
+        let mut found: Vec<Name> = read_dir(&directory)?.iter().filter_map(|path| path.file_name()?.to_str()?.parse().ok()).collect();
+        found.sort();
+        Ok(found)
+    }
+
+    /// The VMs of which there is something here, half-made snapshots included.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn vms_with_snapshots(&self) -> Result<Vec<VmId>> {
+        Ok(read_dir(&self.snapshots)?.iter().filter_map(|path| path.file_name()?.to_str()?.parse().ok()).collect())
+    }
+
+    /// One snapshot, after a look that nothing of it is missing or cut.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSnapshot`], [`StoreError::SnapshotVersion`], [`StoreError::SnapshotDamaged`].
+    pub fn snapshot(&self, vm: &VmId, name: &Name) -> Result<SnapshotEntry> {
+        let directory = self.snapshots_of(vm).join(name.as_str());
+        if !directory.is_dir() {
+            return Err(StoreError::NoSnapshot(name.clone()));
+        }
+        let record = read_record(&directory, name)?;
+        let mut allocated_bytes = 0;
+        let mut check = |file: &str, expected: u64| {
+            let path = directory.join(file);
+            let metadata = fs::metadata(&path).map_err(|error| damaged(&directory, format!("{file}: {error}")))?;
+            if metadata.len() != expected {
+                return Err(damaged(&directory, format!("{file} is torn: {} bytes of {expected}", metadata.len())));
+            }
+            allocated_bytes += metadata.blocks().saturating_mul(512);
+            Ok(path)
+        };
+        check(file_name(record.disk.format), record.disk_length)?;
+        let saved = match record.saved {
+            Some((state, memory)) => Some(SavedMemory { state: check(STATE, state)?, memory: check(MEMORY, memory)? }),
+            None => None,
+        };
+        Ok(SnapshotEntry {
+            name: name.clone(),
+            format: record.disk.format,
+            image: record.disk.image,
+            disk_bytes: record.disk.size_bytes,
+            saved,
+            allocated_bytes,
+            details: record.details,
+        })
+    }
+
+    /// Makes a copy of a snapshot's disk, for [`RestoredDisk::publish`].
+    ///
+    /// # Errors
+    /// Those of [`Store::snapshot`], [`StoreError::NoRoom`], [`StoreError::Damaged`] when the image below the disk is not as it was sealed.
+    pub fn restore_disk(&self, vm: &VmId, name: &Name) -> Result<RestoredDisk> {
+        self.snapshot(vm, name)?;
+        let directory = self.snapshots_of(vm).join(name.as_str());
+        let record = read_record(&directory, name)?.disk;
+        if record.format == DiskFormat::Qcow2 {
+            self.check_sealed(&record.image)?;
+        }
+        let draft = Draft::new(&self.vms)?;
+        let (source, path) = (directory.join(file_name(record.format)), draft.path().join(file_name(record.format)));
+        let file = File::open(&source).map_err(StoreError::io("read", &source))?;
+        let copy = create(&path).map_err(StoreError::io("write", &path))?;
+        share_or_copy(&file, &copy).and_then(|()| copy.sync_all()).map_err(StoreError::io("write", &path))?;
+        let entry = draft.path().join(DISK);
+        write_file(&entry, &to_json(&entry, &record)?, 0o600)?;
+        let files = self.disk_files_in(draft.path(), record);
+        Ok(RestoredDisk { draft, files })
+    }
+
+    /// Removes a snapshot, also a damaged one. A VM that was restored from it and runs keeps what it has of it.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSnapshot`], those of the file system.
+    pub fn remove_snapshot(&self, vm: &VmId, name: &Name) -> Result<()> {
+        let parent = self.snapshots_of(vm);
+        let (path, part) = (parent.join(name.as_str()), parent.join(format!("{name}{PART}")));
+        if !path.exists() {
+            return Err(StoreError::NoSnapshot(name.clone()));
+        }
+        remove_tree(&part)?;
+        fs::rename(&path, &part).map_err(StoreError::io("remove", &path))?;
+        sync_dir(&parent)?;
+        reach(Failpoint::SnapshotRetired);
+        remove_tree(&part)?;
+        // Fails unless it is empty.
+        let _ = fs::remove_dir(parent);
+        Ok(())
+    }
+
+    /// Removes everything of a VM; that there is nothing is fine.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn remove_snapshots(&self, vm: &VmId) -> Result<()> {
+        remove_tree(&self.snapshots_of(vm))
+    }
+
+    /// What is left of snapshots that nobody is making.
+    ///
+    /// # Errors
+    /// When a directory cannot be read.
+    pub fn partial_snapshots(&self) -> Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for vm in self.vms_with_snapshots()? {
+            let drafts = self.drafts.lock();
+            found.extend(read_dir(&self.snapshots_of(&vm))?.into_iter().filter(|path| is_partial(path) && !drafts.contains(path)));
+        }
+        Ok(found)
+    }
+
+    /// Removes it.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn remove_partial_snapshots(&self) -> Result<()> {
+        for path in self.partial_snapshots()? {
+            remove_tree(&path)?;
+            // Fails unless it is empty.
+            let _ = path.parent().map(fs::remove_dir);
+        }
+        Ok(())
+    }
+}
+
+fn read_record(directory: &Path, name: &Name) -> Result<Record> {
+    let path = directory.join(RECORD);
+    let text = fs::read(&path).map_err(|error| damaged(directory, format!("{RECORD}: {error}")))?;
+    let (head, body) = text.split_at(text.iter().position(|byte| *byte == b'\n').unwrap_or(text.len()));
+    let body = body.get(1..).unwrap_or_default();
+    let head: Head = serde_json::from_slice(head).map_err(|_| damaged(directory, format!("{RECORD} is not a snapshot's")))?;
+    if head.format != FORMAT {
+        return Err(damaged(directory, format!("{RECORD} is not a snapshot's")));
+    }
+    if head.version != VERSION {
+        return Err(StoreError::SnapshotVersion { name: name.clone(), found: head.version, known: VERSION });
+    }
+    if Digest::of(body) != head.digest {
+        return Err(damaged(directory, format!("{RECORD} is torn: its checksum is wrong")));
+    }
+    serde_json::from_slice(body).map_err(|error| damaged(directory, format!("{RECORD}: {error}")))
+}

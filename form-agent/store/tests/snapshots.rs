@@ -1,0 +1,189 @@
+//! Snapshots on disk: whole or not there, told apart when they are not what they were, and put in the place of a VM's disk in one step.
+
+#[allow(dead_code)]
+mod fixture;
+
+use std::{fs, io::Write, os::unix::fs::FileExt, path::PathBuf};
+
+use fixture::{Mount, import, rootfs};
+use form_store::{DiskFormat, Store, StoreError};
+use form_types::{Name, VmId};
+use serde_json::json;
+
+const VM: VmId = VmId::from_bytes([5; 16]);
+const SIZE: u64 = 16 << 20;
+/// Where something is written.
+const AT: u64 = 1 << 19;
+
+fn name(text: &str) -> Name {
+    text.parse().unwrap()
+}
+
+fn store_with_disk(mount: &Mount) -> (Store, PathBuf) {
+    let store = Store::open(mount.path()).unwrap();
+    let entry = import(&store, "web", &rootfs(&[Some(1), None, Some(2)]));
+    let disk = store.create_disk(&VM, &entry.digest, SIZE).unwrap();
+    (store, disk.path)
+}
+
+fn make(store: &Store, of: &str, saved: bool) {
+    let mut draft = store.draft_snapshot(&VM, &name(of)).unwrap();
+    if saved {
+        let (mut state, mut memory) = draft.create_saved().unwrap();
+        state.write_all(b"state").unwrap();
+        memory.write_all(b"memory").unwrap();
+    }
+    draft.copy_disk(store, &VM).unwrap();
+    draft.publish(json!({"made": of})).unwrap();
+}
+
+fn directory(mount: &Mount) -> PathBuf {
+    mount.path().join("snapshots").join(VM.to_string())
+}
+
+#[test]
+fn a_snapshot_is_a_copy_and_a_disk_goes_back_to_it_twice() {
+    // One that shares blocks, one that does not.
+    for (mount, format) in [(Mount::xfs(512 << 20), DiskFormat::Raw), (Mount::tmpfs(64 << 20), DiskFormat::Qcow2)] {
+        let (store, disk) = store_with_disk(&mount);
+        let write = |text: &[u8; 5]| fs::OpenOptions::new().write(true).open(&disk).unwrap().write_all_at(text, AT).unwrap();
+        let at = |path: &PathBuf| {
+            let mut bytes = [0; 5];
+            fs::File::open(path).unwrap().read_exact_at(&mut bytes, AT).unwrap();
+            bytes
+        };
+        write(b"first");
+        make(&store, "before", true);
+        make(&store, "stopped", false);
+        write(b"later");
+        let entry = store.snapshot(&VM, &name("before")).unwrap();
+        assert_eq!((entry.format, entry.disk_bytes, &entry.details), (format, SIZE, &json!({"made": "before"})));
+        let saved = entry.saved.unwrap();
+        assert_eq!((fs::read(saved.state).unwrap(), fs::read(saved.memory).unwrap()), (b"state".to_vec(), b"memory".to_vec()));
+        assert_eq!(store.snapshot(&VM, &name("stopped")).unwrap().saved, None);
+        assert_eq!(store.snapshots(&VM).unwrap(), [name("before"), name("stopped")]);
+
+        for _ in 0..2 {
+            let restored = store.restore_disk(&VM, &name("before")).unwrap();
+            assert_eq!((at(&restored.files.path), at(&disk)), (*b"first", *b"later"), "nothing is changed yet");
+            // A VM process has it open before it has its name.
+            let open = fs::File::open(&restored.files.path).unwrap();
+            restored.publish(&store, &VM).unwrap();
+            let mut bytes = [0; 5];
+            open.read_exact_at(&mut bytes, AT).unwrap();
+            assert_eq!((bytes, at(&disk)), (*b"first", *b"first"));
+            assert_eq!(store.open_disk(&VM).unwrap().path, disk);
+            write(b"later");
+        }
+        drop(store.restore_disk(&VM, &name("before")).unwrap());
+        assert_eq!(at(&disk), *b"later");
+        let drafts = fs::read_dir(mount.path().join("vms/.tmp")).unwrap().count();
+        assert_eq!(drafts, 0, "neither the old disk nor a dropped copy stays");
+
+        // A VM that has lost its disk gets it, too.
+        store.remove_disk(&VM).unwrap();
+        store.restore_disk(&VM, &name("stopped")).unwrap().publish(&store, &VM).unwrap();
+        assert_eq!(at(&disk), *b"first");
+
+        store.remove_snapshot(&VM, &name("before")).unwrap();
+        assert!(matches!(store.remove_snapshot(&VM, &name("before")), Err(StoreError::NoSnapshot(_))));
+        store.remove_snapshot(&VM, &name("stopped")).unwrap();
+        assert!(!directory(&mount).exists());
+    }
+}
+
+#[test]
+fn what_was_begun_and_not_finished_is_gone() {
+    let mount = Mount::tmpfs(64 << 20);
+    let (store, _) = store_with_disk(&mount);
+    let draft = store.draft_snapshot(&VM, &name("one")).unwrap();
+    assert!(matches!(store.draft_snapshot(&VM, &name("one")), Err(StoreError::SnapshotExists(_))), "one is being made");
+    assert_eq!(store.partial_snapshots().unwrap(), Vec::<PathBuf>::new(), "somebody is at work on it");
+    assert_eq!(store.snapshots(&VM).unwrap(), []);
+    drop(draft);
+    assert!(!directory(&mount).exists());
+    // One without a disk is none.
+    let draft = store.draft_snapshot(&VM, &name("one")).unwrap();
+    assert!(draft.publish(json!(null)).is_err());
+    assert!(!directory(&mount).exists());
+
+    make(&store, "one", false);
+    assert!(matches!(store.draft_snapshot(&VM, &name("one")), Err(StoreError::SnapshotExists(_))));
+    let half = directory(&mount).join("two.part");
+    fs::create_dir(&half).unwrap();
+    assert_eq!(store.partial_snapshots().unwrap(), [half.as_path()]);
+    store.remove_partial_snapshots().unwrap();
+    assert!(!half.exists());
+    fs::create_dir(&half).unwrap();
+    drop(store);
+    let store = Store::open(mount.path()).unwrap();
+    assert!(!half.exists(), "the next start removes it");
+    assert_eq!(store.snapshots(&VM).unwrap(), [name("one")]);
+    store.remove_snapshots(&VM).unwrap();
+    assert_eq!(store.vms_with_snapshots().unwrap(), []);
+}
+
+#[test]
+fn a_torn_a_foreign_and_a_newer_snapshot_are_told_apart() {
+    let mount = Mount::tmpfs(64 << 20);
+    let (store, _) = store_with_disk(&mount);
+    make(&store, "one", true);
+    let files = directory(&mount).join("one");
+    let refusal = |file: &str, change: &dyn Fn(Vec<u8>) -> Vec<u8>| {
+        let whole = fs::read(files.join(file)).unwrap();
+        fs::write(files.join(file), change(whole.clone())).unwrap();
+        let error = store.snapshot(&VM, &name("one")).unwrap_err();
+        assert!(store.restore_disk(&VM, &name("one")).is_err());
+        fs::write(files.join(file), whole).unwrap();
+        store.snapshot(&VM, &name("one")).unwrap();
+        error.to_string()
+    };
+    let cut = |bytes: Vec<u8>| bytes[..bytes.len() - 1].to_vec();
+    for file in ["state", "memory", "disk.qcow2", "snapshot.json"] {
+        let words = refusal(file, &cut);
+        assert!(words.contains(file) && words.contains("torn") && words.contains("`one`"), "{words}");
+    }
+    let replace =
+        |from: &'static str, to: &'static str| move |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().replacen(from, to, 1).into_bytes();
+    let words = refusal("snapshot.json", &replace("\"version\":1", "\"version\":2"));
+    assert!(words.contains("version 2") && words.contains("reads 1"), "{words}");
+    let words = refusal("snapshot.json", &replace("formation-snapshot", "something-else"));
+    assert!(words.contains("not a snapshot"), "{words}");
+    let words = refusal("snapshot.json", &replace("\"made\":\"one\"", "\"made\":\"two\""));
+    assert!(words.contains("checksum"), "{words}");
+    for bytes in [&b""[..], b"\n", b"{}", b"{}\n{}", b"\xff\xff"] {
+        let words = refusal("snapshot.json", &|_| bytes.to_vec());
+        assert!(words.contains("not a snapshot"), "{words}");
+    }
+    fs::remove_file(files.join("memory")).unwrap();
+    let words = store.snapshot(&VM, &name("one")).unwrap_err().to_string();
+    assert!(words.contains("memory") && words.contains("form vm snapshot rm"), "{words}");
+    store.remove_snapshot(&VM, &name("one")).unwrap();
+    assert!(matches!(store.snapshot(&VM, &name("one")), Err(StoreError::NoSnapshot(_))));
+}
+
+#[test]
+fn a_full_file_system_leaves_nothing_half() {
+    let mount = Mount::tmpfs(6 << 20);
+    let (store, disk) = store_with_disk(&mount);
+    let file = fs::OpenOptions::new().write(true).open(&disk).unwrap();
+    file.write_all_at(&vec![1; 3 << 20], 1 << 20).unwrap();
+    let mut draft = store.draft_snapshot(&VM, &name("one")).unwrap();
+    let error = draft.copy_disk(&store, &VM).unwrap_err();
+    assert!(error.is_no_room(), "{error}");
+    drop(draft);
+    assert!(!directory(&mount).exists());
+}
+
+#[test]
+fn an_image_below_a_snapshots_disk_is_in_use() {
+    let mount = Mount::tmpfs(64 << 20);
+    let (store, _) = store_with_disk(&mount);
+    let image = store.images().unwrap().remove(0);
+    make(&store, "one", false);
+    store.remove_disk(&VM).unwrap();
+    let error = store.remove(&image.digest, &[]).unwrap_err();
+    assert!(matches!(&error, StoreError::ImageInUse { .. }) && error.to_string().contains("snapshot"), "{error}");
+    store.remove_snapshot(&VM, &name("one")).unwrap();
+    store.remove(&image.digest, &[]).unwrap();
+}

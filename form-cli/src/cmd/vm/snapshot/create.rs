@@ -1,0 +1,36 @@
+use clap_complete::engine::ArgValueCompleter;
+use form_api::snapshot::SnapshotRequest;
+use form_types::Name;
+use jiff::Timestamp;
+
+use crate::{
+    args::vm_name,
+    complete,
+    failure::{Failure, Outcome},
+    operation::settle,
+    session::Session,
+};
+
+/// Save memory, devices and root disk of a VM at one instant
+///
+/// The VM stands still while they are written, and goes on. Of a stopped VM the disk is saved. A VM with volumes is refused.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The VM
+    #[arg(value_parser = vm_name, add = ArgValueCompleter::new(complete::vms))]
+    vm: Name,
+    /// What to call the snapshot [default: one of the time]
+    #[arg(long, short)]
+    name: Option<Name>,
+}
+
+pub async fn run(args: Args, session: &Session) -> Outcome {
+    let client = session.client()?;
+    let of_time = || Timestamp::now().strftime("s%Y%m%d-%H%M%S").to_string().parse();
+    let name = args.name.map_or_else(of_time, Ok).map_err(|error| Failure::failed(error.to_string()))?;
+    let request = SnapshotRequest { name: Some(name.clone()) };
+    let operation = settle(session, &client, client.create_snapshot(&args.vm, &request).await?).await?;
+    let made = if operation.status.is_final() { "made" } else { "under way" };
+    session.terminal.done(&operation, name.as_str(), &format!("{}: snapshot {name} {made}", args.vm))?;
+    Ok(0)
+}

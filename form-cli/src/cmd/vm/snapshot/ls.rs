@@ -1,0 +1,47 @@
+use clap_complete::engine::ArgValueCompleter;
+use form_types::Name;
+use jiff::Timestamp;
+
+use crate::{
+    args::vm_name,
+    complete,
+    failure::Outcome,
+    session::Session,
+    ui::{Table, age, bytes},
+};
+
+/// List snapshots of a VM, or of all
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only those of this VM
+    #[arg(value_parser = vm_name, add = ArgValueCompleter::new(complete::vms))]
+    vm: Option<Name>,
+}
+
+pub async fn run(args: &Args, session: &Session) -> Outcome {
+    let client = session.client()?;
+    let snapshots = match &args.vm {
+        Some(vm) => client.snapshots(vm).await?,
+        None => client.all_snapshots().await?,
+    };
+    let mut table = Table::new(&["NAME", "VM", "MEMORY", "DISK", "USED", "STATE", "AGE"], &["PAUSE", "VCPUS", "IMAGE", "HOST", "FAULT"]);
+    for snapshot in &snapshots {
+        let state = snapshot.consistency.filter(|_| snapshot.fault.is_none());
+        table.row([
+            snapshot.name.to_string(),
+            snapshot.vm.to_string(),
+            snapshot.memory_mib.map(|mib| bytes(mib << 20)).unwrap_or_default(),
+            snapshot.disk_bytes.map(bytes).unwrap_or_default(),
+            snapshot.allocated_bytes.map(bytes).unwrap_or_default(),
+            state.map_or("failed", |consistency| consistency.as_str()).to_owned(),
+            snapshot.created_at.map(|at| age(at, Timestamp::now())).unwrap_or_default(),
+            snapshot.pause_ms.map(|ms| format!("{ms} ms")).unwrap_or_default(),
+            snapshot.vcpus.map(|vcpus| vcpus.to_string()).unwrap_or_default(),
+            snapshot.image_digest.map(|digest| digest.short()).unwrap_or_default(),
+            snapshot.host_name.clone(),
+            snapshot.fault.clone().unwrap_or_default(),
+        ]);
+    }
+    session.terminal.list(&snapshots, &table)?;
+    Ok(0)
+}

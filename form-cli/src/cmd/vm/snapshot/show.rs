@@ -1,0 +1,42 @@
+use clap_complete::engine::ArgValueCompleter;
+use form_types::Name;
+
+use crate::{
+    args::vm_name,
+    complete,
+    failure::Outcome,
+    session::Session,
+    ui::{Record, bytes},
+};
+
+/// Show everything about a snapshot
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The VM
+    #[arg(value_parser = vm_name, add = ArgValueCompleter::new(complete::vms))]
+    vm: Name,
+    /// Its snapshot
+    #[arg(add = ArgValueCompleter::new(complete::snapshots))]
+    snapshot: Name,
+}
+
+pub async fn run(args: &Args, session: &Session) -> Outcome {
+    let snapshot = session.client()?.snapshot(&args.vm, &args.snapshot).await?;
+    let record = Record::new(snapshot.name.to_string())
+        .field("name", &snapshot.name)
+        .field("vm", &snapshot.vm)
+        .optional("fault", snapshot.fault.as_ref())
+        .optional("state", snapshot.consistency.map(|consistency| consistency.as_str()))
+        .optional("memory", snapshot.memory_mib.map(|mib| bytes(mib << 20)))
+        .optional("vcpus", snapshot.vcpus)
+        .optional("disk", snapshot.disk_bytes.map(bytes))
+        .optional("used", snapshot.allocated_bytes.map(bytes))
+        .optional("stood still", snapshot.pause_ms.map(|ms| format!("{ms} ms")))
+        .optional("image", snapshot.image_digest)
+        .optional("created", snapshot.created_at)
+        .field("host", &snapshot.host_name)
+        .wide("vm id", snapshot.vm_id)
+        .wide("host id", snapshot.host);
+    session.terminal.show(&snapshot, &record)?;
+    Ok(0)
+}

@@ -1,0 +1,273 @@
+//! Snapshots of a real guest: what was on its disk and in its memory comes back, and an agent that is killed at any step leaves a VM that
+//! runs and nothing half. Runs as root where /dev/kvm runs guests: `tests/kvm-host` makes such a place.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::Stdio,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use form_tests::host::{Host, SERVE, answers, wait};
+use form_types::Failpoint::{self, *};
+use serde_json::Value;
+
+const PORT: u16 = 18094;
+
+fn sh(host: &Host, script: &str) -> String {
+    host.form(&["exec", "web", "--", "/bin/busybox", "sh", "-c", script]).ok().stdout
+}
+
+/// The host's seconds less the guest's.
+fn clock_difference(host: &Host) -> u64 {
+    let guest: u64 = sh(host, "busybox date +%s").trim().parse().unwrap();
+    let world = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    world.abs_diff(guest)
+}
+
+fn snapshots(host: &Host) -> Vec<Value> {
+    host.form(&["vm", "snapshot", "ls", "-o", "json"]).ok().json().as_array().unwrap().clone()
+}
+
+fn snapshot(host: &Host, name: &str) -> Value {
+    host.form(&["vm", "snapshot", "show", "web", name, "-o", "json"]).ok().json()
+}
+
+fn directory(host: &Host) -> PathBuf {
+    host.root().join("var/lib/formation/snapshots").join(host.vm("web")["id"].as_str().unwrap())
+}
+
+fn names(host: &Host) -> Vec<String> {
+    let entries = fs::read_dir(directory(host)).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
+}
+
+fn create(host: &Host, name: &str) -> Value {
+    let _ = host.form(&["vm", "snapshot", "create", "web", "--name", name]).ok();
+    let made = snapshot(host, name);
+    println!(
+        "MEASURED: {name}: {}, stood still {} ms, {} KiB on disk",
+        made["consistency"],
+        made["pause_ms"],
+        made["allocated_bytes"].as_u64().unwrap() / 1024
+    );
+    made
+}
+
+/// A shell that counts in its memory and tells the count to a file in memory, so that the disk has no part in it.
+const COUNTER: &str = "busybox mkdir -p /dev/shm; \
+    (n=0; while :; do n=$((n+1)); echo $n > /dev/shm/next; busybox mv /dev/shm/next /dev/shm/count; busybox sleep 0.2; done) \
+    > /dev/null 2>&1 < /dev/null & echo started";
+
+fn count(host: &Host) -> u64 {
+    let said = sh(host, "busybox cat /dev/shm/count");
+    said.trim().parse().unwrap_or_else(|_| panic!("no count: {said:?}"))
+}
+
+fn is_whole(host: &Host) {
+    wait("it is ready", || host.vm("web")["ready"] == true);
+    wait("it answers over its network", || answers(PORT));
+    assert_eq!(sh(host, "busybox echo here; busybox touch /written && busybox sync && busybox echo written"), "here\nwritten\n");
+}
+
+fn deploy(host: &Host) {
+    let web = host.app("web", SERVE, PORT);
+    let _ = host.form(&["deploy", &web, "-y"]).ok();
+    is_whole(host);
+}
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_a_vm_goes_back_to_what_it_was() {
+    let mut host = Host::start();
+    deploy(&host);
+    assert_eq!(sh(&host, &format!("{COUNTER}; echo before > /file; busybox sync; busybox hostname")), "started\nweb\n");
+    wait("it counts", || count(&host) > 3);
+    let before = count(&host);
+    let made = create(&host, "before");
+    assert_eq!((made["consistency"].as_str(), made["memory_mib"].as_u64(), &made["fault"]), (Some("quiesced"), Some(128), &Value::Null));
+    is_whole(&host);
+    let at_snapshot = count(&host);
+    assert!(at_snapshot >= before);
+
+    // It changes; also in what a restart would not bring back.
+    sh(&host, "echo after > /file; busybox rm -f /www/index.html; busybox sync; echo 1000000 > /dev/shm/marker");
+    wait("it counts on", || count(&host) > at_snapshot + 20);
+    let (address, later) = (host.vm("web")["ipv4"].clone(), count(&host));
+    let refused = host.form(&["vm", "snapshot", "create", "web", "--name", "before"]).exits(5);
+    assert!(refused.stderr.contains("before"), "{refused:?}");
+
+    // And goes back, twice: the snapshot stays what it is.
+    for round in 0..2 {
+        let begun = std::time::Instant::now();
+        let _ = host.form(&["vm", "snapshot", "restore", "web", "before", "-y"]).ok();
+        println!("MEASURED: restore {} ms until the VM is ready, with the command", begun.elapsed().as_millis());
+        let now = count(&host);
+        assert!(now >= before && now < later, "round {round}: the counter was {before} to {at_snapshot}, then {later}, and is {now}");
+        assert_eq!(
+            sh(&host, "busybox cat /file; busybox hostname; test -e /dev/shm/marker && echo marked || echo unmarked"),
+            "before\nweb\nunmarked\n",
+            "round {round}"
+        );
+        is_whole(&host);
+        assert_eq!(host.vm("web")["ipv4"], address);
+        assert!(clock_difference(&host) < 5, "the guest's clock is {} s off", clock_difference(&host));
+        let earlier = count(&host);
+        wait("the counter goes on", || count(&host) > earlier);
+        sh(&host, &format!("echo {round} > /file; busybox sync"));
+    }
+
+    // A snapshot in use can go: what runs keeps what it has of it.
+    let _ = host.form(&["vm", "snapshot", "rm", "web", "before", "-y"]).ok();
+    assert_eq!((names(&host), snapshots(&host)), (Vec::new(), Vec::new()));
+    is_whole(&host);
+
+    // A process that is killed starts from its disk, not from a snapshot.
+    let (_, pid) = host.process(&host.vm("web"));
+    std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+    wait("it is started again", || host.vm("web")["restarts"].as_u64() >= Some(1));
+    is_whole(&host);
+    assert_eq!(sh(&host, "busybox cat /file; test -e /dev/shm/count && echo counting || echo fresh"), "1\nfresh\n");
+
+    paused_and_stopped(&host);
+    what_cannot_be_restored_changes_nothing(&mut host);
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    host.is_clean();
+    assert_eq!(fs::read_dir(host.root().join("var/lib/formation/snapshots")).unwrap().count(), 0, "a VM's snapshots go with it");
+}
+
+fn paused_and_stopped(host: &Host) {
+    sh(host, "echo paused > /file; busybox sync");
+    let _ = host.form(&["vm", "pause", "web"]).ok();
+    assert_eq!(create(host, "paused")["consistency"], "crash");
+    assert_eq!(host.vm("web")["state"], "paused", "it stays as it was");
+    let _ = host.form(&["vm", "resume", "web"]).ok();
+    is_whole(host);
+    let _ = host.form(&["vm", "stop", "web"]).ok();
+    let stopped = create(host, "stopped");
+    assert_eq!((stopped["consistency"].as_str(), &stopped["memory_mib"]), (Some("stopped"), &Value::Null));
+    assert_eq!(host.vm("web")["state"], "stopped");
+
+    // From the memory of a paused one into a stopped VM; then the disk of the stopped one into a running VM.
+    let _ = host.form(&["vm", "snapshot", "restore", "web", "paused", "-y"]).ok();
+    is_whole(host);
+    sh(host, "echo lost > /file; busybox sync");
+    let _ = host.form(&["vm", "snapshot", "restore", "web", "stopped", "-y"]).ok();
+    is_whole(host);
+    assert_eq!(sh(host, "busybox cat /file"), "paused\n");
+    let _ = host.form(&["vm", "snapshot", "rm", "web", "stopped", "-y"]).ok();
+}
+
+fn what_cannot_be_restored_changes_nothing(host: &mut Host) {
+    let (_, pid) = host.process(&host.vm("web"));
+    let refused = |host: &Host, code: i32, words: &str| {
+        let refused = host.form(&["vm", "snapshot", "restore", "web", "paused", "-y"]).exits(code);
+        assert!(refused.stderr.contains(words), "{words}: {}", refused.stderr);
+        assert_eq!(host.process(&host.vm("web")).1, pid, "the VM runs on");
+    };
+    let files = directory(host).join("paused");
+    let damaged = |name: &str, change: &dyn Fn(&mut Vec<u8>)| {
+        let path = files.join(name);
+        let whole = fs::read(&path).unwrap();
+        let mut bytes = whole.clone();
+        change(&mut bytes);
+        fs::write(&path, bytes).unwrap();
+        (path, whole)
+    };
+    for (name, change, words) in [
+        ("state", &(|bytes: &mut Vec<u8>| bytes[100] ^= 1) as &dyn Fn(&mut Vec<u8>), "damaged"),
+        ("state", &|bytes| bytes.truncate(bytes.len() - 1), "torn"),
+        ("state", &|bytes| bytes[8] = 99, "version 99"),
+        ("snapshot.json", &|bytes| bytes.truncate(bytes.len() / 2), "torn"),
+        ("snapshot.json", &|bytes| *bytes = b"{}\n".to_vec(), "not a snapshot"),
+    ] {
+        let (path, whole) = damaged(name, change);
+        refused(host, 1, words);
+        fs::write(path, whole).unwrap();
+    }
+    let memory = fs::OpenOptions::new().write(true).open(files.join("memory")).unwrap();
+    let length = memory.metadata().unwrap().len();
+    memory.set_len(length - 4096).unwrap();
+    refused(host, 1, "torn");
+    assert!(snapshots(host)[0]["fault"].as_str().unwrap().contains("torn"));
+    memory.set_len(length).unwrap();
+    refused(host, 1, "never finished");
+
+    let _ = host.form(&["volume", "create", "data", "-s", "16M"]).ok();
+    let _ = host.form(&["volume", "attach", "data", "web", "/data"]).ok();
+    refused(host, 5, "volumes (data)");
+    let create = host.form(&["vm", "snapshot", "create", "web"]).exits(5);
+    assert!(create.stderr.contains("volumes (data)"), "{create:?}");
+    let _ = host.form(&["volume", "detach", "data"]).ok();
+    let _ = host.form(&["volume", "rm", "data", "-y"]).ok();
+
+    let _ = host.form(&["vm", "set", "web", "--memory", "160M", "--restart"]).ok();
+    let (_, pid) = host.process(&host.vm("web"));
+    let changed = host.form(&["vm", "snapshot", "restore", "web", "paused", "-y"]).exits(5);
+    assert!(changed.stderr.contains("128 MiB of memory and has 160"), "{changed:?}");
+    assert_eq!(host.process(&host.vm("web")).1, pid);
+    let _ = host.form(&["vm", "snapshot", "restore", "web", "nothing", "-y"]).exits(3);
+}
+
+/// The agent dies at `point` of a command and is started again. Gives whether the operation was completed.
+fn dies_and_comes_back(host: &mut Host, point: Failpoint, command: &[&str], kind: &str) -> bool {
+    println!("=== {} of {}", point.as_str(), command.join(" "));
+    host.kill_agent();
+    host.start_agent_with(Some(point.as_str()));
+    wait("the VM is adopted", || host.vm("web")["ready"] == true);
+    let mut client = host.form_command(command).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let died = host.dies_at(point.as_str(), |_| false);
+    let _ = (client.kill(), client.wait());
+    assert!(died);
+    // A VM process that writes its memory is done with that by now, or will be.
+    std::thread::sleep(Duration::from_millis(200));
+    host.start_agent();
+    wait("the operation ends", || host.no_operation_is_under_way());
+    is_whole(host);
+    let operation = host.operations().into_iter().find(|operation| operation["kind"] == kind).unwrap();
+    operation["status"] == "completed"
+}
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_an_agent_that_dies_leaves_a_vm_that_runs_and_nothing_half() {
+    let mut host = Host::start();
+    deploy(&host);
+    sh(&host, &format!("{COUNTER}; echo kept > /file; busybox sync"));
+    wait("it counts", || count(&host) > 3);
+    let (_, pid) = host.process(&host.vm("web"));
+    let create_command = ["vm", "snapshot", "create", "web", "--name", "one"];
+    for point in [SnapshotPaused, SnapshotSaved, SnapshotDrafted] {
+        assert!(!dies_and_comes_back(&mut host, point, &create_command, "snapshot-create"));
+        assert_eq!((names(&host), host.process(&host.vm("web")).1), (Vec::new(), pid), "{}", point.as_str());
+    }
+    assert!(dies_and_comes_back(&mut host, SnapshotNamed, &create_command, "snapshot-create"));
+    assert_eq!(names(&host), ["one"]);
+    let before = count(&host);
+
+    let restore_command = ["vm", "snapshot", "restore", "web", "one", "-y"];
+    for point in [RestoreDrafted, RestoreEnded, RestoreHeld, RestoreSwapped, RestoreRecorded] {
+        sh(&host, &format!("echo {} > /file; busybox sync", point.as_str()));
+        assert!(dies_and_comes_back(&mut host, point, &restore_command, "vm-restore"), "{}", point.as_str());
+        assert_eq!(sh(&host, "busybox cat /file"), "kept\n", "{}", point.as_str());
+        let earlier = count(&host);
+        wait("its memory came back with it", || count(&host) > earlier);
+    }
+    assert!(before > 3);
+
+    assert!(dies_and_comes_back(&mut host, SnapshotRetired, &["vm", "snapshot", "rm", "web", "one", "-y"], "snapshot-remove"));
+    assert_eq!(names(&host), Vec::<String>::new());
+
+    // What is left although nobody makes it, doctor finds and removes.
+    fs::create_dir_all(directory(&host).join("half.part")).unwrap();
+    fs::write(directory(&host).join("half.part/memory"), [1; 4096]).unwrap();
+    let found = host.form(&["doctor"]);
+    assert!(format!("{}{}", found.stdout, found.stderr).contains("half.part"), "{found:?}");
+    let _ = host.form(&["doctor", "--fix"]);
+    assert_eq!(names(&host), Vec::<String>::new());
+    let _ = host.form(&["doctor"]).ok();
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    host.is_clean();
+}
