@@ -41,6 +41,8 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("cp", &["nope:/etc", "there"], Needs::Host),
     ("wait", &["vm/nope", "--for", "running"], Needs::Host),
     ("destroy", &["nope"], Needs::HostAndYes),
+    // It looks at its terminal first, and has none here.
+    ("top", &[], Needs::Nothing),
     ("events", &[], Needs::Host),
     ("doctor", &[], Needs::Host),
     ("bench", &[], Needs::Host),

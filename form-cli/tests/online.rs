@@ -329,6 +329,39 @@ fn watching_goes_on_until_it_is_interrupted() {
     }
 }
 
+#[test]
+fn top_draws_on_a_narrow_terminal_and_gives_it_back() {
+    let setting = Setting::new();
+    let refused = setting.run(&["top"]);
+    assert!(refused.code == 2 && refused.err.contains("form vm stats"), "{refused:?}");
+    let form = env!("CARGO_BIN_EXE_form");
+    let line = format!("stty rows 20 cols 60; TERM=xterm {form} top --sort name; echo code $?; stty -a");
+    let mut command = std::process::Command::new("script");
+    command.args(["-qec", &line, "/dev/null"]).env("FORM_HOST", setting.agent.host()).env("HOME", setting.place.path("home"));
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut keys = child.stdin.take().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    let mut screen = String::new();
+    let mut until = |wanted: &str| {
+        let mut buffer = [0; 4096];
+        while !screen.contains(wanted) {
+            let length = out.read(&mut buffer).unwrap();
+            assert!(length > 0, "no {wanted:?} in {screen:?}");
+            screen.push_str(&String::from_utf8_lossy(&buffer[..length]));
+        }
+        std::mem::take(&mut screen)
+    };
+    assert!(until("12.5%").contains("MEMORY"));
+    // The first q is a letter of the filter.
+    keys.write_all(b"/q\rq").unwrap();
+    keys.flush().unwrap();
+    // The former screen is back, and the terminal as it was.
+    let rest = until("iutf8");
+    assert!(rest.contains("\x1b[?1049l") && rest.contains("code 0") && rest.contains(" icanon"), "{rest:?}");
+    drop(keys);
+    child.wait().unwrap();
+}
+
 fn kill(child: &std::process::Child, signal: &str) {
     assert!(std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
 }

@@ -59,25 +59,25 @@ async fn ask(client: &Client, names: &[Name]) -> Result<Vec<VmStats>, Failure> {
     Ok(all.into_iter().filter(|vm| names.is_empty() || names.contains(&vm.name)).collect())
 }
 
-fn percent(value: Option<f64>) -> String {
+pub fn percent(value: Option<f64>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.1}%"))
 }
 
 /// Bytes a second, without figures nobody reads.
-fn rate(value: Option<f64>) -> String {
+pub fn rate(value: Option<f64>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{}/s", Bytes(value.round() as u64)))
 }
 
-fn number(value: Option<f64>) -> String {
+pub fn number(value: Option<f64>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.0}"))
 }
 
 /// The sum over all disks, while each of them has rates.
-fn disks(vm: &VmStats, value: fn(&DiskRates) -> f64) -> Option<f64> {
+pub fn disks(vm: &VmStats, value: fn(&DiskRates) -> f64) -> Option<f64> {
     if vm.disks.is_empty() { None } else { vm.disks.iter().map(|disk| disk.per_second.as_ref().map(value)).sum() }
 }
 
-fn networks(vm: &VmStats, value: fn(&NetworkRates) -> f64) -> Option<f64> {
+pub fn networks(vm: &VmStats, value: fn(&NetworkRates) -> f64) -> Option<f64> {
     if vm.networks.is_empty() { None } else { vm.networks.iter().map(|network| network.per_second.as_ref().map(value)).sum() }
 }
 
