@@ -8,7 +8,10 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use form_tests::host::{Host, SERVE, answers, wait};
+use form_tests::{
+    disk::SmallDisk,
+    host::{Host, SERVE, answers, wait},
+};
 use form_types::Failpoint::{self, *};
 use serde_json::Value;
 
@@ -268,6 +271,59 @@ fn kvm_an_agent_that_dies_leaves_a_vm_that_runs_and_nothing_half() {
     let _ = host.form(&["doctor", "--fix"]);
     assert_eq!(names(&host), Vec::<String>::new());
     let _ = host.form(&["doctor"]).ok();
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    host.is_clean();
+}
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_a_full_disk_or_a_guest_that_does_not_quiesce_costs_no_vm() {
+    let mut host = Host::new();
+    let disk = SmallDisk::mount(&host.path("disk"), &host.root().join("var/lib/formation"), 480);
+    host.start_agent();
+    deploy(&host);
+    // More on its disk than the agent keeps in reserve for those who free room.
+    sh(&host, "busybox dd if=/dev/urandom of=/big bs=1M count=20 conv=fsync 2>/dev/null");
+    let (_, pid) = host.process(&host.vm("web"));
+    let runs_on = |host: &Host| {
+        assert_eq!(host.process(&host.vm("web")).1, pid, "it is another process");
+        assert!(answers(PORT));
+        assert_eq!(sh(host, "busybox echo here"), "here\n");
+    };
+
+    // Room to begin with, and not for all of its memory.
+    disk.fill_but(72 << 10);
+    let full = host.form(&["vm", "snapshot", "create", "web", "--name", "one"]);
+    assert!(full.code != Some(0) && full.stderr.contains("disk is full"), "{full:?}");
+    assert_eq!(names(&host), Vec::<String>::new());
+    runs_on(&host);
+    // None to begin with.
+    disk.free();
+    disk.fill_but(8 << 10);
+    let full = host.form(&["vm", "snapshot", "create", "web", "--name", "one"]);
+    assert!(full.code != Some(0) && full.stderr.contains("disk is full"), "{full:?}");
+    runs_on(&host);
+
+    // A guest whose file system somebody has frozen already cannot quiesce it.
+    disk.free();
+    sh(&host, "busybox fsfreeze --freeze /");
+    assert_eq!(create(&host, "one")["consistency"], "crash");
+    sh(&host, "busybox fsfreeze --unfreeze /");
+    is_whole(&host);
+
+    // Going back fails before anything is ended; and an agent that starts anew leaves it at that.
+    disk.fill_but(1 << 10);
+    let full = host.form(&["vm", "snapshot", "restore", "web", "one", "-y"]);
+    assert!(full.code == Some(1) && full.stderr.contains("was not restored") && full.stderr.contains("no room"), "{full:?}");
+    runs_on(&host);
+    disk.free();
+    host.kill_agent();
+    host.start_agent();
+    is_whole(&host);
+    runs_on(&host);
+    let _ = host.form(&["vm", "snapshot", "restore", "web", "one", "-y"]).ok();
+    sh(&host, "busybox fsfreeze --unfreeze /");
+    is_whole(&host);
     let _ = host.form(&["destroy", "web", "-y"]).ok();
     host.is_clean();
 }

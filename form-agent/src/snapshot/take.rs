@@ -192,7 +192,18 @@ fn write(agent: &Agent, vm: &VmId, client: &Client, draft: &mut SnapshotDraft) -
     let store = |error: StoreError| store_error(&error);
     let (state, memory) = draft.create_saved().map_err(store)?;
     client.save(state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))?;
-    draft.copy_disk(&agent.store, vm).map_err(store)
+    draft.copy_disk(&agent.store, vm).map_err(store)?;
+    // Its process may have been killed meanwhile, and another one started on the disk that was being copied.
+    still_stands(client)
+}
+
+/// Asked of the very process that was saved.
+fn still_stands(client: &Client) -> Result<(), ApiError> {
+    match client.status() {
+        Ok((ProcessState::Paused, _)) => Ok(()),
+        Ok(_) => Err(ApiError::new(ErrorCode::Conflict, "somebody let the VM go on while it was being saved").hint("try again")),
+        Err(error) => Err(process_error(&error)),
+    }
 }
 
 /// On a connection of its own: that of the save is used up when the save has failed.
@@ -253,6 +264,22 @@ mod tests {
             }
         });
         path
+    }
+
+    #[test]
+    fn a_disk_that_was_copied_while_its_vm_moved_is_no_snapshots() {
+        let status = |state| move |_: &ControlRequest| ControlReply::Status { state, pid: 1 };
+        let asked = |state| {
+            let directory = tempfile::tempdir().unwrap();
+            still_stands(&Client::connect(&process(directory.path(), status(state))).unwrap())
+        };
+        asked(ProcessState::Paused).unwrap();
+        assert_eq!(asked(ProcessState::Running).unwrap_err().code, ErrorCode::Conflict);
+        // The process is gone; one that was started after it is not asked.
+        let (mine, its) = Channel::pair().unwrap();
+        drop(its);
+        let error = still_stands(&Client::new(mine)).unwrap_err();
+        assert!(error.message.contains("ended while it was being saved"), "{error:?}");
     }
 
     #[test]
