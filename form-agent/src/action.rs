@@ -22,6 +22,8 @@ pub enum Action {
     /// Going back to a snapshot.
     Restore,
     Destroy,
+    /// Copying its disk for another VM.
+    Clone,
     Exec,
     Copy,
     Forward,
@@ -32,7 +34,7 @@ pub enum Action {
 
 impl Action {
     #[cfg(test)]
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Deploy,
         Self::Start,
         Self::Stop,
@@ -46,6 +48,7 @@ impl Action {
         Self::Snapshot,
         Self::Restore,
         Self::Destroy,
+        Self::Clone,
         Self::Exec,
         Self::Copy,
         Self::Forward,
@@ -68,6 +71,7 @@ pub enum Verdict {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Instead {
     Start,
+    Stop,
     Resume,
     /// Wait until it runs.
     WaitUntilRunning,
@@ -77,8 +81,8 @@ pub enum Instead {
 /// The table. A VM that starts, is asked and does not answer yet is the guest's matter: exec and its like are tried.
 pub const fn judge(action: Action, state: VmState) -> Verdict {
     use Action::{
-        Console, Copy, Deploy, Destroy, Exec, Forward, Logs, Pause, Rename, Reset, Resize, Restart, Restore, Resume, Set, Snapshot, Start,
-        Stats, Stop,
+        Clone, Console, Copy, Deploy, Destroy, Exec, Forward, Logs, Pause, Rename, Reset, Resize, Restart, Restore, Resume, Set, Snapshot,
+        Start, Stats, Stop,
     };
     use VmState::{Failed, Paused, Pending, Running, Starting, Stopped, Stopping};
     match (action, state) {
@@ -125,6 +129,11 @@ pub const fn judge(action: Action, state: VmState) -> Verdict {
         (Restore, Pending) => Verdict::Refuse(Instead::WaitUntilRunning),
         (Restore, Stopping) => Verdict::Refuse(Instead::WaitUntilStopped),
 
+        // Only a guest that has shut down has written everything.
+        (Clone, Stopped) => Verdict::Do,
+        (Clone, Stopping) => Verdict::Refuse(Instead::WaitUntilStopped),
+        (Clone, Pending | Starting | Running | Paused | Failed) => Verdict::Refuse(Instead::Stop),
+
         (Exec | Copy | Forward, Starting | Running) => Verdict::Do,
         (Exec | Copy | Forward, Pending) => Verdict::Refuse(Instead::WaitUntilRunning),
         (Exec | Copy | Forward, Paused) => Verdict::Refuse(Instead::Resume),
@@ -145,6 +154,7 @@ pub fn check(action: Action, state: VmState, name: &Name) -> Result<bool, ApiErr
         Verdict::Do => return Ok(true),
         Verdict::Already => return Ok(false),
         Verdict::Refuse(Instead::Start) => format!("start it with `form vm start {name}`"),
+        Verdict::Refuse(Instead::Stop) => format!("stop it with `form vm stop {name}`"),
         Verdict::Refuse(Instead::Resume) => format!("let it go on with `form vm resume {name}`"),
         Verdict::Refuse(Instead::WaitUntilRunning) => format!("wait for it with `form wait vm/{name} --for=running`"),
         Verdict::Refuse(Instead::WaitUntilStopped) => format!("wait for it with `form wait vm/{name} --for=stopped`"),
@@ -156,9 +166,9 @@ pub fn check(action: Action, state: VmState, name: &Name) -> Result<bool, ApiErr
 mod tests {
     use super::*;
 
-    /// Columns: pending, starting, running, paused, stopping, stopped, failed. `+` do, `=` already so; refused: `s` start it, `r` resume
+    /// Columns: pending, starting, running, paused, stopping, stopped, failed. `+` do, `=` already so; refused: `s` start it, `x` stop it, `r` resume
     /// it, `w` wait until it runs, `e` wait until it has ended.
-    const TABLE: [(Action, &str); 19] = [
+    const TABLE: [(Action, &str); 20] = [
         (Action::Deploy, "+++++++"),
         (Action::Start, "+==r+++"),
         (Action::Stop, "+++++++"),
@@ -172,6 +182,7 @@ mod tests {
         (Action::Snapshot, "ww++e+s"),
         (Action::Restore, "w+++e++"),
         (Action::Destroy, "+++++++"),
+        (Action::Clone, "xxxxe+x"),
         (Action::Exec, "w++rsss"),
         (Action::Copy, "w++rsss"),
         (Action::Forward, "w++rsss"),
@@ -193,6 +204,7 @@ mod tests {
                     Verdict::Do => '+',
                     Verdict::Already => '=',
                     Verdict::Refuse(Instead::Start) => 's',
+                    Verdict::Refuse(Instead::Stop) => 'x',
                     Verdict::Refuse(Instead::Resume) => 'r',
                     Verdict::Refuse(Instead::WaitUntilRunning) => 'w',
                     Verdict::Refuse(Instead::WaitUntilStopped) => 'e',

@@ -1,7 +1,7 @@
 //! Everything an agent is, in one place that handlers and drivers share.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -75,6 +75,10 @@ pub struct Agent {
     starting: Mutex<()>,
     /// Held while a volume changes hands, and while a VM that starts opens its own.
     volume_turn: Mutex<()>,
+    /// Held of a VM while its disk is copied, and while a start of it opens it.
+    disk_turns: Mutex<BTreeMap<VmId, Arc<Mutex<()>>>>,
+    /// Being made: on the disk and not in the state yet.
+    made: Mutex<BTreeSet<VmId>>,
     /// Held while the firewall is replaced.
     rules: tokio::sync::Mutex<()>,
     log_changes: Mutex<BTreeMap<VmId, watch::Sender<u64>>>,
@@ -106,6 +110,8 @@ impl Agent {
             admission: Mutex::default(),
             starting: Mutex::default(),
             volume_turn: Mutex::default(),
+            disk_turns: Mutex::default(),
+            made: Mutex::default(),
             rules: tokio::sync::Mutex::default(),
             log_changes: Mutex::default(),
         }
@@ -150,6 +156,16 @@ impl Agent {
     /// Not [`Agent::admission`], for which deploys wait: a pool may be slow.
     pub fn volume_turn(&self) -> MutexGuard<'_, ()> {
         self.volume_turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whoever opens or copies the disk of a VM holds this meanwhile.
+    pub fn disk_turn(&self, vm: &VmId) -> Arc<Mutex<()>> {
+        Arc::clone(self.disk_turns.lock().unwrap_or_else(PoisonError::into_inner).entry(*vm).or_default())
+    }
+
+    /// The VMs of which something is on the disk before they are in the state: nobody's leftovers.
+    pub fn being_made(&self) -> MutexGuard<'_, BTreeSet<VmId>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn view(&self) -> Arc<View> {
@@ -198,6 +214,11 @@ impl Agent {
     pub fn log_changes(&self, vm: &VmId) -> watch::Sender<u64> {
         let mut all = self.log_changes.lock().unwrap_or_else(PoisonError::into_inner);
         all.entry(*vm).or_insert_with(|| watch::Sender::new(0)).clone()
+    }
+
+    /// The VM is gone for good.
+    pub fn forget_disk_turn(&self, vm: &VmId) {
+        self.disk_turns.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
     }
 
     pub fn forget_log(&self, vm: &VmId) {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use form_api::{
     ApiError, ErrorCode,
     deploy::{DeployRequest, Plan},
-    operation::{Operation, OperationKind},
+    operation::Operation,
     vm::{Health, VmState},
 };
 use form_types::{Digest, Failpoint, Name, OperationId, VmId, failpoint::reach};
@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::{
-    action::{self, Action},
     admit,
     agent::{Agent, internal},
     authorise::{Caller, SignedRequest},
+    create::{self, How, Wanted},
     desired::{self, DesiredVm},
-    logs,
+    lifecycle, logs,
     operation::{Begun, Opening, Record},
     plan, volume,
 };
@@ -83,18 +83,19 @@ pub fn make_plan(agent: &Agent, request: &DeployRequest) -> Result<Plan, ApiErro
 ///
 /// # Errors
 /// Whatever stands in the way before anything is changed.
-pub fn begin(agent: &Arc<Agent>, caller: &Caller, request: &DeployRequest) -> Result<Operation, ApiError> {
+pub fn begin(agent: &Arc<Agent>, caller: &Caller, wanted: Wanted) -> Result<Operation, ApiError> {
+    let request = &wanted.request;
     admit::check_valid(request)?;
     admit::check_supported(request)?;
-    check_parts(agent, request)?;
-    agent.keep_headroom();
-    let name = &request.spec.name;
-    if let Some(vm) = desired::vm_named(&agent.view(), name) {
-        let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
-        action::check(Action::Deploy, state, name)?;
+    // A repeated request is answered although the VM that it asked for is there by now.
+    if agent.operations.get(OperationId::derive(&caller.key, &caller.idempotency_key)).is_err() {
+        create::check(agent, &wanted)?;
+        check_parts(agent, request)?;
     }
+    agent.keep_headroom();
+    let name = wanted.name();
     let opening = Opening {
-        kind: OperationKind::Deploy,
+        kind: wanted.kind(),
         vm: Some(name.clone()),
         subject: format!("vm/{name}"),
         actor: caller.actor.clone(),
@@ -106,7 +107,22 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, request: &DeployRequest) -> Re
         Begun::Repeated(operation) => return Ok(*operation),
         Begun::New(id) => id,
     };
-    match record(agent, caller, request, id) {
+    if wanted.source().is_some() {
+        // A copy may take its time.
+        let (agent, caller) = (Arc::clone(agent), caller.clone());
+        let runtime = tokio::runtime::Handle::current();
+        tokio::task::spawn_blocking(move || {
+            let _entered = runtime.enter();
+            carry_out(&agent, &caller, &wanted, id);
+        });
+    } else {
+        carry_out(agent, caller, &wanted, id);
+    }
+    agent.operations.get(id)
+}
+
+fn carry_out(agent: &Arc<Agent>, caller: &Caller, wanted: &Wanted, id: OperationId) {
+    match record(agent, caller, wanted, id) {
         Ok(target) => {
             agent.fleet.reconcile(agent);
             let agent = Arc::clone(agent);
@@ -114,7 +130,6 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, request: &DeployRequest) -> Re
         }
         Err(error) => agent.operations.finish(id, Err(error)),
     }
-    agent.operations.get(id)
 }
 
 fn check_parts(agent: &Agent, request: &DeployRequest) -> Result<(), ApiError> {
@@ -137,16 +152,31 @@ struct Target {
     boot: Digest,
     request: SignedRequest,
     previous: Option<Previous>,
+    /// A VM that is not to be started has only to be there.
+    is_started: bool,
 }
 
-fn record(agent: &Agent, caller: &Caller, request: &DeployRequest, id: OperationId) -> Result<Target, ApiError> {
-    let name = &request.spec.name;
+fn record(agent: &Agent, caller: &Caller, wanted: &Wanted, id: OperationId) -> Result<Target, ApiError> {
+    let (name, request) = (wanted.name(), &wanted.request);
+    let new = VmId::derive(&caller.key, &caller.idempotency_key, name.as_str());
+    let made = match wanted.source() {
+        Some(source) => {
+            agent.operations.step(id, format!("copying the disk of vm/{source}"));
+            Some(create::copy_disk(agent, source, new, request)?)
+        }
+        None => None,
+    };
     let _admission = agent.admission();
     let before = desired::vm_named(&agent.view(), name);
+    if wanted.how != How::Deploy {
+        create::is_new(before.as_ref())?;
+        // Both may have gone while the disk was copied.
+        check_parts(agent, request)?;
+    }
     admit::admit(request, before.is_none(), &agent.capacity(Some(name))?)?;
     check_ports(request, before.as_ref())?;
     volume::operate::of_deploy(agent, request)?;
-    let vm = before.as_ref().map_or_else(|| VmId::derive(&caller.key, &caller.idempotency_key, name.as_str()), |vm| vm.id);
+    let vm = before.as_ref().map_or(new, |vm| vm.id);
     let previous = before.as_ref().and_then(|vm| previous_of(agent, vm));
     let remember = |recorded: bool| {
         let progress = Progress { vm, request: caller.signed.clone(), recorded, previous: previous.clone(), failed: None };
@@ -155,6 +185,9 @@ fn record(agent: &Agent, caller: &Caller, request: &DeployRequest, id: Operation
     remember(false)?;
     reach(Failpoint::DeployRemembered);
     agent.submit(&caller.signed)?;
+    if let Some(made) = made {
+        made.keep();
+    }
     reach(Failpoint::DeploySubmitted);
     remember(true)?;
     reach(Failpoint::DeployRecorded);
@@ -162,7 +195,14 @@ fn record(agent: &Agent, caller: &Caller, request: &DeployRequest, id: Operation
     if before.is_some_and(|before| before.boot_digest() == after.boot_digest()) {
         agent.fleet.retry(&vm);
     }
-    Ok(Target { vm, name: name.clone(), boot: after.boot_digest(), request: caller.signed.clone(), previous })
+    Ok(Target {
+        vm,
+        name: name.clone(),
+        boot: after.boot_digest(),
+        request: caller.signed.clone(),
+        previous,
+        is_started: wanted.is_started(),
+    })
 }
 
 /// The last deploy of this VM that became healthy, as its user signed it. A signed request holds for the name that it was made for, so
@@ -170,8 +210,7 @@ fn record(agent: &Agent, caller: &Caller, request: &DeployRequest, id: Operation
 fn previous_of(agent: &Agent, vm: &DesiredVm) -> Option<Previous> {
     let kept = std::fs::read(agent.vm_directory(&vm.id).join("deployed.json")).ok()?;
     let previous: Previous = serde_json::from_slice(&kept).ok()?;
-    let request: DeployRequest = serde_json::from_str(&previous.request.body).ok()?;
-    (request.spec.name == *vm.name()).then_some(previous)
+    (Wanted::read(&previous.request)?.name() == vm.name()).then_some(previous)
 }
 
 fn keep_deployed(agent: &Agent, target: &Target) {
@@ -226,6 +265,10 @@ fn superseded(name: &Name, how: &str) -> Shortfall {
 }
 
 async fn finish(agent: &Arc<Agent>, id: OperationId, target: Target) {
+    if !target.is_started {
+        let result = lifecycle::stopped(agent, &target.vm).await;
+        return agent.operations.finish(id, result);
+    }
     let error = match become_healthy(agent, Some(id), &target).await {
         Ok(()) => {
             reach(Failpoint::DeployHealthy);
@@ -279,7 +322,8 @@ async fn put_back(agent: &Arc<Agent>, target: &Target, previous: &Previous) -> R
     };
     reach(Failpoint::RollbackSubmitted);
     agent.fleet.reconcile(agent);
-    let back = Target { vm: target.vm, name: target.name.clone(), boot, request: previous.request.clone(), previous: None };
+    let back =
+        Target { vm: target.vm, name: target.name.clone(), boot, request: previous.request.clone(), previous: None, is_started: true };
     become_healthy(agent, None, &back).await
 }
 
@@ -300,7 +344,7 @@ fn submit_previous(agent: &Agent, vm: &VmId, name: &Name, failed: Digest, previo
 
 /// Whether an agent that was killed in the middle of going back has recorded the old version already.
 fn is_on_the_way_back(desired: &DesiredVm, previous: &Previous) -> bool {
-    let Ok(old) = serde_json::from_str::<DeployRequest>(&previous.request.body) else { return false };
+    let Some(Wanted { request: old, .. }) = Wanted::read(&previous.request) else { return false };
     if previous.changes.is_empty() {
         desired.request == old
     } else {
@@ -360,7 +404,7 @@ async fn become_healthy(agent: &Agent, id: Option<OperationId>, target: &Target)
 
 /// The agent was stopped between recording what should be and remembering that it had.
 fn is_what_was_asked(progress: &Progress, desired: &DesiredVm) -> bool {
-    serde_json::from_str::<DeployRequest>(&progress.request.body).is_ok_and(|asked| asked == desired.request)
+    Wanted::read(&progress.request).is_some_and(|asked| asked.request == desired.request)
 }
 
 /// Goes on with a deploy that an earlier run of the agent left unfinished, or ends it when nothing was changed yet.
@@ -377,6 +421,7 @@ pub fn resume(agent: &Arc<Agent>, record: &Record) {
         boot,
         request: progress.request.clone(),
         previous: progress.previous.clone(),
+        is_started: Wanted::read(&progress.request).is_none_or(|wanted| wanted.is_started()),
     };
     match (desired, &progress) {
         (Some(desired), Progress { failed: Some(failed), previous: Some(previous), .. }) => {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use form_api::{
-    deploy::DeployRequest,
+    deploy::{CreateVmRequest, DeployRequest},
     sign,
     snapshot::RestoreRequest,
     vm::{RenameRequest, SetRequest},
@@ -18,7 +18,7 @@ use form_net::{Ipv4Range, Ipv6Prefix, Mac};
 use form_state::{Claim, Document, Record, RecordId, Refusal, Rules, Scalar, SignedRequest, Table, View, Write};
 use form_types::{
     ClusterId, Digest, HostId, Name, PublicKey, VmId,
-    spec::{EnvScope, Restart, RestartPolicy},
+    spec::{Restart, RestartPolicy},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -156,14 +156,7 @@ pub fn same_boot(one: &DeployRequest, other: &DeployRequest) -> bool {
 
 /// The request of a VM that has got another name, with what refers to the old one.
 fn renamed(request: &DeployRequest, name: &Name) -> DeployRequest {
-    let mut renamed = request.clone();
-    let old = std::mem::replace(&mut renamed.spec.name, name.clone());
-    for env in &mut renamed.spec.env {
-        if matches!(&env.scope, EnvScope::Service(service) if service == old.as_str()) {
-            env.scope = EnvScope::Service(name.as_str().to_owned());
-        }
-    }
-    renamed
+    DeployRequest { spec: request.spec.clone().renamed(name), ..request.clone() }
 }
 
 /// The request with what `set` changes.
@@ -296,8 +289,9 @@ impl Rules for AgentRules {
                 if let Some(vm) = vm_named(view, &deploy.spec.name) {
                     authority.may_change(&vm)?;
                 }
-                self.deploy(&deploy, asked, view)
+                self.deploy(&deploy, Run::Running, asked, view)
             }
+            ("POST", ["v1", "vms"]) => self.create(&json(&request.body)?, asked, view),
             ("POST", ["v1", "vms", name, "start" | "restart"]) => {
                 let vm = existing(name, authority, view)?;
                 let starts = vm.starts.saturating_add(1);
@@ -385,7 +379,26 @@ impl AgentRules {
         Err(Refusal::new(format!("the key {signer} does not own this cluster")))
     }
 
-    fn deploy(&self, deploy: &DeployRequest, asked: Asked<'_>, view: &View) -> Result<Vec<Write>, Refusal> {
+    /// A new VM. The request that made one may be submitted again: a later deploy of it is taken back so.
+    fn create(&self, create: &CreateVmRequest, asked: Asked<'_>, view: &View) -> Result<Vec<Write>, Refusal> {
+        let name = &create.vm.spec.name;
+        let id = VmId::derive(asked.signer, asked.key, name.as_str());
+        let run = if create.start { Run::Running } else { Run::Stopped };
+        match vms(view).into_values().find(|vm| vm.id == id || vm.name() == name) {
+            Some(vm) if vm.id == id && vm.name() == name => asked.authority.may_change(&vm)?,
+            Some(vm) => return Err(Refusal::new(format!("there is a vm/{} already", vm.name()))),
+            None => {
+                let Some(source) = &create.disk_of else { return self.deploy(&create.vm, run, asked, view) };
+                let source = existing(source.as_str(), asked.authority, view)?;
+                if source.host != HostId::of(&asked.claim.author) {
+                    return Err(Refusal::new(format!("vm/{} is another host's, and its disk is there", source.name())));
+                }
+            }
+        }
+        self.deploy(&create.vm, run, asked, view)
+    }
+
+    fn deploy(&self, deploy: &DeployRequest, run: Run, asked: Asked<'_>, view: &View) -> Result<Vec<Write>, Refusal> {
         let Asked { signer, key, claim, .. } = asked;
         let name = &deploy.spec.name;
         let new_id = &VmId::derive(signer, key, name.as_str());
@@ -393,7 +406,7 @@ impl AgentRules {
         if let Some(vm) = vm_named(view, name) {
             let mut writes = vec![
                 Write::put(Table::Vms, vm.id, "request", text),
-                Write::put(Table::Vms, vm.id, "run", Run::Running.as_str()),
+                Write::put(Table::Vms, vm.id, "run", run.as_str()),
                 Write::put(Table::Vms, vm.id, "actor", signer.to_string()),
             ];
             let (of_volumes, needs_start) = volume::rules::deploy(deploy, (&vm.id, &vm.host), false, asked, view)?;
@@ -412,7 +425,7 @@ impl AgentRules {
             put("request", text.into()),
             put("host", host.to_string().into()),
             put("epoch", 1_u64.into()),
-            put("run", Run::Running.as_str().into()),
+            put("run", run.as_str().into()),
             put("starts", 1_u64.into()),
             put("ipv4", ipv4.to_string().into()),
             put("actor", signer.to_string().into()),
@@ -441,7 +454,7 @@ mod authority_tests;
 mod tests {
     use super::*;
     use crate::testing::request;
-    use form_types::spec::Env;
+    use form_types::spec::{Env, EnvScope};
 
     #[test]
     fn what_changes_in_a_running_vm_needs_no_start() {

@@ -94,10 +94,12 @@ impl Fleet {
 
     /// Makes sure that every VM of this host, wanted or left over, has a driver, and wakes them all.
     pub fn reconcile(&self, agent: &Arc<Agent>) {
+        // Looked at before the state: what is in neither is left over.
+        let made = agent.being_made().clone();
         let wanted = desired::vms(&agent.view());
         let mut drivers = self.drivers.lock().unwrap_or_else(PoisonError::into_inner);
         let mut ids: Vec<VmId> = wanted.values().filter(|vm| vm.host == agent.host_id()).map(|vm| vm.id).collect();
-        ids.extend(agent.vms_on_disk());
+        ids.extend(agent.vms_on_disk().into_iter().filter(|id| !made.contains(id)));
         for id in ids {
             // A driver that panicked has ended: its VM gets a new one.
             if drivers.get(&id).is_some_and(|handle| !handle.task.is_finished()) {

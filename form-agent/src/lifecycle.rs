@@ -218,6 +218,25 @@ async fn reached(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
     }
 }
 
+/// Waits until a VM that was made and not started is there, or somebody has started it.
+///
+/// # Errors
+/// A conflict when it was removed meanwhile, and when it takes too long.
+pub async fn stopped(agent: &Agent, vm: &VmId) -> Result<(), ApiError> {
+    let mut changed = agent.fleet.subscribe();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let desired = agent.desired(vm).ok_or_else(gone)?;
+        let is_stopped = agent.fleet.observed(vm).is_some_and(|observed| observed.state == VmState::Stopped);
+        if is_stopped || desired.run != Run::Stopped {
+            return Ok(());
+        }
+        if tokio::time::timeout_at(deadline, changed.changed()).await.is_err() {
+            return Err(ApiError::new(ErrorCode::TimedOut, "it is not there yet").hint("see `form events`"));
+        }
+    }
+}
+
 fn is_reached(progress: &Progress, desired: Option<&DesiredVm>, observed: Option<&Observed>) -> Result<bool, ApiError> {
     let (desired, observed) = match (&progress.change, desired, observed) {
         (Change::Destroy, _, observed) => return Ok(observed.is_none()),

@@ -7,6 +7,7 @@ mod authorise;
 mod bench;
 mod cgroup;
 mod config;
+mod create;
 mod daemon;
 mod database;
 mod deploy;

@@ -54,7 +54,7 @@ fn mac_text(mac: &[u8; 6]) -> String {
 }
 
 /// What the guest is told at its start.
-pub fn settings(id: &VmId, request: &DeployRequest, link: &Link, mut volumes: Vec<VolumeMount>) -> Settings {
+pub fn settings(id: &VmId, request: &DeployRequest, link: &Link, mut volumes: Vec<VolumeMount>, new_identity: bool) -> Settings {
     // What is mounted inside another has to come after it.
     volumes.sort_by(|one, other| one.path.cmp(&other.path));
     let spec = &request.spec;
@@ -103,6 +103,7 @@ pub fn settings(id: &VmId, request: &DeployRequest, link: &Link, mut volumes: Ve
         volumes,
         service,
         env: scoped(&|scope| *scope == EnvScope::System),
+        new_identity,
         shutdown_timeout_ms: SHUTDOWN_TIMEOUT_MS,
     }
 }
@@ -242,13 +243,13 @@ mod tests {
             env(EnvScope::Service("nginx".to_owned()), "C"),
         ];
         let id = VmId::from_bytes([7; 16]);
-        let told = settings(&id, &web, &link(), Vec::new());
+        let told = settings(&id, &web, &link(), Vec::new(), false);
         assert_eq!(told.env.keys().collect::<Vec<_>>(), ["A"]);
         assert_eq!(told.service.as_ref().unwrap().env.keys().collect::<Vec<_>>(), ["B"]);
         assert!(told.files.is_empty());
 
         web.spec.entrypoint.clear();
-        let told = settings(&id, &web, &link(), Vec::new());
+        let told = settings(&id, &web, &link(), Vec::new(), false);
         assert!(told.service.is_none());
         assert_eq!(told.files.len(), 2);
         assert_eq!(told.files[0].path, "/etc/systemd/system/nginx.service.d/10-form.conf");

@@ -2,7 +2,11 @@
 
 use std::{str::FromStr, time::Duration};
 
-use form_types::Name;
+use form_types::{
+    Name,
+    size::{self, GIB, MIB},
+    spec::{Port, Protocol, Restart, RestartPolicy},
+};
 use jiff::Timestamp;
 
 /// A time limit: `30`, `90s`, `5m`, `1h`.
@@ -89,6 +93,68 @@ impl FromStr for Forward {
     }
 }
 
+/// `KEY=VALUE`.
+///
+/// # Errors
+/// When it is not.
+pub fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("write KEY=VALUE".to_owned()),
+    }
+}
+
+/// `always`, `never`, `on-failure`, `on-failure:TIMES`.
+///
+/// # Errors
+/// When it is none of them.
+pub fn restart_policy(text: &str) -> Result<Restart, String> {
+    let (policy, retries) = match text.split_once(':') {
+        Some((policy, retries)) => (policy, Some(retries.parse().map_err(|_| format!("`{retries}` is no number of times"))?)),
+        None => (text, None),
+    };
+    match (policy, retries) {
+        ("always", None) => Ok(Restart { policy: RestartPolicy::Always, max_retries: None }),
+        ("never", None) => Ok(Restart { policy: RestartPolicy::Never, max_retries: None }),
+        ("on-failure", max_retries) => Ok(Restart { policy: RestartPolicy::OnFailure, max_retries }),
+        _ => Err("a restart policy is always, never, on-failure or on-failure:TIMES".to_owned()),
+    }
+}
+
+/// `512M`, `2G`: in MiB.
+///
+/// # Errors
+/// When it is no size, or no whole number of MiB.
+pub fn mebibytes(text: &str) -> Result<u64, String> {
+    let bytes = size::parse(text, MIB).map_err(|error| error.to_string())?.0;
+    if bytes == 0 || bytes % MIB != 0 { Err("memory is a whole number of MiB".to_owned()) } else { Ok(bytes / MIB) }
+}
+
+/// `10G`: in GiB.
+///
+/// # Errors
+/// When it is no size, or no whole number of GiB.
+pub fn gibibytes(text: &str) -> Result<u64, String> {
+    let bytes = size::parse(text, GIB).map_err(|error| error.to_string())?.0;
+    if bytes == 0 || bytes % GIB != 0 { Err("a root disk is a whole number of GiB".to_owned()) } else { Ok(bytes / GIB) }
+}
+
+/// A port on the host that leads to one of the VM, as `EXPOSE` says it: `8080:80`, `53:53/udp`; `80` is the same port on both sides.
+///
+/// # Errors
+/// When it is none.
+pub fn published(text: &str) -> Result<Port, String> {
+    let wrong = || "write HOSTPORT:PORT or PORT, from 1 to 65535, with /udp behind it for UDP".to_owned();
+    let (ports, protocol) = match text.split_once('/') {
+        None | Some((_, "tcp")) => (text.split('/').next().unwrap_or_default(), Protocol::Tcp),
+        Some((ports, "udp")) => (ports, Protocol::Udp),
+        Some(_) => return Err(wrong()),
+    };
+    let (host, guest) = ports.split_once(':').unwrap_or((ports, ports));
+    let number = |text: &str| text.parse::<std::num::NonZeroU16>().map(std::num::NonZeroU16::get).map_err(|_| wrong());
+    Ok(Port { port: number(guest)?, protocol, host_port: Some(number(host)?) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,5 +192,31 @@ mod tests {
         for bad in ["", "80:", "80:0", "x", "1:2:3", "70000"] {
             assert!(bad.parse::<Forward>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn policies_and_sizes() {
+        assert_eq!(restart_policy("on-failure:3"), Ok(Restart { policy: RestartPolicy::OnFailure, max_retries: Some(3) }));
+        assert_eq!(restart_policy("always"), Ok(Restart { policy: RestartPolicy::Always, max_retries: None }));
+        for bad in ["", "sometimes", "never:2", "on-failure:x"] {
+            assert!(restart_policy(bad).is_err(), "{bad}");
+        }
+        assert_eq!((mebibytes("512"), mebibytes("2G")), (Ok(512), Ok(2048)));
+        for bad in ["0", "1K", "x"] {
+            assert!(mebibytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn published_ports() {
+        let port = |text: &str| published(text).map(|port| (port.host_port, port.port, port.protocol));
+        assert_eq!(port("8080:80"), Ok((Some(8080), 80, Protocol::Tcp)));
+        assert_eq!(port("53/udp"), Ok((Some(53), 53, Protocol::Udp)));
+        assert_eq!(port("80:81/tcp"), Ok((Some(80), 81, Protocol::Tcp)));
+        for bad in ["", "0", "80:", ":80", "80/sctp", "70000", "1:2:3", "80/"] {
+            assert!(published(bad).is_err(), "{bad}");
+        }
+        assert_eq!((gibibytes("10"), gibibytes("1T")), (Ok(10), Ok(1024)));
+        assert!(gibibytes("512M").is_err());
     }
 }

@@ -48,6 +48,8 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("bench", &[], Needs::Host),
     ("vm ls", &[], Needs::Host),
     ("vm show", &["nope"], Needs::Host),
+    ("vm create", &["new", "--image", "nope"], Needs::Host),
+    ("vm clone", &["nope", "new"], Needs::Host),
     ("vm start", &["nope"], Needs::Host),
     ("vm stop", &["nope"], Needs::Host),
     ("vm restart", &["nope"], Needs::Host),

@@ -25,6 +25,8 @@ enum Way {
     Destroy,
     /// A command about volumes.
     Volume,
+    /// A copy of a stopped VM.
+    Clone,
     /// Only with a guest that runs.
     Guest,
     /// A command about snapshots, also only with such a guest: `kvm_snapshots` walks these.
@@ -46,6 +48,7 @@ const fn way(point: Failpoint) -> Way {
         VolumeDrafted | VolumeNamed | VolumeMade | VolumeSubmitted | VolumeGrown | VolumeForgotten => Way::Volume,
         SnapshotPaused | SnapshotSaved | SnapshotDrafted | SnapshotNamed | SnapshotRetired => Way::Snapshot,
         RestoreDrafted | RestoreEnded | RestoreHeld | RestoreSwapped | RestoreRecorded => Way::Snapshot,
+        DiskCopied | CloneMade => Way::Clone,
         DiskRetired | GuestReady | DeployHealthy | DeployKept | RollbackSubmitted => Way::Guest,
     }
 }
@@ -111,7 +114,7 @@ fn survives(host: &mut Host, point: Failpoint) {
             deploys(host, &file, &name);
             host.kill_agent();
         }
-        Way::Volume | Way::Guest | Way::Snapshot => unreachable!("not walked here"),
+        Way::Volume | Way::Clone | Way::Guest | Way::Snapshot => unreachable!("not walked here"),
     }
     if way(point) == Way::Destroy {
         dies_of(host, point, &["destroy", &name, "-y"]);
@@ -141,7 +144,7 @@ fn system_the_agent_is_killed_at_every_step_and_nothing_is_left() {
         survives(&mut Host::new(), point);
     }
     let mut host = Host::new();
-    for point in points(|way| !matches!(way, Way::FirstUpload | Way::Volume | Way::Guest | Way::Snapshot)) {
+    for point in points(|way| !matches!(way, Way::FirstUpload | Way::Volume | Way::Clone | Way::Guest | Way::Snapshot)) {
         survives(&mut host, point);
     }
 }
@@ -254,6 +257,68 @@ fn system_a_volume_is_what_was_asked_for_or_what_it_was_wherever_the_agent_dies(
     let _ = host.form(&["destroy", "web", "-y"]).ok();
     let _ = host.form(&["volume", "rm", "copy", "data", "-y"]).ok();
     assert_eq!(volumes(&host), []);
+    host.is_clean();
+}
+
+/// The steps of a clone. The last ones are those of what the state knows already.
+const OF_A_CLONE: [Failpoint; 9] =
+    [OperationRecorded, DiskCopied, DiskMade, CloneMade, DeployRemembered, StateStored, DeploySubmitted, DeployRecorded, OperationEnded];
+
+/// The VMs that the host has, and whether each has its directory and none is nobody's.
+fn vms(host: &Host) -> Vec<String> {
+    let all = host.form(&["vm", "ls", "-o", "json"]).ok().json();
+    let mut told: Vec<(String, String)> =
+        all.as_array().unwrap().iter().map(|vm| (vm["id"].as_str().unwrap().to_owned(), vm["name"].as_str().unwrap().to_owned())).collect();
+    told.sort();
+    let ids: Vec<String> = told.iter().map(|(id, _)| id.clone()).collect();
+    wait("there are the disks of these VMs and no others", || {
+        let entries = fs::read_dir(host.root().join("var/lib/formation/vms")).unwrap().flatten();
+        let mut found: Vec<String> =
+            entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| name != ".tmp").collect();
+        found.sort();
+        let whole = |id: &String| host.root().join("var/lib/formation/vms").join(id).join("root/disk.json").exists();
+        found == ids && found.iter().all(whole)
+    });
+    let mut names: Vec<String> = told.into_iter().map(|(_, name)| name).collect();
+    names.sort();
+    names
+}
+
+#[test]
+#[ignore = "needs root, and a kernel bundle in the build cache: tests/run-system"]
+fn system_a_clone_is_there_or_not_wherever_the_agent_dies() {
+    enter_own_network();
+    let mut host = Host::new();
+    host.configure(Host::IMPATIENT);
+    host.start_agent();
+    host.stopped_vms(&["web"]);
+    let command = ["vm", "clone", "web", "copy", "--no-start"];
+    for point in Failpoint::ALL.iter().filter(|point| way(**point) == Way::Clone) {
+        assert!(OF_A_CLONE.contains(point), "{} is walked nowhere", point.as_str());
+    }
+    for point in OF_A_CLONE {
+        println!("=== clone at {}", point.as_str());
+        assert_eq!(vms(&host), ["web"]);
+        host.kill_agent();
+        host.start_agent_with(Some(point.as_str()));
+        let mut client = spawn(&host, &command);
+        let died = host.dies_at(point.as_str(), |_| false);
+        let _ = (client.kill(), client.wait());
+        assert!(died, "a clone does not come to {}", point.as_str());
+        host.start_agent();
+        wait("the operation ends", || host.no_operation_is_under_way());
+        if newest(&host, "vm-clone")["status"] == "failed" {
+            assert_eq!(vms(&host), ["web"]);
+            let _ = host.form(&command).ok();
+        }
+        assert_eq!(vms(&host), ["copy", "web"]);
+        let copy = host.vm("copy");
+        assert_eq!((copy["state"].as_str(), copy["ipv4"] == host.vm("web")["ipv4"]), (Some("stopped"), false), "{copy}");
+        let taken = host.form(&command).exits(5);
+        assert!(taken.stderr.contains("there is a vm/copy already") && taken.stderr.contains("form vm rm copy"), "{taken:?}");
+        let _ = host.form(&["destroy", "copy", "-y"]).ok();
+    }
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
     host.is_clean();
 }
 

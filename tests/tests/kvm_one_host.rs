@@ -292,3 +292,61 @@ fn kvm_a_vm_is_paused_renamed_set_and_reset() {
     let _ = host.form(&["destroy", "app", "-y"]).ok();
     host.is_clean();
 }
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_vms_are_made_of_an_image_and_of_a_stopped_vm() {
+    let host = Host::start();
+    let file = host.app("web", SERVE, 18087);
+    let sh = |vm: &str, line: &str| host.form(&["exec", vm, "--", "/bin/busybox", "sh", "-c", line]).ok().stdout.trim().to_owned();
+    let _ = host.form(&["build", &file]).ok();
+
+    // The host has neither the image nor a kernel: both are sent, as by a deploy.
+    let create = ["vm", "create", "one", "--image", "web", "-p", "18087:80", "-e", "COLOUR=red", "--memory", "160M", "-l", "tier=front"];
+    let _ = host.form(&create).ok();
+    wait("it answers", || answers(18087));
+    let one = host.vm("one");
+    assert_eq!(
+        (one["memory_mib"].as_u64(), one["labels"]["tier"].as_str(), one["image"].as_str()),
+        (Some(160), Some("front"), Some("web:1"))
+    );
+    assert_eq!(sh("one", "hostname; echo $COLOUR"), "one\nred");
+    let again = host.form(&create).exits(5);
+    assert!(again.stderr.contains("there is a vm/one already") && again.stderr.contains("form vm rm one"), "{}", again.stderr);
+    let _ = host.form(&["vm", "create", "none", "--image", "nothing"]).exits(3);
+    let _ = host.form(&["vm", "create", "none", "--image", "web:7"]).exits(3);
+
+    let refused = host.form(&["vm", "clone", "one", "two"]).exits(5);
+    assert!(refused.stderr.contains("vm/one is running") && refused.stderr.contains("form vm stop one"), "{}", refused.stderr);
+    let _ = sh("one", "mkdir -p /etc/ssh; echo key > /etc/ssh/ssh_host_x_key; echo kept > /kept");
+    let machine_id = sh("one", "cat /etc/machine-id");
+    let _ = host.form(&["vm", "stop", "one"]).ok();
+    let _ = host.form(&["vm", "clone", "one", "two", "-p", "18088:80"]).ok();
+    wait("the clone answers", || answers(18088));
+
+    // What one had is there; who it was is not.
+    assert_eq!(sh("two", "hostname; cat /kept; echo $COLOUR; ls -A /etc/ssh"), "two\nkept\nred");
+    let own = sh("two", "cat /etc/machine-id");
+    assert!(own.len() == 32 && own != machine_id, "{own} is not its own");
+    let two = host.vm("two");
+    assert!(two["ipv4"] != one["ipv4"] && two["ipv6"] != one["ipv6"] && two["id"] != one["id"], "{one} {two}");
+    assert_ne!(sh("two", "cat /sys/class/net/eth0/address"), "");
+    let _ = sh("two", "echo changed > /kept");
+    let _ = host.form(&["vm", "start", "one"]).ok();
+    assert_eq!(sh("one", "cat /kept /etc/machine-id /etc/ssh/ssh_host_x_key"), format!("kept\n{machine_id}\nkey"));
+    assert_ne!(sh("one", "cat /sys/class/net/eth0/address"), sh("two", "cat /sys/class/net/eth0/address"));
+
+    // A second start changes nothing of that.
+    let _ = host.form(&["vm", "restart", "two"]).ok();
+    assert_eq!(sh("two", "cat /kept /etc/machine-id"), format!("changed\n{own}"));
+
+    let _ = host.form(&["destroy", "one", "-y"]).ok();
+    let _ = host.form(&["vm", "create", "three", "--image", "web", "--no-start"]).ok();
+    assert_eq!(host.vm("three")["state"], "stopped");
+    // Of one that never ran there is no disk to copy.
+    let _ = host.form(&["vm", "clone", "three", "four", "--no-start"]).ok();
+    let _ = host.form(&["vm", "start", "four"]).ok();
+    assert_eq!(sh("four", "hostname"), "four");
+    let _ = host.form(&["destroy", "two", "three", "four", "-y"]).ok();
+    host.is_clean();
+}

@@ -20,6 +20,25 @@ pub struct DeployRequest {
     pub kernel: Digest,
 }
 
+/// A VM that is not there yet, made without a Formfile.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateVmRequest {
+    /// As for a deploy; that there is a VM of this name is a conflict.
+    pub vm: DeployRequest,
+    /// Start it; without it the VM is there and stopped.
+    #[serde(default = "yes")]
+    #[schema(default = true)]
+    pub start: bool,
+    /// Its root disk is a copy of the one that this stopped VM has. The image has to be the one that disk was made from.
+    #[serde(default)]
+    pub disk_of: Option<Name>,
+}
+
+const fn yes() -> bool {
+    true
+}
+
 /// What a deploy would do: plain data, made by the agent, rendered by the CLI.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Plan {

@@ -1,6 +1,8 @@
 //! Images and kernel bundles, and how they reach a host: the client asks which blocks are missing and sends just those.
 
-use form_types::{Digest, Name};
+use std::collections::BTreeMap;
+
+use form_types::{Digest, Name, Spec};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -19,6 +21,29 @@ pub struct Image {
     pub created_at: Timestamp,
     /// Names of the VMs that run from it.
     pub used_by: Vec<Name>,
+}
+
+/// What an image is, besides its blocks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ImageConfig {
+    pub image: Image,
+    /// How to run it: its Formfile, without passwords.
+    pub spec: Spec,
+    /// What the base's package manager says is installed: name and version.
+    pub packages: BTreeMap<String, String>,
+    /// What it was built from, the base first.
+    pub layers: Vec<Layer>,
+}
+
+/// What one step of the build did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Layer {
+    /// The step in the words of the Formfile.
+    pub step: String,
+    /// The key of the layer in the builder's cache.
+    pub layer: Digest,
+    /// What of the file system it changed or added.
+    pub changed_bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

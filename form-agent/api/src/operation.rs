@@ -27,6 +27,8 @@ pub struct Operation {
 #[serde(rename_all = "kebab-case")]
 pub enum OperationKind {
     Deploy,
+    VmCreate,
+    VmClone,
     VmStart,
     VmStop,
     VmRestart,
@@ -56,6 +58,8 @@ impl OperationKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Deploy => "deploy",
+            Self::VmCreate => "vm-create",
+            Self::VmClone => "vm-clone",
             Self::VmStart => "vm-start",
             Self::VmStop => "vm-stop",
             Self::VmRestart => "vm-restart",

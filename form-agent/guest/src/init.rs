@@ -18,7 +18,7 @@ use crate::{
     error::Error,
     files,
     machine::{Machine, Power, Role},
-    network, power,
+    network, new_identity, power,
     report::{BootReport, say},
     serve,
     service::{self, log},
@@ -64,6 +64,9 @@ pub fn run() -> ! {
 fn configure(settings: &Settings, systemd: bool, report: &mut BootReport) {
     if !Path::new("/tmp").exists() {
         report.warn_on("mounts", mounts::temporary_directory());
+    }
+    if settings.new_identity {
+        report.warn_on("identity", new_identity::forget(Path::new("/")));
     }
     report.warn_on("network", network::loopback_up());
     network::configure(&settings.interfaces, report);
@@ -195,6 +198,7 @@ fn no_settings() -> Settings {
         volumes: Vec::new(),
         service: None,
         env: std::collections::BTreeMap::new(),
+        new_identity: false,
         shutdown_timeout_ms: 0,
     }
 }

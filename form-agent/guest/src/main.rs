@@ -12,6 +12,7 @@ mod identity;
 mod init;
 mod machine;
 mod network;
+mod new_identity;
 mod power;
 mod process;
 mod report;

@@ -37,6 +37,7 @@ pub mod tests {
             volumes: Vec::new(),
             service: None,
             env: BTreeMap::new(),
+            new_identity: false,
             shutdown_timeout_ms: 10_000,
         }
     }

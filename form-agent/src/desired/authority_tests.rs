@@ -195,3 +195,34 @@ fn a_restore_is_one_start_of_the_vm() {
     host.ask(OWNER, "POST", "/v1/vms/web/restart", b"", 6).unwrap();
     assert!(vm().restore.is_some_and(|restore| restore.starts < vm().starts));
 }
+
+#[test]
+fn a_vm_is_created_once_and_its_request_leads_back_to_it() {
+    let host = Host::new(FOUNDER);
+    host.own(OWNER).unwrap();
+    let create = |name: &str, start: bool, disk_of: Option<&str>| {
+        let disk_of = disk_of.map(|name| name.parse().unwrap());
+        serde_json::to_vec(&CreateVmRequest { vm: request(name), start, disk_of }).unwrap()
+    };
+    let ask = |body: &[u8], number: u32| host.ask(OWNER, "POST", "/v1/vms", body, number);
+    let web = create("web", true, None);
+    ask(&web, 1).unwrap();
+    is_refused(ask(&web, 2), "there is a vm/web already");
+    let before = vm_named(&host.replica.view(), &"web".parse().unwrap()).unwrap();
+
+    // A deploy that failed is taken back with the request that made the VM.
+    let mut larger = request("web");
+    larger.spec.resources.memory_mib = 1024;
+    host.ask(OWNER, "POST", "/v1/deploy", &serde_json::to_vec(&larger).unwrap(), 3).unwrap();
+    ask(&web, 1).unwrap();
+    assert_eq!(vm_named(&host.replica.view(), &"web".parse().unwrap()), Some(before));
+    // Under another name it is another's: that request means it no more.
+    host.ask(OWNER, "POST", "/v1/vms/web/rename", br#"{"name":"app"}"#, 4).unwrap();
+    is_refused(ask(&web, 1), "there is a vm/app already");
+
+    ask(&create("copy", false, Some("app")), 5).unwrap();
+    let copy = vm_named(&host.replica.view(), &"copy".parse().unwrap()).unwrap();
+    assert_eq!((copy.run, copy.starts), (Run::Stopped, 1));
+    is_refused(ask(&create("other", true, Some("nobody")), 6), "there is no vm/nobody");
+    is_refused(host.ask(STRANGER, "POST", "/v1/vms", &create("evil", true, None), 7), "does not own");
+}

@@ -5,7 +5,7 @@ use std::{
     io::Write,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, PoisonError},
 };
 
 use form_bundle::initramfs;
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     agent::Agent,
-    cgroup,
+    cgroup, create,
     desired::DesiredVm,
     plan,
     vm::{self, Disk, VolumeDisk},
@@ -119,14 +119,19 @@ async fn start(
 fn prepare_files(agent: &Agent, desired: &DesiredVm) -> Result<Files, LaunchError> {
     let request = &desired.request;
     let size = request.spec.resources.disk_gib << 30;
-    prepare_disk(agent, desired, size)?;
+    {
+        // Somebody may be copying it.
+        let turn = agent.disk_turn(&desired.id);
+        let _held = turn.lock().unwrap_or_else(PoisonError::into_inner);
+        prepare_disk(agent, desired, size)?;
+    }
     let disk = agent.store.open_disk(&desired.id)?;
     agent.store.check_kernel_sealed(&request.kernel)?;
     let kernel = fs::File::open(agent.store.kernel(&request.kernel)?.vmlinux).map_err(io_error("the kernel"))?;
     let static_segment = agent.store.initramfs(&request.kernel, &agent.programs.guest)?;
     let volumes = attach::open(agent, desired)?;
     let mounts = volumes.iter().map(Ready::mount).collect();
-    let settings = vm::settings(&desired.id, request, &agent.link(desired), mounts);
+    let settings = vm::settings(&desired.id, request, &agent.link(desired), mounts, create::is_new_clone(agent, &desired.id));
     let segment = initramfs::settings_segment(&settings).map_err(|error| LaunchError::Settings(error.to_string()))?;
     Ok(Files {
         kvm: fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("/dev/kvm"))?.into(),
@@ -143,7 +148,7 @@ fn prepare_files(agent: &Agent, desired: &DesiredVm) -> Result<Files, LaunchErro
 /// The root disk: made from the image when there is none, or when another image or a smaller disk is asked for. Whatever else keeps
 /// it from being opened is an error: what a VM has written is removed only when the plan said so.
 fn prepare_disk(agent: &Agent, desired: &DesiredVm, size: u64) -> Result<(), LaunchError> {
-    let made_from = agent.vm_directory(&desired.id).join("made-from.json");
+    let made_from = made_from(agent, &desired.id);
     match agent.store.open_disk(&desired.id) {
         Ok(_) => {
             let before = fs::read(&made_from).map_err(io_error("the VM's record of its disk"))?;
@@ -166,6 +171,11 @@ fn prepare_disk(agent: &Agent, desired: &DesiredVm, size: u64) -> Result<(), Lau
         Err(error) => return Err(error.into()),
     }
     record_disk(&made_from, desired)
+}
+
+/// What the root disk of a VM was made from: its request then.
+pub fn made_from(agent: &Agent, vm: &VmId) -> PathBuf {
+    agent.vm_directory(vm).join("made-from.json")
 }
 
 fn record_disk(path: &std::path::Path, desired: &DesiredVm) -> Result<(), LaunchError> {
@@ -296,6 +306,7 @@ pub async fn remove(agent: &Arc<Agent>, id: &VmId) -> Result<(), LaunchError> {
         reach(Failpoint::RemoveDirectoryRemoved);
         agent.remove_log(&id).map_err(io_error("its log"))?;
         reach(Failpoint::RemoveLogRemoved);
+        agent.forget_disk_turn(&id);
         Ok(())
     })
     .await

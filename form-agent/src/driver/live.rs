@@ -26,7 +26,7 @@ async fn tell(control: &Path, request: &Request) -> Result<(), GuestError> {
 /// # Errors
 /// When the guest does not answer, or cannot do it.
 pub async fn settings(control: &Path, agent: &Agent, desired: &DesiredVm) -> Result<(), GuestError> {
-    let told = vm::settings(&desired.id, &desired.request, &agent.link(desired), Vec::new());
+    let told = vm::settings(&desired.id, &desired.request, &agent.link(desired), Vec::new(), false);
     tell(control, &Request::SetName { hostname: told.hostname, hosts: told.hosts }).await?;
     tell(control, &Request::SetRestart { restart: desired.request.spec.restart.clone() }).await
 }

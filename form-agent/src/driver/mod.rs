@@ -1,7 +1,7 @@
 //! One driver a VM: it alone starts, stops and removes it, and it goes on until what is agrees with what should be.
 
 pub mod guest;
-mod launch;
+pub mod launch;
 pub mod live;
 mod pause;
 pub mod process;
@@ -30,7 +30,7 @@ use tokio::{
 
 use crate::{
     agent::Agent,
-    cgroup,
+    cgroup, create,
     desired::{DesiredVm, Run},
     snapshot::restore::due as restore_due,
     vm::SHUTDOWN_TIMEOUT_MS,
@@ -393,6 +393,9 @@ impl Driver {
                 match fault {
                     Some(fault) if failed => self.emit(EventKind::VmUnhealthy, format!("the guest's start failed: {fault}")),
                     _ => self.emit(EventKind::VmReady, "ready"),
+                }
+                if !failed {
+                    create::is_itself(&self.agent, &self.id);
                 }
                 reach(Failpoint::GuestReady);
             }

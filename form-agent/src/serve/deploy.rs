@@ -5,7 +5,7 @@ use axum::{
 };
 use form_api::{
     ApiError,
-    deploy::{DeployRequest, Plan},
+    deploy::{CreateVmRequest, DeployRequest, Plan},
     operation::Operation,
     server::read_json,
 };
@@ -15,7 +15,7 @@ use super::{
     openapi::{ChangeHeaders, Impossible, InTheWay, Missing, NoRoom, Refused, Unreadable},
     reading,
 };
-use crate::deploy;
+use crate::{authorise::Caller, create::Wanted, deploy};
 
 /// What a deploy would change. Changes nothing.
 #[utoipa::path(
@@ -48,12 +48,33 @@ pub async fn plan(State(agent): State<Shared>, request: Request) -> Result<Json<
 )]
 pub async fn deploy(State(agent): State<Shared>, request: Request) -> Result<(StatusCode, Json<Operation>), ApiError> {
     let (caller, body) = changing(&agent, request).await?;
-    let request: DeployRequest = read_json(&body)?;
+    begin(agent, caller, Wanted::deploy(read_json(&body)?)).await
+}
+
+/// Makes a VM that is not there yet, without a Formfile: of an image, or with a copy of a stopped VM's root disk.
+///
+/// Of a name that is taken nothing is changed: that is a conflict.
+#[utoipa::path(
+    post,
+    path = "/v1/vms",
+    operation_id = "create_vm",
+    tag = "vms",
+    params(ChangeHeaders),
+    request_body(content = CreateVmRequest, description = "The new VM; its image and kernel bundle are on the host"),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay, Impossible, NoRoom),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn create(State(agent): State<Shared>, request: Request) -> Result<(StatusCode, Json<Operation>), ApiError> {
+    let (caller, body) = changing(&agent, request).await?;
+    begin(agent, caller, Wanted::create(read_json(&body)?)).await
+}
+
+async fn begin(agent: Shared, caller: Caller, wanted: Wanted) -> Result<(StatusCode, Json<Operation>), ApiError> {
     let runtime = tokio::runtime::Handle::current();
     blocking(move || {
         // The drivers that it wakes are tasks of this runtime.
         let _entered = runtime.enter();
-        deploy::begin(&agent, &caller, &request)
+        deploy::begin(&agent, &caller, wanted)
     })
     .await
     .map(accepted)

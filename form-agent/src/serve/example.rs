@@ -4,12 +4,15 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use form_api::{
     ApiError, ErrorCode,
-    deploy::{DeployRequest, FieldChange, Plan, PlanAction, PlannedVm},
+    deploy::{CreateVmRequest, DeployRequest, FieldChange, Plan, PlanAction, PlannedVm},
     error::ErrorBody,
     event::{Event, EventKind},
     exec::{ExecRequest, Terminal},
     host::{Check, CheckStatus, ClaimRequest, DoctorReport, Host},
-    image::{BlocksReply, DamagedBlock, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
+    image::{
+        BlocksReply, DamagedBlock, Image, ImageConfig, ImportRequest, Kernel, Layer, ManifestReply, MissingReply, MissingRequest,
+        Verification,
+    },
     operation::{Operation, OperationKind, OperationStatus},
     snapshot::{Consistency, RestoreRequest, Snapshot, SnapshotRequest},
     stats::{DiskRates, DiskStats, HealthReport, NetworkRates, NetworkStats, PartHealth, VmStats},
@@ -89,7 +92,9 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("CloneRequest", json!(CloneRequest { name: copy })),
         ("CreateRequest", json!(create)),
         ("ClaimRequest", json!(ClaimRequest { secret: "5d".repeat(32) })),
+        ("CreateVmRequest", json!(CreateVmRequest { vm: deploy.clone(), start: true, disk_of: None })),
         ("DeployRequest", json!(deploy)),
+        ("ImageConfig", json!(image_config(&name))),
         ("DoctorReport", json!(doctor())),
         ("ErrorBody", json!(ErrorBody { error: refusal() })),
         ("Event", json!(event)),
@@ -170,6 +175,16 @@ fn spec(name: &Name) -> Spec {
 
 fn deploy(name: &Name) -> DeployRequest {
     DeployRequest { spec: spec(name), passwd_hashes: [].into(), image: digest("image"), kernel: digest("kernel") }
+}
+
+fn image_config(name: &Name) -> ImageConfig {
+    let layer = |step: &str, changed_bytes: u64| Layer { step: step.to_owned(), layer: digest(step), changed_bytes };
+    ImageConfig {
+        image: image(name),
+        spec: spec(name),
+        packages: [("nginx-light".to_owned(), "1.22.1-9+deb12u2".to_owned())].into(),
+        layers: vec![layer("FROM debian:12", 163_446_784), layer("INSTALL nginx-light", 4_194_304)],
+    }
 }
 
 fn plan(name: &Name) -> Plan {

@@ -7,7 +7,8 @@ use form_api::{
     ApiError, ErrorCode,
     event::EventKind,
     image::{
-        BlockFrame, BlocksReply, DamagedBlock, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification,
+        BlockFrame, BlocksReply, DamagedBlock, Image, ImageConfig, ImportRequest, Kernel, Layer, ManifestReply, MissingReply,
+        MissingRequest, Verification,
     },
     operation::{Operation, OperationKind},
     server::read_json,
@@ -104,6 +105,34 @@ pub async fn show(State(agent): State<Shared>, Segment(reference): Segment, requ
     reading(&agent, request).await?;
     let reference = parsed(&reference)?;
     blocking(move || Ok(described(&agent, &found(&agent, &reference)?))).await.map(Json)
+}
+
+/// What an image is, besides its blocks: how to run it, and what it was built from.
+#[utoipa::path(
+    get,
+    path = "/v1/images/{reference}/config",
+    operation_id = "image_config",
+    tag = "images",
+    params(("reference" = ImageReference, Path, description = "The image")),
+    responses((status = 200, description = "The image", body = ImageConfig), Refused, Missing),
+    security((), ("key" = []))
+)]
+pub async fn config(State(agent): State<Shared>, Segment(reference): Segment, request: Request) -> Result<Json<ImageConfig>, ApiError> {
+    reading(&agent, request).await?;
+    let reference = parsed(&reference)?;
+    blocking(move || {
+        let entry = found(&agent, &reference)?;
+        let manifest = agent.store.manifest(&entry.digest).map_err(|error| store_error(&error))?;
+        let layers = manifest.history.into_iter().map(|step| Layer {
+            step: step.text,
+            layer: step.layer,
+            changed_bytes: step.changed_blocks.saturating_mul(BLOCK_SIZE as u64),
+        });
+        let layers = layers.collect();
+        Ok(ImageConfig { image: described(&agent, &entry), spec: manifest.config, packages: manifest.packages, layers })
+    })
+    .await
+    .map(Json)
 }
 
 /// Reads the whole image and compares every block with its digest.

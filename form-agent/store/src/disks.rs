@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Store,
     blocks::read_dir,
+    copy::share_or_copy,
     durable::{Draft, read_json, replace_file, retire, to_json, write_file},
     error::{Result, StoreError},
     hold,
@@ -89,6 +90,40 @@ impl Store {
         let path = draft.path().join(DISK);
         write_file(&path, &to_json(&path, &record)?, 0o600)?;
         reach(Failpoint::DiskDrafted);
+        draft.publish(&directory)?;
+        reach(Failpoint::DiskMade);
+        Ok(self.disk_files(vm, record))
+    }
+
+    /// Makes the root disk of `vm` a copy of the one of `source`, which nobody may write to meanwhile. Blocks are shared where the file
+    /// system can, else what is no hole is copied.
+    ///
+    /// # Errors
+    /// [`StoreError::NoDisk`] of the source, and as [`Store::create_disk`]. Nothing is left behind then.
+    pub fn clone_disk(&self, source: &VmId, vm: &VmId) -> Result<DiskFiles> {
+        let DiskFiles { format, path: from, image, size_bytes, .. } = self.open_disk(source)?;
+        let draft = Draft::new(&self.vms)?;
+        let path = draft.path().join(file_name(format));
+        let copy = || {
+            let target = create(&path)?;
+            share_or_copy(&File::open(&from)?, &target)?;
+            target.sync_all()
+        };
+        copy().map_err(StoreError::io("write", &path))?;
+        let record = Record { format, image, size_bytes };
+        let entry = draft.path().join(DISK);
+        write_file(&entry, &to_json(&entry, &record)?, 0o600)?;
+        reach(Failpoint::DiskCopied);
+        // What took long is done.
+        let _turn = hold(&self.locks.disks);
+        let directory = self.disk_dir(vm);
+        if directory.join(DISK).exists() {
+            return Err(StoreError::DiskExists(*vm));
+        }
+        if format == DiskFormat::Qcow2 {
+            // Together with the source its image may have been removed.
+            self.check_sealed(&image)?;
+        }
         draft.publish(&directory)?;
         reach(Failpoint::DiskMade);
         Ok(self.disk_files(vm, record))

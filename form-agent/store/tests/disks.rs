@@ -149,3 +149,53 @@ fn a_full_file_system_leaves_nothing_and_the_next_try_works() {
     fs::remove_file(root.path().join("filler")).unwrap();
     store.create_disk(&VM, &small.digest, 64 * MIB).unwrap();
 }
+
+#[test]
+fn a_copy_has_what_the_disk_has_and_goes_its_own_way() {
+    const COPY: VmId = VmId::from_bytes([8; 16]);
+    let root = Mount::tmpfs(64 << 20);
+    let store = Store::open(root.path()).unwrap();
+    let image = import(&store, "web", &rootfs(&[Some(1), None]));
+    assert!(matches!(store.clone_disk(&VM, &COPY), Err(StoreError::NoDisk(VM))));
+    let disk = store.create_disk(&VM, &image.digest, 64 * MIB).unwrap();
+    let write = |path: &Path, byte: u8, at: u64| {
+        let overlay = open_overlay(path, Some(&image.rootfs));
+        overlay.write(vec![byte; 4096].as_slice(), at).unwrap();
+        overlay.flush().unwrap();
+    };
+    write(&disk.path, 9, 32 * MIB);
+    let copy = store.clone_disk(&VM, &COPY).unwrap();
+    assert_eq!((copy.format, &copy.backing, copy.image, copy.size_bytes), (disk.format, &disk.backing, disk.image, disk.size_bytes));
+    assert!(matches!(store.clone_disk(&VM, &COPY), Err(StoreError::DiskExists(COPY))));
+    let (one, other) = (fs::metadata(&disk.path).unwrap(), fs::metadata(&copy.path).unwrap());
+    assert!(other.blocks() <= one.blocks() && other.len() == one.len(), "holes stay holes");
+
+    write(&copy.path, 7, 32 * MIB);
+    let byte = |path: &Path| {
+        let mut there = vec![0; 1];
+        open_overlay(path, Some(&image.rootfs)).read(there.as_mut_slice(), 32 * MIB).unwrap();
+        there[0]
+    };
+    assert_eq!((byte(&disk.path), byte(&copy.path)), (9, 7));
+    // The copy needs the image as the disk did.
+    store.remove_disk(&VM).unwrap();
+    assert!(matches!(store.remove(&image.digest, &[]), Err(StoreError::ImageInUse { .. })));
+    store.remove_disk(&COPY).unwrap();
+    store.remove(&image.digest, &[]).unwrap();
+}
+
+#[test]
+fn a_copy_for_which_there_is_no_room_leaves_nothing() {
+    const COPY: VmId = VmId::from_bytes([8; 16]);
+    let root = Mount::tmpfs(12 << 20);
+    let store = Store::open(root.path()).unwrap();
+    let image = import(&store, "web", &rootfs(&[Some(1)]));
+    let disk = store.create_disk(&VM, &image.digest, 64 * MIB).unwrap();
+    let overlay = open_overlay(&disk.path, Some(&image.rootfs));
+    overlay.write(vec![9; 7 << 20].as_slice(), 0).unwrap();
+    overlay.flush().unwrap();
+    drop(overlay);
+    let before = listing(root.path());
+    assert!(store.clone_disk(&VM, &COPY).unwrap_err().is_no_room());
+    assert_eq!(listing(root.path()), before);
+}

@@ -58,6 +58,10 @@ failpoints! {
     DiskRecorded = "disk.recorded",
     /// A disk is made and has no name yet.
     DiskDrafted = "disk.drafted",
+    /// A copy of a VM's disk is made and has no name yet.
+    DiskCopied = "disk.copied",
+    /// A clone has its disk; the state does not know the VM.
+    CloneMade = "clone.made",
     /// A disk has its name.
     DiskMade = "disk.made",
     /// The old disk is gone and the new one is not there.

@@ -36,6 +36,9 @@ pub struct Settings {
     pub service: Option<Service>,
     /// Environment for every process of the machine (`ENV --scope=system`).
     pub env: BTreeMap<String, String>,
+    /// Its root disk is a copy of another VM's and has not been started from: what has to be its own (machine-id, host keys) is made anew.
+    #[serde(default)]
+    pub new_identity: bool,
     /// How long `shutdown` waits between SIGTERM and SIGKILL.
     pub shutdown_timeout_ms: u64,
 }

@@ -291,6 +291,18 @@ impl Resources {
 }
 
 impl Spec {
+    /// The same under another name, with what refers to the old one.
+    #[must_use]
+    pub fn renamed(mut self, name: &Name) -> Self {
+        let old = std::mem::replace(&mut self.name, name.clone());
+        for env in &mut self.env {
+            if matches!(&env.scope, EnvScope::Service(service) if service == old.as_str()) {
+                env.scope = EnvScope::Service(name.as_str().to_owned());
+            }
+        }
+        self
+    }
+
     /// The canonical JSON: every key present, in the order of the fields, no white space.
     ///
     /// # Errors

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use form_api::{
     client::Client,
+    deploy::DeployRequest,
     operation::{Operation, OperationsQuery},
     vm::{Vm, VmDetail, VmState},
 };
@@ -52,13 +53,23 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     upload(session, &client, &prepared).await?;
 
     let key = IdempotencyKey::random().map_err(|error| Failure::failed(format!("no randomness: {error}")))?;
-    let operation = settle(session, &client, client.deploy(request, key).await?).await?;
+    let operation = client.deploy(request, key).await?;
+    carry_out(session, &client, request, operation).await
+}
+
+/// Follows what brings a VM to run to its end, and shows the VM.
+///
+/// # Errors
+/// When it fails, or the time is over.
+pub async fn carry_out(session: &Session, client: &Client, request: &DeployRequest, operation: Operation) -> Outcome {
+    let name = &request.spec.name;
+    let operation = settle(session, client, operation).await?;
     if !operation.status.is_final() {
         session.terminal.done(&operation, name.as_str(), &format!("{name}: {}", operation.status.as_str()))?;
         return Ok(0);
     }
-    sandbox::publish(session, &client).await;
-    let vm = ready(session, &client, &prepared.request).await?;
+    sandbox::publish(session, client).await;
+    let vm = ready(session, client, request).await?;
     show(session, &vm)
 }
 
@@ -70,7 +81,7 @@ async fn under_way(client: &Client, name: &Name) -> Result<Option<Operation>, Fa
 }
 
 /// Waits until it is as good as the Formfile says it can be.
-async fn ready(session: &Session, client: &Client, request: &form_api::deploy::DeployRequest) -> Result<Vm, Failure> {
+async fn ready(session: &Session, client: &Client, request: &DeployRequest) -> Result<Vm, Failure> {
     let name = &request.spec.name;
     let detail = client.vm(name).await?;
     if session.global.no_wait || has_done_its_work(&detail) {
@@ -90,7 +101,11 @@ fn has_done_its_work(detail: &VmDetail) -> bool {
     may_end && detail.vm.state == VmState::Stopped && detail.vm.fault.is_none()
 }
 
-fn show(session: &Session, vm: &Vm) -> Outcome {
+/// Shows a VM that is as it was asked for.
+///
+/// # Errors
+/// When standard output is closed.
+pub fn show(session: &Session, vm: &Vm) -> Outcome {
     let host = match session.target()? {
         Target::Local(_) => "localhost".to_owned(),
         Target::Remote(host) => host_part(&host.address).to_owned(),

@@ -5,7 +5,7 @@ mod build;
 mod check;
 mod completion;
 pub mod context;
-mod deploy;
+pub mod deploy;
 mod doctor;
 mod events;
 mod fmt;

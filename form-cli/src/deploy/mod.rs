@@ -16,7 +16,7 @@ use form_image::{BuiltImage, KernelBundle};
 use form_types::Spec;
 
 use self::refuse::refuse;
-pub use self::upload::upload;
+pub use self::upload::{upload, upload_image, upload_kernel};
 use crate::{failure::Failure, session::Session};
 
 /// Everything that a deploy needs, made and not yet sent.

@@ -16,8 +16,8 @@ use form_api::{
     client::{Client, ClientError},
     image::{BlockFrame, ImportRequest, MissingRequest},
 };
-use form_bundle::{BLOCK_SIZE, BlockMap, blocks, travel};
-use form_image::{BuiltImage, KernelBundle};
+use form_bundle::{BLOCK_SIZE, BlockMap, Manifest, blocks, travel};
+use form_image::{BuiltImage, ImageStore, KernelBundle};
 use form_types::Digest;
 use futures_util::{Stream, stream};
 use indicatif::ProgressBar;
@@ -49,12 +49,18 @@ struct Sent {
 }
 
 /// Where blocks come from.
-trait Blocks: Send + Sync + 'static {
+pub trait Blocks: Send + Sync + 'static {
     /// A block as one zstd frame.
     fn frame(&self, digest: &Digest) -> io::Result<Vec<u8>>;
 }
 
 impl Blocks for BuiltImage {
+    fn frame(&self, digest: &Digest) -> io::Result<Vec<u8>> {
+        self.read_frame(digest).map_err(|error| io::Error::other(error.to_string()))
+    }
+}
+
+impl Blocks for ImageStore {
     fn frame(&self, digest: &Digest) -> io::Result<Vec<u8>> {
         self.read_frame(digest).map_err(|error| io::Error::other(error.to_string()))
     }
@@ -88,24 +94,43 @@ impl Blocks for KernelBlocks {
 /// # Errors
 /// When the host does not take them, or a block cannot be read here.
 pub async fn upload(session: &Session, client: &Client, prepared: &Prepared) -> Result<(), Failure> {
-    let Prepared { image, kernel, .. } = prepared;
+    upload_kernel(session, client, &prepared.kernel).await?;
+    let image = &prepared.image;
+    upload_image(session, client, &image.digest, &image.manifest, Arc::new(image.clone())).await
+}
+
+/// # Errors
+/// As [`upload`].
+pub async fn upload_kernel(session: &Session, client: &Client, kernel: &KernelBundle) -> Result<(), Failure> {
     match client.kernel(&kernel.digest).await {
-        Ok(_) => {}
+        Ok(_) => Ok(()),
         Err(ClientError::Api(error)) if error.code == ErrorCode::NotFound => {
             let source = KernelBlocks::new(kernel);
             let digests = source.0.keys().copied().collect();
             send(session, client, &format!("kernel {}", kernel.manifest.release), digests, Arc::new(source)).await?;
             manifest(client, &kernel.digest, kernel.manifest.encode()).await?;
             client.import_kernel(&ImportRequest { manifest: kernel.digest }).await?;
+            Ok(())
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => Err(error.into()),
     }
-    let there = client.images().await?.iter().any(|known| known.digest == image.digest);
+}
+
+/// # Errors
+/// As [`upload`].
+pub async fn upload_image(
+    session: &Session,
+    client: &Client,
+    digest: &Digest,
+    image: &Manifest,
+    source: Arc<dyn Blocks>,
+) -> Result<(), Failure> {
+    let there = client.images().await?.iter().any(|known| known.digest == *digest);
     if !there {
-        let digests = image.manifest.rootfs.blocks.digests().into_iter().collect();
-        send(session, client, &format!("image {}", image.name), digests, Arc::new(image.clone())).await?;
-        manifest(client, &image.digest, image.manifest.encode()).await?;
-        client.import(&ImportRequest { manifest: image.digest }).await?;
+        let digests = image.rootfs.blocks.digests().into_iter().collect();
+        send(session, client, &format!("image {}", image.name), digests, source).await?;
+        manifest(client, digest, image.encode()).await?;
+        client.import(&ImportRequest { manifest: *digest }).await?;
     }
     Ok(())
 }

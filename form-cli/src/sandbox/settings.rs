@@ -93,6 +93,7 @@ pub fn settings(
             healthcheck: spec.healthcheck.clone(),
         }),
         env: env(&|scope| *scope == EnvScope::System),
+        new_identity: false,
         shutdown_timeout_ms: SHUTDOWN_TIMEOUT_MS,
     })
 }

@@ -12,11 +12,11 @@ use super::{Client, ClientError, Follower, Lines, Tunnel, call::Call};
 use crate::{
     bench::{BenchRequest, BenchRow},
     copy::{CopyQuery, SIZE_HEADER},
-    deploy::{DeployRequest, Plan},
+    deploy::{CreateVmRequest, DeployRequest, Plan},
     event::{Event, EventsQuery},
     exec::{EXEC_HEADER, ExecRequest},
     host::{ClaimRequest, DoctorReport, Host},
-    image::{BlocksReply, Image, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
+    image::{BlocksReply, Image, ImageConfig, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
     operation::{Operation, OperationsQuery, WaitQuery},
     snapshot::{RestoreRequest, Snapshot, SnapshotRequest},
     stats::{HealthReport, StatsQuery, VmStats},
@@ -122,6 +122,11 @@ impl Client {
     /// The same `key` with the same request gives back the same operation.
     pub async fn deploy(&self, request: &DeployRequest, key: IdempotencyKey) -> Result<Operation, ClientError> {
         self.read(&Call::post("/v1/deploy").json(request)?.signed(key)).await
+    }
+
+    /// Makes a VM that is not there yet. The same `key` with the same request gives back the same operation.
+    pub async fn create_vm(&self, request: &CreateVmRequest, key: IdempotencyKey) -> Result<Operation, ClientError> {
+        self.read(&Call::post("/v1/vms").json(request)?.signed(key)).await
     }
 
     pub async fn vms(&self) -> Result<Vec<Vm>, ClientError> {
@@ -304,6 +309,10 @@ impl Client {
 
     pub async fn image(&self, reference: &ImageReference) -> Result<Image, ClientError> {
         self.read(&Call::get(format!("/v1/images/{reference}"))).await
+    }
+
+    pub async fn image_config(&self, reference: &ImageReference) -> Result<ImageConfig, ClientError> {
+        self.read(&Call::get(format!("/v1/images/{reference}/config"))).await
     }
 
     /// Has the host read the whole image and compare it with its digests.

@@ -34,11 +34,11 @@ impl Verb {
 }
 
 /// The images that were built on this machine.
-fn store() -> Result<ImageStore, Failure> {
+pub fn store() -> Result<ImageStore, Failure> {
     Ok(Builder::new(cache()?).store())
 }
 
-fn failure(error: &StoreError) -> Failure {
+pub fn failure(error: &StoreError) -> Failure {
     let text = match std::error::Error::source(error) {
         Some(cause) => format!("{error}: {cause}"),
         None => error.to_string(),

@@ -1,7 +1,9 @@
 //! `form vm …`
 
+pub mod clone;
 pub mod console;
 pub mod cp;
+pub mod create;
 pub mod exec;
 pub mod logs;
 pub mod ls;
@@ -28,6 +30,8 @@ use crate::{failure::Outcome, session::Session};
 pub enum Verb {
     Ls(ls::Args),
     Show(show::Args),
+    Create(create::Args),
+    Clone(clone::Args),
     Start(start::Args),
     Stop(stop::Args),
     Restart(restart::Args),
@@ -52,6 +56,8 @@ impl Verb {
         match self {
             Self::Ls(args) => ls::run(&args, session).await,
             Self::Show(args) => show::run(&args, session).await,
+            Self::Create(args) => create::run(args, session).await,
+            Self::Clone(args) => clone::run(args, session).await,
             Self::Start(args) => start::run(args, session).await,
             Self::Stop(args) => stop::run(args, session).await,
             Self::Restart(args) => restart::run(args, session).await,

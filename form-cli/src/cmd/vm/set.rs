@@ -1,13 +1,9 @@
 use clap_complete::engine::ArgValueCompleter;
 use form_api::vm::SetRequest;
-use form_types::{
-    Name,
-    size::{self, MIB},
-    spec::{Restart, RestartPolicy},
-};
+use form_types::{Name, spec::Restart};
 
 use crate::{
-    args::vm_name,
+    args::{label, mebibytes, restart_policy, vm_name},
     complete,
     failure::{Failure, Outcome},
     operation::settle,
@@ -41,31 +37,6 @@ pub struct Args {
     restart: bool,
 }
 
-fn label(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("write KEY=VALUE".to_owned()),
-    }
-}
-
-fn restart_policy(text: &str) -> Result<Restart, String> {
-    let (policy, retries) = match text.split_once(':') {
-        Some((policy, retries)) => (policy, Some(retries.parse().map_err(|_| format!("`{retries}` is no number of times"))?)),
-        None => (text, None),
-    };
-    match (policy, retries) {
-        ("always", None) => Ok(Restart { policy: RestartPolicy::Always, max_retries: None }),
-        ("never", None) => Ok(Restart { policy: RestartPolicy::Never, max_retries: None }),
-        ("on-failure", max_retries) => Ok(Restart { policy: RestartPolicy::OnFailure, max_retries }),
-        _ => Err("a restart policy is always, never, on-failure or on-failure:TIMES".to_owned()),
-    }
-}
-
-fn mebibytes(text: &str) -> Result<u64, String> {
-    let bytes = size::parse(text, MIB).map_err(|error| error.to_string())?.0;
-    if bytes == 0 || bytes % MIB != 0 { Err("memory is a whole number of MiB".to_owned()) } else { Ok(bytes / MIB) }
-}
-
 pub async fn run(args: Args, session: &Session) -> Outcome {
     let removed = args.removed.into_iter().map(|key| (key, None));
     let labels = args.labels.into_iter().map(|(key, value)| (key, Some(value))).chain(removed).collect();
@@ -78,22 +49,4 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     let operation = settle(session, &client, client.set(&args.name, &request).await?).await?;
     session.terminal.done(&operation, args.name.as_str(), &format!("{}: set", args.name))?;
     Ok(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn policies_and_sizes() {
-        assert_eq!(restart_policy("on-failure:3"), Ok(Restart { policy: RestartPolicy::OnFailure, max_retries: Some(3) }));
-        assert_eq!(restart_policy("always"), Ok(Restart { policy: RestartPolicy::Always, max_retries: None }));
-        for bad in ["", "sometimes", "never:2", "on-failure:x"] {
-            assert!(restart_policy(bad).is_err(), "{bad}");
-        }
-        assert_eq!((mebibytes("512"), mebibytes("2G")), (Ok(512), Ok(2048)));
-        for bad in ["0", "1K", "x"] {
-            assert!(mebibytes(bad).is_err(), "{bad}");
-        }
-    }
 }
