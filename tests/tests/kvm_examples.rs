@@ -70,29 +70,33 @@ fn inside(host: &Host, vm: &str, user: Option<&str>, command: &str) -> String {
 #[ignore = "needs a KVM that runs guests: tests/kvm-host"]
 fn kvm_every_example_does_what_it_is_for() {
     let host = Host::start();
+    // One after the other: two guests at once are what software emulation stumbles over.
     for example in DEPLOYED {
         let _ = host.form(&["deploy", &formfile(example), "-y", "--timeout", "300s"]).ok();
         assert!(host.form(&["deploy", &formfile(example), "-y"]).ok().stderr.contains("unchanged"));
-    }
-    for example in DEPLOYED {
         let vm = host.vm(example);
         assert_eq!((&vm["state"], &vm["ready"]), (&"running".into(), &true.into()), "{vm}");
-    }
-    assert!(get(8080, "/").unwrap().ends_with("Hello from a microVM, hello!\n"));
-    let page = std::fs::read_to_string(folder().join("static-site/site/index.html")).unwrap();
-    assert!(get(8081, "/").unwrap().ends_with(&page));
-    assert!(get(8081, "/style.css").unwrap().contains("text/css"));
-    assert!(get(8081, "/nothing").unwrap().starts_with("HTTP/1.1 404"));
-    assert!(get(8082, "/").unwrap().ends_with("Hello from scratch!\n"));
-    worker(&host);
-    systemd(&host);
-    for example in DEPLOYED {
+        match example {
+            "hello" => assert!(get(8080, "/").unwrap().ends_with("Hello from a microVM, hello!\n")),
+            "static-site" => static_site(),
+            "scratch" => assert!(get(8082, "/").unwrap().ends_with("Hello from scratch!\n")),
+            "worker" => worker(&host),
+            "systemd" => systemd(&host),
+            other => panic!("nothing looks at {other}"),
+        }
         let _ = host.form(&["destroy", example, "-y"]).ok();
         let _ = host.form(&["image", "rm", &format!("{example}:1"), "-y"]).ok();
     }
     let _ = host.form(&["volume", "rm", "worker-reports", "-y"]).ok();
     host.is_clean();
     assert_eq!(host.form(&["image", "ls", "-o", "json"]).ok().json(), Value::Array(vec![]));
+}
+
+fn static_site() {
+    let page = std::fs::read_to_string(folder().join("static-site/site/index.html")).unwrap();
+    assert!(get(8081, "/").unwrap().ends_with(&page));
+    assert!(get(8081, "/style.css").unwrap().contains("text/css"));
+    assert!(get(8081, "/nothing").unwrap().starts_with("HTTP/1.1 404"));
 }
 
 /// An image of one program, without any account of its own.
