@@ -315,6 +315,26 @@ bad   -      - of 512 MiB       -      -          -        -          -       fa
 }
 
 #[test]
+fn pruning_takes_what_nobody_uses_and_says_so() {
+    let setting = Setting::new();
+    assert_eq!(setting.run(&["vm", "prune", "--dry-run", "-q"]).out, "old\n");
+    let asked = setting.run(&["vm", "prune"]);
+    assert!(asked.code == 2 && asked.out.is_empty() && asked.err.contains("FORM_YES"), "{asked:?}");
+    let none = setting.run(&["vm", "prune", "--label", "tier=test", "-y"]);
+    assert!(none.code == 0 && none.out.is_empty() && none.err.contains("nothing to destroy"), "{none:?}");
+    let destroyed = setting.run(&["vm", "prune", "-y"]);
+    assert_eq!((destroyed.code, destroyed.out.as_str()), (0, "old: destroyed\n"), "{destroyed:?}");
+
+    assert_eq!(setting.run(&["image", "prune", "--dry-run", "-q"]).out, "tool:1\n");
+    assert_eq!(setting.run(&["image", "prune", "--dry-run", "--all", "-q"]).out, "tool:1\ntool:2\n");
+    let removed = setting.run(&["image", "prune", "--all", "-y"]);
+    assert_eq!((removed.code, removed.out.as_str()), (0, "tool:1: removed\n"), "{removed:?}");
+    assert!(removed.err.contains("tool:2: kept") && removed.err.contains("more than before"), "{removed:?}");
+    let none = setting.run(&["image", "prune", "--image", "web", "--all", "-y"]);
+    assert!(none.code == 0 && none.err.contains("nothing to remove"), "{none:?}");
+}
+
+#[test]
 fn watching_goes_on_until_it_is_interrupted() {
     let setting = Setting::new();
     for (format, line) in [("table", "web "), ("json", "{\"id\":")] {
@@ -356,7 +376,7 @@ fn top_draws_on_a_narrow_terminal_and_gives_it_back() {
     keys.write_all(b"/q\rq").unwrap();
     keys.flush().unwrap();
     // The former screen is back, and the terminal as it was.
-    let rest = until("iutf8");
+    let rest = until("extproc");
     assert!(rest.contains("\x1b[?1049l") && rest.contains("code 0") && rest.contains(" icanon"), "{rest:?}");
     drop(keys);
     child.wait().unwrap();

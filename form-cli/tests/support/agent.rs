@@ -164,10 +164,15 @@ fn host() -> Value {
     })
 }
 
-fn image() -> Value {
+/// One that is used, and two versions of one that is not.
+fn images() -> Value {
+    json!([image("web", 1, &["web"]), image("tool", 1, &[]), image("tool", 2, &[])])
+}
+
+fn image(name: &str, version: u32, used_by: &[&str]) -> Value {
     json!({
-        "name": "web", "version": 1, "digest": "ab".repeat(32), "size_bytes": 65536, "stored_bytes": 65536,
-        "created_at": "2026-01-01T00:00:00Z", "used_by": ["web"]
+        "name": name, "version": version, "digest": "ab".repeat(32), "size_bytes": 65536, "stored_bytes": 65536,
+        "created_at": "2026-01-01T00:00:00Z", "used_by": used_by
     })
 }
 
@@ -225,7 +230,8 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
                 axum::Json(json!({"checks": [{"name": "kvm", "status": "ok", "message": "runs guests", "hint": null, "fixable": false}]}))
             }),
         )
-        .route("/v1/images", get(async || axum::Json(json!([image()]))))
+        .route("/v1/images", get(async || axum::Json(images())))
+        .route("/v1/images/{reference}", delete(remove_image).get(no_image))
         .fallback(async || ApiError::new(ErrorCode::NotFound, "there is no such thing").hint("look for what there is"))
         .route("/v1/bench", post(bench))
         .with_state(vms)
@@ -243,6 +249,19 @@ async fn show(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Va
 async fn set(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
     find(&vms, &name)?;
     Ok(axum::Json(operation("vm-set", &format!("vm/{name}"), "completed")))
+}
+
+async fn no_image(Path(reference): Path<String>) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("there is no image {reference}")).hint("list them with `form image ls`")
+}
+
+/// A snapshot needs the newest.
+async fn remove_image(Path(reference): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    match reference.as_str() {
+        "tool:2" => Err(ApiError::new(ErrorCode::Conflict, "the image tool:2 is under a snapshot's disk")),
+        "tool:1" | "web:1" => Ok(axum::Json(operation("image-remove", &format!("image/{reference}"), "completed"))),
+        _ => Err(no_image(Path(reference)).await),
+    }
 }
 
 async fn destroy(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {

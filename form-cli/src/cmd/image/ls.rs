@@ -33,8 +33,13 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         return local(session);
     }
     let images = session.client()?.images().await?;
+    session.terminal.list(&images, &table(&images))?;
+    Ok(0)
+}
+
+pub fn table(images: &[Image]) -> Table {
     let mut table = Table::new(&["IMAGE", "DIGEST", "STORED", "AGE", "USED BY"], &["SIZE"]);
-    for image in &images {
+    for image in images {
         let users: Vec<&str> = image.used_by.iter().map(Name::as_str).collect();
         table.row([
             reference(image),
@@ -45,8 +50,7 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
             bytes(image.size_bytes),
         ]);
     }
-    session.terminal.list(&images, &table)?;
-    Ok(0)
+    table
 }
 
 fn reference(image: &Image) -> String {

@@ -1,6 +1,8 @@
 //! `form image …`
 
+pub mod history;
 pub mod ls;
+pub mod prune;
 pub mod rm;
 pub mod show;
 pub mod verify;
@@ -18,7 +20,9 @@ use crate::{
 pub enum Verb {
     Ls(ls::Args),
     Show(show::Args),
+    History(history::Args),
     Rm(rm::Args),
+    Prune(prune::Args),
     Verify(verify::Args),
 }
 
@@ -27,7 +31,9 @@ impl Verb {
         match self {
             Self::Ls(args) => ls::run(&args, session).await,
             Self::Show(args) => show::run(&args, session).await,
+            Self::History(args) => history::run(&args, session).await,
             Self::Rm(args) => rm::run(args, session).await,
+            Self::Prune(args) => prune::run(args, session).await,
             Self::Verify(args) => verify::run(&args, session).await,
         }
     }

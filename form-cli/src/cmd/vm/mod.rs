@@ -9,6 +9,7 @@ pub mod logs;
 pub mod ls;
 pub mod pause;
 pub mod port_forward;
+pub mod prune;
 pub mod rename;
 pub mod reset;
 pub mod restart;
@@ -42,6 +43,7 @@ pub enum Verb {
     Set(set::Args),
     Snapshot(snapshot::Args),
     Rm(rm::Args),
+    Prune(prune::Args),
     Logs(logs::Args),
     Exec(exec::Args),
     Console(console::Args),
@@ -68,6 +70,7 @@ impl Verb {
             Self::Set(args) => set::run(args, session).await,
             Self::Snapshot(args) => snapshot::run(args, session).await,
             Self::Rm(args) => rm::run(args, session).await,
+            Self::Prune(args) => prune::run(args, session).await,
             Self::Logs(args) => logs::run(args, session).await,
             Self::Exec(args) => exec::run(args, session).await,
             Self::Stats(args) => stats::run(args, session).await,
