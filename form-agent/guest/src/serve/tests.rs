@@ -234,6 +234,12 @@ fn commands() {
     assert_eq!(run(&all(guest.ask(&Request::Exec(exec(&["sh", "-c", "sleep 30 & echo done"])))), FrameKind::Stdout), "done\n");
     assert!(start.elapsed() < Duration::from_secs(15));
 
+    // Whoever started this program may have it ignore signals, as a shell does with what it puts into the background.
+    // SAFETY: no handler is installed.
+    unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) };
+    let frames = all(guest.ask(&Request::Exec(exec(&["sh", "-c", "kill -USR2 $$; echo it goes on"]))));
+    assert_eq!((exit(&frames), run(&frames, FrameKind::Stdout).as_str()), (ExitStatus::Signal(libc::SIGUSR2), ""));
+
     // A terminal: its size, a change of it, a signal by a key.
     let tty = Some(TtySize { rows: 10, cols: 40, term: Some("dumb".into()) });
     let script = "test -t 0 && echo $TERM $(stty size); read line; stty size; sleep 60";

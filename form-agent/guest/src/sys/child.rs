@@ -26,6 +26,7 @@ pub fn prepare(command: &mut Command, launch: &Launch) {
     // Without the privilege to change it (tests, an agent for one user) only the current user can be asked for.
     let change_user = rustix::process::geteuid().is_root() || uid != rustix::process::geteuid();
     let child_setup = move || {
+        default_signals();
         unblock_signals()?;
         rustix::process::setsid()?;
         if terminal {
@@ -42,6 +43,15 @@ pub fn prepare(command: &mut Command, launch: &Launch) {
     };
     // SAFETY: the closure runs in the forked child and makes system calls only; it neither allocates nor takes a lock.
     unsafe { command.pre_exec(child_setup) };
+}
+
+/// What whoever started this program has it ignore would be ignored by every program from here on (signal(7)): a Ctrl-C would end nothing.
+fn default_signals() {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: no handler is installed, and the function is async-signal-safe. Those that cannot be changed are the kernel's and the C
+        // library's own, which nobody ignores.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
 }
 
 /// PID 1 keeps signals back for a thread of its own; a program expects to get them.
