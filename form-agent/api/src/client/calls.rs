@@ -372,14 +372,15 @@ impl Client {
     /// `TimedOut` at the deadline, and whatever the asking itself fails with.
     pub async fn wait_operation(&self, id: &OperationId, deadline: Option<Instant>) -> Result<Operation, ClientError> {
         let begun = Instant::now();
-        let mut last_seen = begun;
+        // Since when nobody answers. Not since the last answer: a question stays open for long, and a lost connection shows late.
+        let mut away_since: Option<Instant> = None;
         loop {
             let left = deadline.map_or(LONG_POLL, |deadline| deadline.saturating_duration_since(Instant::now()).min(LONG_POLL));
             let wait_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
             match self.operation(id, &WaitQuery { wait_ms: Some(wait_ms) }).await {
                 Ok(operation) if operation.status.is_final() => return Ok(operation),
-                Ok(_) => last_seen = Instant::now(),
-                Err(error) if error.is_unreachable() && last_seen.elapsed() < PATIENCE => {
+                Ok(_) => away_since = None,
+                Err(error) if error.is_unreachable() && away_since.get_or_insert_with(Instant::now).elapsed() < PATIENCE => {
                     tokio::time::sleep(Duration::from_millis(500)).await;
                 }
                 Err(error) => return Err(error),
