@@ -317,6 +317,13 @@ fn a_reader_who_has_seen_enough_ends_it_quietly() {
 }
 
 #[test]
+fn a_token_may_begin_as_a_flag_does() {
+    let place = Place::new();
+    let run = place.run(&["host", "add", "127.0.0.1:1", "--token", "-KVzohHG.8da0"]);
+    assert!(run.code == 2 && run.err.contains("that is no token"), "{run:?}");
+}
+
+#[test]
 fn forty_columns_are_enough() {
     let place = Place::new();
     place.run(&["key", "new"]);

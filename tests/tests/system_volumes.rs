@@ -157,9 +157,15 @@ fn system_of_all_who_want_one_volume_one_gets_it() {
 
     // A program that is none of ours, and one that heeds no state but locks.
     let spare = file(&pool, &volume(&host, "spare"));
-    let mut foreign =
-        Command::new("qemu-io").args(["-f", "raw", spare.to_str().unwrap()]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let open = || {
+        Command::new("qemu-io").args(["-f", "raw", spare.to_str().unwrap()]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
+    };
+    let mut foreign = open();
     wait("qemu-io has the file", || {
+        // It does not wait for a copy that is just being made.
+        if foreign.try_wait().unwrap().is_some() {
+            foreign = open();
+        }
         host.form(&["volume", "clone", "spare", "late"]).code == Some(5) || {
             let _ = host.form(&["volume", "rm", "late", "-y"]).ok();
             false

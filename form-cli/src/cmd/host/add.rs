@@ -18,7 +18,7 @@ pub struct Args {
     /// HOST or HOST:PORT
     address: String,
     /// The token; it holds the host's key, so nobody can pretend to be the host
-    #[arg(long, env = "FORM_TOKEN", hide_env_values = true)]
+    #[arg(long, env = "FORM_TOKEN", hide_env_values = true, allow_hyphen_values = true)]
     token: String,
     /// The context to add it to, made when there is none
     #[arg(long = "to", value_name = "CONTEXT", add = ArgValueCompleter::new(complete::contexts))]
