@@ -50,7 +50,7 @@ impl SmallDisk {
         let mut ballast = fs::File::create(self.ballast()).unwrap();
         // The file system needs some room for its own tables: what is asked for at once has to leave it. Somebody else may be writing
         // at the same time, and take room that was free a moment ago.
-        loop {
+        for _ in 0..100 {
             let length = ballast.metadata().unwrap().len();
             let bytes = free().saturating_sub((kibibytes << 10).max(1 << 20));
             if bytes == 0 {
