@@ -1,4 +1,5 @@
-//! Holding back writes to the file systems on disks while the host copies those, and never for longer.
+//! A machine that stands still while the host copies it: its processes are held, its file systems on disks hold back writes, and never for
+//! longer than the host said.
 
 use std::{
     collections::BTreeSet,
@@ -9,19 +10,30 @@ use std::{
     time::Duration,
 };
 
-use crate::{power::unescape, process::lock, report::say, sys};
+use crate::{
+    hold::{self, Hold},
+    power::unescape,
+    process::lock,
+    report::say,
+    sys,
+};
 
 /// No host may ask for longer.
 const LIMIT: Duration = Duration::from_secs(120);
+
+/// The limit is counted in such steps: the clock of a machine that was saved jumps when it goes on elsewhere, and one step is all that
+/// this can cost.
+const STEP: Duration = Duration::from_millis(100);
 
 /// What stands still, in the order in which it was frozen.
 struct Held {
     /// Of the freeze that may still add to it. Whoever ends one raises it.
     number: u64,
     frozen: Vec<File>,
+    processes: Option<Hold>,
 }
 
-static HELD: Mutex<Held> = Mutex::new(Held { number: 0, frozen: Vec::new() });
+static HELD: Mutex<Held> = Mutex::new(Held { number: 0, frozen: Vec::new(), processes: None });
 
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
@@ -35,15 +47,22 @@ pub enum FreezeError {
     Ended,
 }
 
-/// Writes everything out and freezes all file systems on disks, for `limit` at most.
+/// Writes everything out, holds all other processes and freezes all file systems on disks, for `limit` at most.
 ///
 /// # Errors
-/// When one cannot be frozen; none is then.
+/// When a file system cannot be frozen; nothing stands still then. A machine whose processes cannot be held is frozen all the same.
 pub fn freeze(limit: Duration) -> Result<(), FreezeError> {
     let targets = disk_file_systems(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default());
     // What is written before writers are held back need not be written while they are.
     rustix::fs::sync();
-    freeze_all(&HELD, &targets, limit, sys::freeze)
+    let hold = || match hold::hold() {
+        Ok(hold) => Some(hold),
+        Err(error) => {
+            say(format_args!("processes cannot be held while the machine is copied: {error}"));
+            None
+        }
+    };
+    freeze_all(&HELD, &targets, limit, hold, sys::freeze)
 }
 
 /// Lets everything go on that [`freeze`] has stopped.
@@ -51,23 +70,44 @@ pub fn thaw() {
     thaw_all(&HELD);
 }
 
+/// Lets writes go on, and no process yet.
+pub fn thaw_disks() {
+    let mut guard = lock(&HELD);
+    thaw_files(&mut guard);
+}
+
 fn freeze_all(
     held: &'static Mutex<Held>,
     targets: &[String],
     limit: Duration,
+    hold: impl FnOnce() -> Option<Hold>,
     stop: impl Fn(&File) -> rustix::io::Result<()>,
 ) -> Result<(), FreezeError> {
     thaw_all(held);
     let number = lock(held).number;
     // First of all who ends it: from here on every way leads to a thaw.
     let watch = move || {
-        thread::sleep(limit.min(LIMIT));
+        let mut left = limit.min(LIMIT);
+        while !left.is_zero() && lock(held).number == number {
+            let step = left.min(STEP);
+            thread::sleep(step);
+            left -= step;
+        }
         if lock(held).number == number {
             say(format_args!("the host did not thaw the file systems in time; they go on by themselves"));
             thaw_all(held);
         }
     };
     thread::Builder::new().name("thaw".to_owned()).spawn(watch).map_err(FreezeError::Thread)?;
+    let processes = hold();
+    {
+        let mut guard = lock(held);
+        if guard.number != number {
+            processes.iter().for_each(hold::release);
+            return Err(FreezeError::Ended);
+        }
+        guard.processes = processes;
+    }
     for target in targets {
         let result = File::open(target).map_err(|error| FreezeError::Open(target.clone(), error)).and_then(|file| {
             // Not under the lock: it waits for writers, and the watch must not wait for it.
@@ -94,6 +134,14 @@ fn freeze_all(
 fn thaw_all(held: &Mutex<Held>) {
     let mut guard = lock(held);
     guard.number += 1;
+    thaw_files(&mut guard);
+    // They would only wait for their file systems.
+    if let Some(processes) = guard.processes.take() {
+        hold::release(&processes);
+    }
+}
+
+fn thaw_files(guard: &mut Held) {
     for file in guard.frozen.drain(..).rev() {
         if let Err(error) = sys::thaw(&file) {
             say(format_args!("a file system cannot be thawed: {error}"));
@@ -126,7 +174,7 @@ mod tests {
     use super::*;
 
     fn nothing() -> &'static Mutex<Held> {
-        Box::leak(Box::new(Mutex::new(Held { number: 0, frozen: Vec::new() })))
+        Box::leak(Box::new(Mutex::new(Held { number: 0, frozen: Vec::new(), processes: None })))
     }
 
     #[test]
@@ -145,19 +193,20 @@ mod tests {
     fn what_cannot_be_frozen_leaves_nothing_frozen() {
         let held = nothing();
         let targets = ["/".to_owned(), "/tmp".to_owned()];
-        freeze_all(held, &targets, LIMIT, |_| Ok(())).expect("all are willing");
+        freeze_all(held, &targets, LIMIT, || None, |_| Ok(())).expect("all are willing");
         assert_eq!(lock(held).frozen.len(), 2);
-        let error = freeze_all(held, &["/".to_owned(), "/no/such/place".to_owned()], LIMIT, |_| Ok(())).expect_err("one is not there");
+        let error =
+            freeze_all(held, &["/".to_owned(), "/no/such/place".to_owned()], LIMIT, || None, |_| Ok(())).expect_err("one is not there");
         assert!(error.to_string().contains("/no/such/place"), "{error}");
         assert!(lock(held).frozen.is_empty());
-        let error = freeze_all(held, &targets, LIMIT, |_| Err(rustix::io::Errno::OPNOTSUPP)).expect_err("none can");
+        let error = freeze_all(held, &targets, LIMIT, || None, |_| Err(rustix::io::Errno::OPNOTSUPP)).expect_err("none can");
         assert!(matches!(error, FreezeError::Freeze(..)) && lock(held).frozen.is_empty());
     }
 
     #[test]
     fn a_freeze_ends_by_itself_also_when_it_is_not_complete() {
         let held = nothing();
-        freeze_all(held, &["/".to_owned()], Duration::from_millis(500), |_| Ok(())).expect("willing");
+        freeze_all(held, &["/".to_owned()], Duration::from_millis(500), || None, |_| Ok(())).expect("willing");
         let until = std::time::Instant::now() + Duration::from_secs(60);
         while !lock(held).frozen.is_empty() {
             assert!(std::time::Instant::now() < until, "still frozen");
@@ -172,7 +221,7 @@ mod tests {
             }
             Ok(())
         };
-        let error = freeze_all(held, &["/".to_owned()], Duration::from_millis(20), slow).expect_err("too slow");
+        let error = freeze_all(held, &["/".to_owned()], Duration::from_millis(20), || None, slow).expect_err("too slow");
         assert!(matches!(error, FreezeError::Ended) && lock(held).frozen.is_empty());
     }
 }

@@ -79,35 +79,7 @@ fn configure(settings: &Settings, systemd: bool, report: &mut BootReport) {
         report.fatal_on("env", environment::write_system(&settings.env, systemd));
     }
     accounts::apply(settings, report);
-    host_keys(report);
-}
-
-/// sshd does not start without keys, and an image should bring none.
-fn host_keys(report: &mut BootReport) {
-    let has_keys = || {
-        fs::read_dir("/etc/ssh").is_ok_and(|entries| {
-            entries.filter_map(Result::ok).any(|entry| {
-                let name = entry.file_name();
-                let name = name.to_string_lossy();
-                name.starts_with("ssh_host_") && name.ends_with("_key")
-            })
-        })
-    };
-    if !Path::new("/usr/sbin/sshd").exists() || has_keys() {
-        return;
-    }
-    match std::process::Command::new("ssh-keygen").arg("-A").env("PATH", crate::identity::DEFAULT_PATH).output() {
-        Ok(output) if output.status.success() => {}
-        Ok(output) => report.warn(
-            "ssh",
-            Error::Program {
-                program: "ssh-keygen -A",
-                status: output.status.to_string(),
-                output: String::from_utf8_lossy(&output.stderr).into_owned(),
-            },
-        ),
-        Err(error) => report.warn("ssh", format_args!("cannot make host keys with ssh-keygen: {error}")),
-    }
+    report.warn_on("ssh", new_identity::host_keys());
 }
 
 /// Stays PID 1 and runs the service.

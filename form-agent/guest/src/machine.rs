@@ -10,7 +10,10 @@ use std::{
 };
 
 use form_guest::protocol::{HealthState, Phase, ServicePhase, ServiceStatus};
-use form_types::{settings::Settings, spec::Restart};
+use form_types::{
+    settings::{Interface, Settings},
+    spec::Restart,
+};
 
 use crate::{
     process::{Children, lock},
@@ -56,6 +59,8 @@ pub struct Machine {
     pub children: Children,
     /// What RESTART was changed to since the start.
     pub restart: Mutex<Option<Restart>>,
+    /// What it has instead of those of the settings, since it became another machine.
+    pub interfaces: Mutex<Option<Vec<Interface>>>,
     power: Sender<Power>,
     state: Mutex<(State, u64)>,
     changed: Condvar,
@@ -82,10 +87,20 @@ impl Machine {
             log,
             children: Children::default(),
             restart: Mutex::default(),
+            interfaces: Mutex::default(),
             power,
             resumes: AtomicU64::new(0),
             state: Mutex::new((state, 0)),
             changed: Condvar::new(),
+        }
+    }
+
+    /// The settings with what has become of the interfaces.
+    pub fn settings_now(&self) -> Settings {
+        let settings = self.settings.clone();
+        match lock(&self.interfaces).clone() {
+            Some(interfaces) => Settings { interfaces, ..settings },
+            None => settings,
         }
     }
 

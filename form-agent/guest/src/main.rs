@@ -8,6 +8,7 @@ mod environment;
 mod error;
 mod files;
 mod freeze;
+mod hold;
 mod identity;
 mod init;
 mod machine;

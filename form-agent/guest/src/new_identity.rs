@@ -1,8 +1,22 @@
-//! A disk that is a copy of another machine's: what two machines must not share is forgotten, and made anew as at a first start.
+//! A machine that is a copy of another one: what two machines must not share is made anew. Of a disk it is forgotten before the first
+//! start; a machine that was copied while it ran becomes another one before its processes go on.
 
-use std::{fs, io, path::Path};
+use std::{fs, io, path::Path, process::Command};
 
-use crate::error::{Context, Error};
+use form_guest::protocol::NewIdentity;
+use form_types::settings::Settings;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::{
+    boot::handoff,
+    error::{Context, Error},
+    files, freeze,
+    machine::Machine,
+    network::{self, names},
+    process::lock,
+    report::say,
+    serve, sys,
+};
 
 /// Files that only one machine may have: machine-id(5) and its older copy, the seed of systemd-random-seed(8).
 const OWN: [&str; 3] = ["etc/machine-id", "var/lib/dbus/machine-id", "var/lib/systemd/random-seed"];
@@ -26,6 +40,99 @@ pub fn forget(root: &Path) -> Result<(), Error> {
         }
     }
     result
+}
+
+/// Makes host keys where sshd is and has none: it does not start without, and an image should bring none.
+///
+/// # Errors
+/// When `ssh-keygen` cannot make them.
+pub fn host_keys() -> Result<(), Error> {
+    if !Path::new("/usr/sbin/sshd").exists() || has_host_keys() {
+        return Ok(());
+    }
+    let made = Command::new("ssh-keygen").arg("-A").env("PATH", crate::identity::DEFAULT_PATH).output();
+    let output = made.doing("make host keys with ssh-keygen")?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(Error::Program {
+        program: "ssh-keygen -A",
+        status: output.status.to_string(),
+        output: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}
+
+fn has_host_keys() -> bool {
+    fs::read_dir("/etc/ssh").is_ok_and(|entries| {
+        entries.filter_map(Result::ok).any(|entry| {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            name.starts_with("ssh_host_") && name.ends_with("_key")
+        })
+    })
+}
+
+/// Makes this machine another one than that which it is a copy of, and lets its processes go on then.
+///
+/// # Errors
+/// When it cannot be told apart from the other one: its processes are held on, until the host lets them go or ends it.
+pub fn become_another(machine: &Machine, identity: &NewIdentity) -> Result<(), Error> {
+    let random = fs::File::options().write(true).open("/dev/urandom").at("open", "/dev/urandom")?;
+    // What this very request makes, as keys, is drawn from it as well.
+    sys::reseed(&random, &identity.seed).doing("reseed the random number generator")?;
+    serve::set_time(identity.unix_ns)?;
+    names::set_hostname(&identity.hostname)?;
+    network::readdress(&identity.interfaces)?;
+    *lock(&machine.interfaces) = Some(identity.interfaces.clone());
+    // From here on the disk is its own as well.
+    freeze::thaw_disks();
+    names::rename(&machine.settings_now(), identity.hostname.clone(), identity.hosts.clone())?;
+    let had_keys = has_host_keys();
+    forget(Path::new("/"))?;
+    names::machine_id()?;
+    if had_keys {
+        host_keys()?;
+    }
+    keep(machine, identity)?;
+    for device in &mut lock(&machine.report).devices {
+        if device.mounted.as_deref() == Some("/")
+            && let Some(serial) = &identity.root_serial
+        {
+            device.serial.clone_from(serial);
+        }
+    }
+    machine.resumed();
+    freeze::thaw();
+    if had_keys {
+        reload_sshd();
+    }
+    Ok(())
+}
+
+/// For an agent beside the image's init that is started again.
+fn keep(machine: &Machine, identity: &NewIdentity) -> Result<(), Error> {
+    let path = Path::new(handoff::DIRECTORY).join("settings.json");
+    if !path.exists() {
+        return Ok(());
+    }
+    let settings = Settings {
+        hostname: identity.hostname.clone(),
+        hosts: identity.hosts.clone(),
+        root_serial: identity.root_serial.clone(),
+        ..machine.settings_now()
+    };
+    let text = serde_json::to_vec(&settings).map_err(|source| Error::Settings { source })?;
+    files::write(&path, &text, Some(0o600))
+}
+
+/// It reads its keys when it starts, and starts itself anew when it is told to (sshd(8)).
+fn reload_sshd() {
+    let pid = fs::read_to_string("/run/sshd.pid").ok().and_then(|text| text.trim().parse().ok()).and_then(Pid::from_raw);
+    if let Some(pid) = pid
+        && let Err(error) = kill_process(pid, Signal::HUP)
+    {
+        say(format_args!("sshd still has the host keys of the machine that this one is a copy of: {error}"));
+    }
 }
 
 #[cfg(test)]

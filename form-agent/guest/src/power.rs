@@ -15,6 +15,7 @@ use rustix::{
 };
 
 use crate::{
+    freeze,
     machine::{Machine, Power, Role},
     report::say,
     sys,
@@ -49,6 +50,8 @@ fn end_as_init(machine: &Machine, how: Power) -> ! {
 
 /// SIGTERM to all, SIGKILL to those that stay.
 fn stop_everything(machine: &Machine, limit: Duration) {
+    // What the host holds back could not act on it, nor write anything.
+    freeze::thaw();
     signal_all(Signal::TERM);
     // A stopped process cannot act on it.
     signal_all(Signal::CONT);

@@ -52,6 +52,7 @@ impl Children {
     /// # Errors
     /// Those of fork and exec: `NotFound` and `PermissionDenied` tell a missing program from one that cannot be executed.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        crate::hold::wait_for_release();
         let mut waited = lock(&self.waited);
         let mut child = command.spawn()?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;

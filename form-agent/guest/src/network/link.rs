@@ -22,8 +22,10 @@ const INTERFACE_LIMIT: Duration = Duration::from_secs(10);
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFA_ADDRESS: u16 = 1;
@@ -60,6 +62,43 @@ pub fn configure(interfaces: &[Interface], report: &mut BootReport) {
             report.fatal("network", format_args!("{}: {error}", interface.name));
         }
     }
+}
+
+/// Gives interfaces that have their names already other hardware addresses, other addresses and the routes to them. Connections over the
+/// old ones are gone.
+///
+/// # Errors
+/// Those of the kernel; an interface that is not there.
+pub fn readdress(interfaces: &[Interface]) -> Result<(), Error> {
+    let socket = Socket::open(None).doing("open a netlink socket")?;
+    for (number, interface) in interfaces.iter().enumerate() {
+        let mac = parse_mac(&interface.mac).ok_or_else(|| Error::BadMac { text: interface.mac.clone() })?;
+        let names = names_by_index().doing("list interfaces")?;
+        let named = names.iter().find(|(_, name)| **name == interface.name).map(|(index, _)| *index);
+        let index = named.ok_or_else(|| Error::InterfaceMissing { mac: interface.mac.clone(), present: interface.name.clone() })?;
+        // Takes the addresses of IPv6 and all routes along.
+        socket.command("take it down", &flags_request(index, 0, IFF_UP, &[]))?;
+        for (address, prefix) in addresses_of(&socket, index)? {
+            let what = format!("remove address {address}/{prefix}");
+            match socket.command(&what, &address_message(RTM_DELADDR, REQUEST | ACK, index, address, prefix)) {
+                Err(Error::Netlink { source, .. }) if source.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
+                other => other?,
+            }
+        }
+        socket.command(&format!("set its address {}", interface.mac), &link_request(index, 0, &[(IFLA_ADDRESS, &mac)]))?;
+        configure_one(&socket, number, interface)?;
+    }
+    Ok(())
+}
+
+/// The addresses of one interface.
+fn addresses_of(socket: &Socket, index: u32) -> Result<Vec<(IpAddr, u8)>, Error> {
+    let mut found = Vec::new();
+    socket.ask("list addresses", &Builder::new(RTM_GETADDR, REQUEST | DUMP, &[0; 8]).finish(), |message| {
+        found.extend(read_address(message))
+    })?;
+    let of_it = found.into_iter().filter(|(other, ..)| *other == index);
+    Ok(of_it.map(|(_, address, prefix)| (address, prefix)).collect())
 }
 
 fn configure_one(socket: &Socket, number: usize, interface: &Interface) -> Result<(), Error> {
@@ -141,25 +180,30 @@ fn octets(address: IpAddr) -> (u8, Vec<u8>) {
 }
 
 fn link_request(index: u32, up: u32, attributes: &[(u16, &[u8])]) -> Vec<u8> {
+    flags_request(index, up, up, attributes)
+}
+
+fn flags_request(index: u32, flags: u32, mask: u32, attributes: &[(u16, &[u8])]) -> Vec<u8> {
     // struct ifinfomsg: family, padding, type, index, flags, mask of flags to change
     let mut fixed = vec![0; 4];
     fixed.extend_from_slice(&index.to_ne_bytes());
-    fixed.extend_from_slice(&up.to_ne_bytes());
-    fixed.extend_from_slice(&up.to_ne_bytes());
+    fixed.extend_from_slice(&flags.to_ne_bytes());
+    fixed.extend_from_slice(&mask.to_ne_bytes());
     let builder = Builder::new(RTM_NEWLINK, REQUEST | ACK, &fixed);
     attributes.iter().fold(builder, |builder, (kind, value)| builder.attribute(*kind, value)).finish()
 }
 
 fn address_request(index: u32, address: IpAddr, prefix: u8) -> Vec<u8> {
+    address_message(RTM_NEWADDR, REQUEST | ACK | CREATE_OR_REPLACE, index, address, prefix)
+}
+
+fn address_message(kind: u16, request: u16, index: u32, address: IpAddr, prefix: u8) -> Vec<u8> {
     let (family, bytes) = octets(address);
     let flags = if address.is_ipv6() { IFA_F_NODAD } else { 0 };
     // struct ifaddrmsg: family, prefix length, flags, scope, index
     let mut fixed = vec![family, prefix, flags, RT_SCOPE_UNIVERSE];
     fixed.extend_from_slice(&index.to_ne_bytes());
-    Builder::new(RTM_NEWADDR, REQUEST | ACK | CREATE_OR_REPLACE, &fixed)
-        .attribute(IFA_LOCAL, &bytes)
-        .attribute(IFA_ADDRESS, &bytes)
-        .finish()
+    Builder::new(kind, request, &fixed).attribute(IFA_LOCAL, &bytes).attribute(IFA_ADDRESS, &bytes).finish()
 }
 
 /// A route to `to` (`None`: everything) by `gateway` (`None`: it is on the link). `family_of` says which IP it is about.
@@ -197,19 +241,19 @@ pub fn addresses() -> Result<BTreeMap<String, Vec<String>>, Error> {
     })?;
     let names = names_by_index().unwrap_or_default();
     let mut by_name: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (index, text) in found {
+    for (index, address, prefix) in found {
         if let Some(name) = names.get(&index).filter(|name| *name != "lo") {
-            by_name.entry(name.clone()).or_default().push(text);
+            by_name.entry(name.clone()).or_default().push(format!("{address}/{prefix}"));
         }
     }
     Ok(by_name)
 }
 
-fn read_address(message: &Message<'_>) -> Option<(u32, String)> {
+fn read_address(message: &Message<'_>) -> Option<(u32, IpAddr, u8)> {
     if message.kind != RTM_NEWADDR {
         return None;
     }
-    let prefix = message.payload.get(1)?;
+    let prefix = *message.payload.get(1)?;
     let index = u32_at(message.payload, 4)?;
     let found = attributes(message.payload, 8);
     // On a point-to-point link IFA_ADDRESS is the peer's.
@@ -219,7 +263,7 @@ fn read_address(message: &Message<'_>) -> Option<(u32, String)> {
         16 => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
         _ => return None,
     };
-    Some((index, format!("{address}/{prefix}")))
+    Some((index, address, prefix))
 }
 
 fn names_by_index() -> io::Result<BTreeMap<u32, String>> {
@@ -248,10 +292,11 @@ mod tests {
 
     #[test]
     fn an_address_reads_back_from_its_request() {
-        for (address, prefix, text) in [("192.0.2.7", 32, "192.0.2.7/32"), ("fd00::7", 64, "fd00::7/64")] {
-            let bytes = address_request(3, address.parse().expect("valid"), prefix);
+        for (address, prefix) in [("192.0.2.7", 32), ("fd00::7", 64)] {
+            let address: IpAddr = address.parse().expect("valid");
+            let bytes = address_request(3, address, prefix);
             let found = messages(&bytes);
-            assert_eq!(read_address(&found[0]), Some((3, text.to_owned())));
+            assert_eq!(read_address(&found[0]), Some((3, address, prefix)));
         }
         let bytes = address_request(3, "fd00::7".parse().expect("valid"), 128);
         assert_eq!(messages(&bytes)[0].payload[2], IFA_F_NODAD);

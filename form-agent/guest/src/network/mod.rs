@@ -7,4 +7,4 @@ pub mod names;
 mod socket;
 
 pub use generic::power_button_events;
-pub use link::{addresses, configure, loopback_up};
+pub use link::{addresses, configure, loopback_up, readdress};

@@ -81,7 +81,10 @@ fn resolv_conf(settings: &Settings) -> Option<String> {
 }
 
 /// machine-id(5): each machine has its own, and the image must not bring one.
-fn machine_id() -> Result<(), Error> {
+///
+/// # Errors
+/// Those of the file system.
+pub fn machine_id() -> Result<(), Error> {
     let path = Path::new("/etc/machine-id");
     let now = fs::read_to_string(path).unwrap_or_default();
     if !matches!(now.trim(), "" | "uninitialized") {

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use form_types::spec::Restart;
+use form_types::{settings::Interface, spec::Restart};
 use serde::{Deserialize, Serialize};
 
 use super::ExitStatus;
@@ -30,13 +30,17 @@ pub enum Request {
     SyncTime {
         unix_ns: u64,
     },
-    /// Writes everything out and holds back writes to the file systems on disks until `Thaw`, `SyncTime`, or `limit_ms` are over. Answered
-    /// with [`Reply::Done`] when they all stand still; refused when one does not, and none does then.
+    /// Writes everything out, holds all processes and holds back writes to the file systems on disks until `Thaw`, `SyncTime`, `NewIdentity`,
+    /// or `limit_ms` are over. Answered with [`Reply::Done`] when the file systems all stand still; refused when one does not, and nothing
+    /// does then.
     Freeze {
         limit_ms: u64,
     },
     /// Lets writes go on; fine also when they do.
     Thaw,
+    /// To a machine that goes on as a copy of another one, before anything else: what two machines must not share is made anew, and only
+    /// then the processes that a `Freeze` holds go on.
+    NewIdentity(Box<NewIdentity>),
     /// The machine has another name now: the kernel's, /etc/hostname and /etc/hosts.
     SetName {
         hostname: String,
@@ -92,6 +96,20 @@ pub enum Request {
     Sync {
         token: u64,
     },
+}
+
+/// Who a copy is from now on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewIdentity {
+    pub hostname: String,
+    pub hosts: Vec<(IpAddr, Vec<String>)>,
+    /// By name, which stays: what they are from now on.
+    pub interfaces: Vec<Interface>,
+    pub root_serial: Option<String>,
+    /// Random, and nobody else's.
+    pub seed: [u8; 32],
+    /// Nanoseconds since 1970.
+    pub unix_ns: u64,
 }
 
 /// Lines from the ring: those from `from_sequence` on that it still has, of these the last `tail`.

@@ -5,7 +5,7 @@
 //!
 //! | request | guest sends | host sends afterwards |
 //! |---|---|---|
-//! | `ready`, `status`, `metrics`, `sync_time`, `set_name`, `set_restart`, `shutdown`, `mount`, `unmount`, `sync` | one `Reply` or `Error` | nothing |
+//! | `ready`, `status`, `metrics`, `sync_time`, `new_identity`, `set_name`, `set_restart`, `shutdown`, `mount`, `unmount`, `sync` | one `Reply` or `Error` | nothing |
 //! | `watch` | a `Reply` (status) now and at every change | `Cancel` or hang-up ends it |
 //! | `logs` | `Log` frames, then `End` (never with `follow`, except after `Cancel` or at power-off) | `Cancel` or hang-up |
 //! | `exec` | `Reply` (started) or `Error`, then `Stdout`/`Stderr`, last `Exit` | `Stdin`, `StdinClose`, `Resize`, `Signal`; hang-up kills |
@@ -26,8 +26,8 @@ mod stream;
 
 pub use frame::{Decoder, Frame, FrameError, FrameKind, HEADER_BYTES, MAX_FRAME_BYTES};
 pub use message::{
-    DeviceReport, ErrorKind, ErrorReply, ExecRequest, Fault, FileInfo, HealthState, LogsRequest, Metrics, Phase, ReadyReport, Reply,
-    Request, ServicePhase, ServiceStatus, StatusReport, TreeInfo, TtySize, Uptime,
+    DeviceReport, ErrorKind, ErrorReply, ExecRequest, Fault, FileInfo, HealthState, LogsRequest, Metrics, NewIdentity, Phase, ReadyReport,
+    Reply, Request, ServicePhase, ServiceStatus, StatusReport, TreeInfo, TtySize, Uptime,
 };
 pub use payload::{ExitStatus, LogLine, LogStream};
 pub use stream::{read_frame, synced_bytes, write_frame};

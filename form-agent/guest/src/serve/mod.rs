@@ -23,9 +23,11 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::{
     boot::volumes,
+    error::{Context, Error},
     freeze,
     machine::{Machine, Power},
     network::names,
+    new_identity,
     process::lock,
     report::say,
     service::log::Next,
@@ -129,14 +131,15 @@ fn serve(machine: &Arc<Machine>, channel: &Channel, request: Result<Request, ser
         Request::SyncTime { unix_ns } => {
             machine.resumed();
             freeze::thaw();
-            done(channel, sync_time(unix_ns))
+            done(channel, set_time(unix_ns))
         }
         Request::Freeze { limit_ms } => done(channel, freeze::freeze(Duration::from_millis(limit_ms))),
         Request::Thaw => {
             freeze::thaw();
             channel.reply(&Reply::Done)
         }
-        Request::SetName { hostname, hosts } => done(channel, names::rename(&machine.settings, hostname, hosts)),
+        Request::NewIdentity(identity) => done(channel, new_identity::become_another(machine, &identity)),
+        Request::SetName { hostname, hosts } => done(channel, names::rename(&machine.settings_now(), hostname, hosts)),
         Request::SetRestart { restart } => {
             *lock(&machine.restart) = Some(restart);
             channel.reply(&Reply::Done)
@@ -211,10 +214,15 @@ fn logs(machine: &Machine, channel: &Channel, request: &LogsRequest) -> io::Resu
     channel.write(FrameKind::End, &[])
 }
 
-fn sync_time(unix_ns: u64) -> Result<(), String> {
-    let seconds = i64::try_from(unix_ns / 1_000_000_000).map_err(|_| "the time is out of range".to_owned())?;
+/// Sets the wall clock: nanoseconds since 1970.
+///
+/// # Errors
+/// When the kernel does not take it.
+pub fn set_time(unix_ns: u64) -> Result<(), Error> {
+    let seconds =
+        i64::try_from(unix_ns / 1_000_000_000).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput)).doing("read the time")?;
     let time = Timespec { tv_sec: seconds, tv_nsec: (unix_ns % 1_000_000_000).cast_signed() };
-    clock_settime(ClockId::Realtime, time).map_err(|error| format!("cannot set the clock: {error}"))
+    clock_settime(ClockId::Realtime, time).doing("set the clock")
 }
 
 fn mount(machine: &Machine, channel: &Channel, volume: &VolumeMount) -> io::Result<()> {
@@ -228,7 +236,7 @@ fn mount(machine: &Machine, channel: &Channel, volume: &VolumeMount) -> io::Resu
             drop(report);
             channel.reply(&Reply::Mounted(device))
         }
-        Err(error @ crate::error::Error::DeviceMissing { .. }) => channel.refuse(ErrorKind::NotFound, error),
+        Err(error @ Error::DeviceMissing { .. }) => channel.refuse(ErrorKind::NotFound, error),
         Err(error) => channel.refuse(ErrorKind::Failed, error),
     }
 }

@@ -33,6 +33,25 @@ pub fn thaw(mount_point: &File) -> rustix::io::Result<()> {
     unsafe { rustix::ioctl::ioctl(mount_point, rustix::ioctl::NoArg::<THAW>::new()) }
 }
 
+/// Adds entropy that counts in full to the kernel's random number generator and has it draw new keys from that at once
+/// (`RNDADDENTROPY` and `RNDRESEEDCRNG`, random(4)).
+pub fn reseed(random: &File, seed: &[u8; 32]) -> rustix::io::Result<()> {
+    /// `struct rand_pool_info` with its bytes.
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_bits: i32,
+        buffer_bytes: i32,
+        buffer: [u8; 32],
+    }
+    const ADD: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<[i32; 2]>(b'R', 3);
+    const RESEED: rustix::ioctl::Opcode = rustix::ioctl::opcode::none(b'R', 7);
+    let info = PoolInfo { entropy_bits: 256, buffer_bytes: 32, buffer: *seed };
+    // SAFETY: `_IOW('R', 0x03, int [2])` reads a `struct rand_pool_info` of which `buffer_bytes` says how long its buffer is: `info` is one.
+    unsafe { rustix::ioctl::ioctl(random, rustix::ioctl::Setter::<ADD, PoolInfo>::new(info)) }?;
+    // SAFETY: `_IO('R', 0x07)` has no argument.
+    unsafe { rustix::ioctl::ioctl(random, rustix::ioctl::NoArg::<RESEED>::new()) }
+}
+
 /// Joins a multicast group of a netlink socket (`NETLINK_ADD_MEMBERSHIP`, netlink(7)).
 pub fn netlink_add_membership(socket: &OwnedFd, group: u32) -> io::Result<()> {
     let length = std::mem::size_of::<u32>() as libc::socklen_t;
