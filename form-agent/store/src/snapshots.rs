@@ -137,7 +137,7 @@ impl SnapshotDraft {
     ///
     /// # Errors
     /// [`StoreError::NoRoom`]; [`StoreError::SnapshotDamaged`] when no disk was copied.
-    pub fn publish(mut self, details: Value) -> Result<()> {
+    pub fn publish(self, details: Value) -> Result<()> {
         let length = |file: &File, name: &str| {
             let flushed = file.sync_all().and_then(|()| file.metadata());
             flushed.map(|metadata| metadata.len()).map_err(StoreError::io("flush", self.path.join(name)))
@@ -150,8 +150,13 @@ impl SnapshotDraft {
             None => None,
         };
         let record = Record { disk: disk.clone(), disk_length: length(file, file_name(disk.format))?, saved, details };
+        self.name(&record)
+    }
+
+    /// Writes the record, and gives the snapshot its name, durably.
+    fn name(mut self, record: &Record) -> Result<()> {
         let path = self.path.join(RECORD);
-        let body = to_json(&path, &record)?;
+        let body = to_json(&path, record)?;
         let mut text = to_json(&path, &Head { format: FORMAT.to_owned(), version: VERSION, digest: Digest::of(&body) })?;
         text.push(b'\n');
         text.extend_from_slice(&body);
@@ -322,6 +327,24 @@ impl Store {
         write_file(&entry, &to_json(&entry, &record)?, 0o600)?;
         let files = self.disk_files_in(draft.path(), record);
         Ok(RestoredDisk { draft, files })
+    }
+
+    /// Gives `to` the snapshot `name` of `from` under the same name, with details of its own. Its files are one and the same, and are
+    /// never written to.
+    ///
+    /// # Errors
+    /// Those of [`Store::snapshot`] and [`Store::draft_snapshot`], those of the file system.
+    pub fn share_snapshot(&self, from: &VmId, name: &Name, to: &VmId, details: Value) -> Result<()> {
+        self.snapshot(from, name)?;
+        let source = self.snapshots_of(from).join(name.as_str());
+        let record = Record { details, ..read_record(&source, name)? };
+        let draft = self.draft_snapshot(to, name)?;
+        let files = [Some(file_name(record.disk.format)), record.saved.map(|_| STATE), record.saved.map(|_| MEMORY)];
+        for file in files.into_iter().flatten() {
+            // The snapshot may be removed just now.
+            fs::hard_link(source.join(file), draft.path.join(file)).map_err(StoreError::io("share", source.join(file)))?;
+        }
+        draft.name(&record)
     }
 
     /// Removes a snapshot, also a damaged one. A VM that was restored from it and runs keeps what it has of it.

@@ -93,6 +93,30 @@ fn a_snapshot_is_a_copy_and_a_disk_goes_back_to_it_twice() {
 }
 
 #[test]
+fn another_vm_gets_a_snapshot_without_a_copy_of_it() {
+    const OTHER: VmId = VmId::from_bytes([6; 16]);
+    let mount = Mount::tmpfs(64 << 20);
+    let (store, _) = store_with_disk(&mount);
+    make(&store, "one", true);
+    assert!(matches!(store.share_snapshot(&VM, &name("two"), &OTHER, json!(null)), Err(StoreError::NoSnapshot(_))));
+    assert_eq!(store.vms_with_snapshots().unwrap(), [VM]);
+    store.share_snapshot(&VM, &name("one"), &OTHER, json!({"shared": true})).unwrap();
+    assert!(matches!(store.share_snapshot(&VM, &name("one"), &OTHER, json!(null)), Err(StoreError::SnapshotExists(_))));
+    let (mine, its) = (store.snapshot(&VM, &name("one")).unwrap(), store.snapshot(&OTHER, &name("one")).unwrap());
+    assert_eq!((mine.details, its.details), (json!({"made": "one"}), json!({"shared": true})));
+    let inode = |saved: &form_store::SavedMemory| std::os::unix::fs::MetadataExt::ino(&fs::metadata(&saved.memory).unwrap());
+    assert_eq!(inode(&mine.saved.unwrap()), inode(its.saved.as_ref().unwrap()));
+
+    // It is whole whatever becomes of the first, and makes a disk for its own VM.
+    store.remove_snapshot(&VM, &name("one")).unwrap();
+    assert_eq!(fs::read(&its.saved.unwrap().memory).unwrap(), b"memory");
+    store.restore_disk(&OTHER, &name("one")).unwrap().publish(&store, &OTHER).unwrap();
+    assert!(store.open_disk(&OTHER).is_ok());
+    store.remove_snapshots(&OTHER).unwrap();
+    assert_eq!(store.vms_with_snapshots().unwrap(), []);
+}
+
+#[test]
 fn what_was_begun_and_not_finished_is_gone() {
     let mount = Mount::tmpfs(64 << 20);
     let (store, _) = store_with_disk(&mount);

@@ -198,9 +198,15 @@ fn the_configuration_names_address_link_and_mtu() {
     assert_eq!(config, [2, 0, 0, 0, 0, 9, 1, 0, 1, 0, 0xdc, 5]);
     let state = device.save();
     device.restore(&state).unwrap();
-    let mut other = state;
+    let mut other = state.clone();
     other["mtu"] = 9000.into();
     assert!(device.restore(&other).is_err());
+    // A copy of the VM has another address, and shows it.
+    let mut other = state;
+    other["mac"] = serde_json::json!([2, 0, 0, 0, 0, 8]);
+    device.restore(&other).unwrap();
+    device.read_config(0, &mut config);
+    assert_eq!(config[..6], [2, 0, 0, 0, 0, 9]);
 }
 
 proptest! {
