@@ -1,11 +1,11 @@
-//! VMs that are made without a Formfile: of an image, or with a copy of another VM's disk. They take the way of a deploy; what is different
-//! is here.
+//! VMs that are made without a Formfile: of an image, with a copy of another VM's disk, or going on from its snapshot. They take the way of
+//! a deploy; what is different is here.
 
 use std::{fs, io, sync::PoisonError};
 
 use form_api::{
     ApiError, ErrorCode,
-    deploy::{CreateVmRequest, DeployRequest},
+    deploy::{CreateVmRequest, DeployRequest, ForkOf},
     operation::OperationKind,
     vm::VmState,
 };
@@ -20,6 +20,7 @@ use crate::{
     driver::launch,
     identity::write_atomically,
     serve::store_error,
+    snapshot::{Details, restore},
 };
 
 /// What somebody wants to run, and how it comes to be.
@@ -34,7 +35,17 @@ pub enum How {
     /// The VM is made, or changed when it is there.
     Deploy,
     /// The VM is new.
-    Create { start: bool, disk_of: Option<Name> },
+    Create { start: bool, origin: Origin },
+}
+
+/// What a new VM begins with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    Image,
+    /// The disk of a stopped VM.
+    Disk(Name),
+    /// Another VM as it was.
+    Snapshot(ForkOf),
 }
 
 impl Wanted {
@@ -42,15 +53,26 @@ impl Wanted {
         Self { request, how: How::Deploy }
     }
 
-    pub fn create(create: CreateVmRequest) -> Self {
-        Self { request: create.vm, how: How::Create { start: create.start, disk_of: create.disk_of } }
+    /// # Errors
+    /// When it asks for two things that exclude each other.
+    pub fn create(create: CreateVmRequest) -> Result<Self, ApiError> {
+        let invalid = |text: &str, hint: &str| Err(ApiError::new(ErrorCode::Invalid, text).hint(hint));
+        let origin = match (create.disk_of, create.fork_of) {
+            (None, None) => Origin::Image,
+            (Some(source), None) => Origin::Disk(source),
+            (None, Some(_)) if !create.start => return invalid("a VM that goes on from a snapshot is started", "leave `start` out"),
+            (None, Some(fork)) => Origin::Snapshot(fork),
+            (Some(_), Some(_)) => return invalid("a VM is a copy of a disk or of a snapshot", "give `disk_of` or `fork_of`"),
+        };
+        Ok(Self { request: create.vm, how: How::Create { start: create.start, origin } })
     }
 
     /// What a recorded request asked for.
     pub fn read(signed: &SignedRequest) -> Option<Self> {
         // Each refuses what the other has.
         let deploy = || serde_json::from_str(&signed.body).ok().map(Self::deploy);
-        serde_json::from_str(&signed.body).ok().map(Self::create).or_else(deploy)
+        let create = || serde_json::from_str(&signed.body).ok().and_then(|create| Self::create(create).ok());
+        create().or_else(deploy)
     }
 
     pub const fn name(&self) -> &Name {
@@ -61,19 +83,20 @@ impl Wanted {
         matches!(self.how, How::Deploy | How::Create { start: true, .. })
     }
 
-    /// The VM whose disk is copied.
-    pub const fn source(&self) -> Option<&Name> {
+    /// What of another VM it begins with.
+    pub const fn origin(&self) -> &Origin {
         match &self.how {
-            How::Create { disk_of: Some(source), .. } => Some(source),
-            _ => None,
+            How::Create { origin, .. } => origin,
+            How::Deploy => &Origin::Image,
         }
     }
 
     pub const fn kind(&self) -> OperationKind {
         match &self.how {
             How::Deploy => OperationKind::Deploy,
-            How::Create { disk_of: None, .. } => OperationKind::VmCreate,
-            How::Create { disk_of: Some(_), .. } => OperationKind::VmClone,
+            How::Create { origin: Origin::Image, .. } => OperationKind::VmCreate,
+            How::Create { origin: Origin::Disk(_), .. } => OperationKind::VmClone,
+            How::Create { origin: Origin::Snapshot(_), .. } => OperationKind::VmFork,
         }
     }
 }
@@ -90,14 +113,24 @@ pub fn check(agent: &Agent, wanted: &Wanted) -> Result<(), ApiError> {
         return action::check(Action::Deploy, state(agent, &vm.id), name).map(drop);
     }
     is_new(there.as_ref())?;
-    let Some(source) = wanted.source() else { return Ok(()) };
-    let source = agent.vm_named(source)?;
-    if source.host != agent.host_id() {
-        let text = format!("vm/{} is on another host, and so is its disk", source.name());
-        return Err(ApiError::new(ErrorCode::Conflict, text).hint("ask its host"));
+    match wanted.origin() {
+        Origin::Image => Ok(()),
+        Origin::Disk(source) => {
+            let source = here(agent, source)?;
+            action::check(Action::Clone, state(agent, &source.id), source.name())?;
+            fits(agent, &source, &wanted.request)
+        }
+        Origin::Snapshot(fork) => restore::check_fork(agent, &here(agent, &fork.vm)?, &fork.snapshot, &wanted.request).map(drop),
     }
-    action::check(Action::Clone, state(agent, &source.id), source.name())?;
-    fits(agent, &source, &wanted.request)
+}
+
+/// A VM of this host.
+fn here(agent: &Agent, name: &Name) -> Result<DesiredVm, ApiError> {
+    let vm = agent.vm_named(name)?;
+    if vm.host == agent.host_id() {
+        return Ok(vm);
+    }
+    Err(ApiError::new(ErrorCode::Conflict, format!("vm/{name} is on another host, and so is its disk")).hint("ask its host"))
 }
 
 /// # Errors
@@ -167,6 +200,7 @@ impl Drop for Made<'_> {
 
 fn remove(agent: &Agent, vm: &VmId) -> Result<(), String> {
     agent.store.remove_disk(vm).map_err(|error| error.to_string())?;
+    agent.store.remove_snapshots(vm).map_err(|error| error.to_string())?;
     match fs::remove_dir_all(agent.vm_directory(vm)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.to_string()),
         _ => Ok(()),
@@ -184,6 +218,33 @@ pub fn copy_disk<'a>(agent: &'a Agent, source: &Name, vm: VmId, request: &Deploy
     // Its driver says that it starts before it takes the turn.
     action::check(Action::Clone, state(agent, &source.id), source.name())?;
     fits(agent, &source, request)?;
+    let made = begin(agent, vm, request)?;
+    match agent.store.clone_disk(&source.id, &vm) {
+        // Of a VM that was never started there is nothing to copy: the clone's disk is made at its own first start.
+        Ok(_) | Err(StoreError::NoDisk(_)) => {}
+        Err(error) => return Err(store_error(&error)),
+    }
+    reach(Failpoint::CloneMade);
+    Ok(made)
+}
+
+/// Gives `vm`, which the state does not know, what it needs to go on from a snapshot of another one: the files are shared until it has.
+///
+/// # Errors
+/// The snapshot is gone, cannot be gone on from, or what its file system says. Nothing is left behind then.
+pub fn share_snapshot<'a>(agent: &'a Agent, fork: &ForkOf, vm: VmId, request: &DeployRequest) -> Result<Made<'a>, ApiError> {
+    let source = here(agent, &fork.vm)?;
+    let details = restore::check_fork(agent, &source, &fork.snapshot, request)?;
+    let details = Details { request: request.clone(), is_shared: true, ..details };
+    let details = serde_json::to_value(details).map_err(|error| internal(&error))?;
+    let made = begin(agent, vm, request)?;
+    agent.store.share_snapshot(&source.id, &fork.snapshot, &vm, details).map_err(|error| store_error(&error))?;
+    reach(Failpoint::ForkShared);
+    Ok(made)
+}
+
+/// The directory of a VM that becomes a copy.
+fn begin<'a>(agent: &'a Agent, vm: VmId, request: &DeployRequest) -> Result<Made<'a>, ApiError> {
     agent.being_made().insert(vm);
     let made = Made { agent, vm, kept: false };
     let record = serde_json::to_vec(request).map_err(|error| internal(&error))?;
@@ -191,12 +252,6 @@ pub fn copy_disk<'a>(agent: &'a Agent, source: &Name, vm: VmId, request: &Deploy
         .and_then(|()| write_atomically(&marker(agent, &vm), 0o600, b""))
         .and_then(|()| write_atomically(&launch::made_from(agent, &vm), 0o600, &record));
     noted.map_err(|error| ApiError::new(ErrorCode::Failed, format!("the new VM's directory: {error}")))?;
-    match agent.store.clone_disk(&source.id, &vm) {
-        // Of a VM that was never started there is nothing to copy: the clone's disk is made at its own first start.
-        Ok(_) | Err(StoreError::NoDisk(_)) => {}
-        Err(error) => return Err(store_error(&error)),
-    }
-    reach(Failpoint::CloneMade);
     Ok(made)
 }
 

@@ -16,7 +16,7 @@ use crate::{
     admit,
     agent::{Agent, internal},
     authorise::{Caller, SignedRequest},
-    create::{self, How, Wanted},
+    create::{self, How, Origin, Wanted},
     desired::{self, DesiredVm},
     lifecycle, logs,
     operation::{Begun, Opening, Record},
@@ -107,7 +107,7 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, wanted: Wanted) -> Result<Oper
         Begun::Repeated(operation) => return Ok(*operation),
         Begun::New(id) => id,
     };
-    if wanted.source().is_some() {
+    if *wanted.origin() != Origin::Image {
         // A copy may take its time.
         let (agent, caller) = (Arc::clone(agent), caller.clone());
         let runtime = tokio::runtime::Handle::current();
@@ -159,12 +159,13 @@ struct Target {
 fn record(agent: &Agent, caller: &Caller, wanted: &Wanted, id: OperationId) -> Result<Target, ApiError> {
     let (name, request) = (wanted.name(), &wanted.request);
     let new = VmId::derive(&caller.key, &caller.idempotency_key, name.as_str());
-    let made = match wanted.source() {
-        Some(source) => {
+    let made = match wanted.origin() {
+        Origin::Disk(source) => {
             agent.operations.step(id, format!("copying the disk of vm/{source}"));
             Some(create::copy_disk(agent, source, new, request)?)
         }
-        None => None,
+        Origin::Snapshot(fork) => Some(create::share_snapshot(agent, fork, new, request)?),
+        Origin::Image => None,
     };
     let _admission = agent.admission();
     let before = desired::vm_named(&agent.view(), name);

@@ -29,6 +29,9 @@ use crate::volume::{self, rules::Asked};
 const MAX_VCPUS: u32 = 128;
 const MIN_MEMORY_MIB: u64 = 128;
 
+/// [`DesiredVm::starts`] of a new VM.
+const FIRST_START: u64 = 1;
+
 /// The longest name of a label, in bytes.
 const MAX_LABEL: usize = 256;
 
@@ -388,14 +391,25 @@ impl AgentRules {
             Some(vm) if vm.id == id && vm.name() == name => asked.authority.may_change(&vm)?,
             Some(vm) => return Err(Refusal::new(format!("there is a vm/{} already", vm.name()))),
             None => {
-                let Some(source) = &create.disk_of else { return self.deploy(&create.vm, run, asked, view) };
+                let source = match (&create.disk_of, &create.fork_of) {
+                    (None, None) => return self.deploy(&create.vm, run, asked, view),
+                    (Some(source), None) => source,
+                    (None, Some(fork)) if create.start => &fork.vm,
+                    _ => return Err(Refusal::new("a VM is a copy of a disk or goes on from a snapshot, and what goes on is started")),
+                };
                 let source = existing(source.as_str(), asked.authority, view)?;
                 if source.host != HostId::of(&asked.claim.author) {
                     return Err(Refusal::new(format!("vm/{} is another host's, and its disk is there", source.name())));
                 }
             }
         }
-        self.deploy(&create.vm, run, asked, view)
+        let is_new = vm_named(view, name).is_none();
+        let mut writes = self.deploy(&create.vm, run, asked, view)?;
+        if let Some(fork) = create.fork_of.as_ref().filter(|_| is_new) {
+            writes.push(Write::put(Table::Vms, id, "restore", fork.snapshot.as_str()));
+            writes.push(Write::put(Table::Vms, id, "restore_starts", FIRST_START));
+        }
+        Ok(writes)
     }
 
     fn deploy(&self, deploy: &DeployRequest, run: Run, asked: Asked<'_>, view: &View) -> Result<Vec<Write>, Refusal> {
@@ -426,7 +440,7 @@ impl AgentRules {
             put("host", host.to_string().into()),
             put("epoch", 1_u64.into()),
             put("run", run.as_str().into()),
-            put("starts", 1_u64.into()),
+            put("starts", FIRST_START.into()),
             put("ipv4", ipv4.to_string().into()),
             put("actor", signer.to_string().into()),
             put("created_at", u64::try_from(claim.time).unwrap_or_default().into()),

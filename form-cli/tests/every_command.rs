@@ -50,6 +50,7 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("vm show", &["nope"], Needs::Host),
     ("vm create", &["new", "--image", "nope"], Needs::Host),
     ("vm clone", &["nope", "new"], Needs::Host),
+    ("vm fork", &["nope", "new"], Needs::Host),
     ("vm start", &["nope"], Needs::Host),
     ("vm stop", &["nope"], Needs::Host),
     ("vm restart", &["nope"], Needs::Host),

@@ -47,6 +47,7 @@ const fn way(point: Failpoint) -> Way {
         RemoveDiskRemoved | RemoveDirectoryRemoved | RemoveLogRemoved => Way::Destroy,
         VolumeDrafted | VolumeNamed | VolumeMade | VolumeSubmitted | VolumeGrown | VolumeForgotten => Way::Volume,
         SnapshotPaused | SnapshotSaved | SnapshotDrafted | SnapshotNamed | SnapshotRetired => Way::Snapshot,
+        ForkShared | ForkTold => Way::Snapshot,
         RestoreDrafted | RestoreEnded | RestoreHeld | RestoreSwapped | RestoreRecorded => Way::Snapshot,
         DiskCopied | CloneMade => Way::Clone,
         DiskRetired | GuestReady | DeployHealthy | DeployKept | RollbackSubmitted => Way::Guest,

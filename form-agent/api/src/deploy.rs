@@ -33,6 +33,18 @@ pub struct CreateVmRequest {
     /// Its root disk is a copy of the one that this stopped VM has. The image has to be the one that disk was made from.
     #[serde(default)]
     pub disk_of: Option<Name>,
+    /// It goes on from a snapshot of another VM, with an identity of its own. Instead of `disk_of`, and always started.
+    #[serde(default)]
+    pub fork_of: Option<ForkOf>,
+}
+
+/// A snapshot that a new VM is made from. With memory in it the new VM goes on where the other one stood; without it starts from the disk.
+/// Apart from name, labels, restart policy and ports it has to be what the other one was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkOf {
+    pub vm: Name,
+    pub snapshot: Name,
 }
 
 const fn yes() -> bool {

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use form_api::sign::{ToSign, sign_request};
+use form_api::{
+    deploy::ForkOf,
+    sign::{ToSign, sign_request},
+};
 use form_state::{Replica, StateError};
 use form_types::{IdempotencyKey, SecretKey};
 
@@ -202,7 +205,7 @@ fn a_vm_is_created_once_and_its_request_leads_back_to_it() {
     host.own(OWNER).unwrap();
     let create = |name: &str, start: bool, disk_of: Option<&str>| {
         let disk_of = disk_of.map(|name| name.parse().unwrap());
-        serde_json::to_vec(&CreateVmRequest { vm: request(name), start, disk_of }).unwrap()
+        serde_json::to_vec(&CreateVmRequest { vm: request(name), start, disk_of, fork_of: None }).unwrap()
     };
     let ask = |body: &[u8], number: u32| host.ask(OWNER, "POST", "/v1/vms", body, number);
     let web = create("web", true, None);
@@ -225,4 +228,32 @@ fn a_vm_is_created_once_and_its_request_leads_back_to_it() {
     assert_eq!((copy.run, copy.starts), (Run::Stopped, 1));
     is_refused(ask(&create("other", true, Some("nobody")), 6), "there is no vm/nobody");
     is_refused(host.ask(STRANGER, "POST", "/v1/vms", &create("evil", true, None), 7), "does not own");
+}
+
+#[test]
+fn a_fork_goes_on_from_a_snapshot_once() {
+    let host = Host::new(FOUNDER);
+    host.own(OWNER).unwrap();
+    let vm = |name: &str| vm_named(&host.replica.view(), &name.parse().unwrap());
+    let fork = |name: &str, of: &str, start: bool, disk_of: Option<&str>| {
+        let fork_of = Some(ForkOf { vm: of.parse().unwrap(), snapshot: "one".parse().unwrap() });
+        let disk_of = disk_of.map(|name| name.parse().unwrap());
+        serde_json::to_vec(&CreateVmRequest { vm: request(name), start, disk_of, fork_of }).unwrap()
+    };
+    let ask = |body: &[u8], number: u32| host.ask(OWNER, "POST", "/v1/vms", body, number);
+    is_refused(ask(&fork("web-1", "web", true, None), 1), "there is no vm/web");
+    let web = CreateVmRequest { vm: request("web"), start: true, disk_of: None, fork_of: None };
+    ask(&serde_json::to_vec(&web).unwrap(), 2).unwrap();
+    is_refused(ask(&fork("web-1", "web", false, None), 3), "is started");
+    is_refused(ask(&fork("web-1", "web", true, Some("web")), 4), "a copy of a disk or");
+    ask(&fork("web-1", "web", true, None), 5).unwrap();
+    let made = vm("web-1").unwrap();
+    assert_eq!(made.restore, Some(Restore { snapshot: "one".parse().unwrap(), starts: made.starts }));
+    assert_ne!((made.id, made.ipv4), (vm("web").unwrap().id, vm("web").unwrap().ipv4));
+
+    // What is submitted again later, to take back a deploy, is a start from its own disk; also when the other VM is gone.
+    host.ask(OWNER, "POST", "/v1/vms/web-1/restart", b"", 6).unwrap();
+    host.ask(OWNER, "DELETE", "/v1/vms/web", b"", 7).unwrap();
+    ask(&fork("web-1", "web", true, None), 5).unwrap();
+    assert!(vm("web-1").unwrap().restore.is_some_and(|restore| restore.starts < vm("web-1").unwrap().starts));
 }

@@ -1,5 +1,6 @@
 //! One driver a VM: it alone starts, stops and removes it, and it goes on until what is agrees with what should be.
 
+mod fork;
 pub mod guest;
 pub mod launch;
 pub mod live;
@@ -129,6 +130,9 @@ impl Driver {
 
     pub async fn run(mut self) {
         self.adopt().await;
+        if !create::is_new_clone(&self.agent, &self.id) {
+            self.drop_shared().await;
+        }
         self.remember_ending();
         loop {
             match self.next() {
@@ -267,7 +271,7 @@ impl Driver {
                 let record = &process.record;
                 let state = if process.paused { VmState::Paused } else { VmState::Starting };
                 tracing::info!(vm = %self.id, pid = record.pid, paused = process.paused, "adopted a running VM");
-                let (boot, started_at) = (record.boot, record.started_at);
+                let (boot, started_at, is_paused) = (record.boot, record.started_at, process.paused);
                 self.agent.fleet.update(&self.id, |observed| {
                     observed.state = state;
                     observed.boot = Some(boot);
@@ -275,6 +279,9 @@ impl Driver {
                 });
                 self.note_restored(&process);
                 self.attend(process);
+                if !is_paused && self.is_another() {
+                    self.become_itself().await;
+                }
             }
             None => self.clean_up().await,
         }

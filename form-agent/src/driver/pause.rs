@@ -62,6 +62,10 @@ impl Driver {
             running.pause_again = Some(Instant::now() + RETRY);
             return;
         }
+        if self.is_another() && !self.become_itself().await {
+            return;
+        }
+        let Some(running) = &mut self.running else { return };
         running.paused.send_replace(false);
         let (known, was_ready, control) = (!running.process.paused, running.was_ready, running.process.control());
         running.process.paused = false;

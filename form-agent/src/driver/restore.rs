@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     agent::Agent,
+    create,
     desired::DesiredVm,
     snapshot::{self, restore},
     vm::{self, Disk},
@@ -115,6 +116,9 @@ impl Driver {
         }
         self.emit(EventKind::VmUnhealthy, format!("the snapshot {name} was not restored: {reason}"));
         let boot = desired.boot_digest();
+        if create::is_new_clone(&self.agent, &self.id) {
+            return self.end_for_good(boot, &format!("it cannot go on from the snapshot {name}: {reason}"));
+        }
         if let Some(running) = &mut self.running {
             if let Err(error) = running.process.stays_for(boot) {
                 tracing::warn!(vm = %self.id, "a restarted agent will start it again: {error}");

@@ -66,7 +66,7 @@ pub async fn deploy(State(agent): State<Shared>, request: Request) -> Result<(St
 )]
 pub async fn create(State(agent): State<Shared>, request: Request) -> Result<(StatusCode, Json<Operation>), ApiError> {
     let (caller, body) = changing(&agent, request).await?;
-    begin(agent, caller, Wanted::create(read_json(&body)?)).await
+    begin(agent, caller, Wanted::create(read_json(&body)?)?).await
 }
 
 async fn begin(agent: Shared, caller: Caller, wanted: Wanted) -> Result<(StatusCode, Json<Operation>), ApiError> {

@@ -92,7 +92,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("CloneRequest", json!(CloneRequest { name: copy })),
         ("CreateRequest", json!(create)),
         ("ClaimRequest", json!(ClaimRequest { secret: "5d".repeat(32) })),
-        ("CreateVmRequest", json!(CreateVmRequest { vm: deploy.clone(), start: true, disk_of: None })),
+        ("CreateVmRequest", json!(CreateVmRequest { vm: deploy.clone(), start: true, disk_of: None, fork_of: None })),
         ("DeployRequest", json!(deploy)),
         ("ImageConfig", json!(image_config(&name))),
         ("DoctorReport", json!(doctor())),

@@ -25,6 +25,9 @@ pub struct Details {
     pub pause_ms: Option<u64>,
     /// The line of the guest's log that was to come next: those before it are in the host's log already.
     pub next_log_sequence: u64,
+    /// It is another VM's, for this one to go on from once and become itself; then it is removed.
+    #[serde(default)]
+    pub is_shared: bool,
 }
 
 impl Details {

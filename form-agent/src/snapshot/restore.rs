@@ -11,7 +11,7 @@ use form_types::{Digest, Name, VmId};
 use form_vmm::machine;
 use serde::{Deserialize, Serialize};
 
-use super::{find, without_volumes};
+use super::{Details, find, without_volumes};
 use crate::{
     agent::{Agent, internal},
     desired::{DesiredVm, Restore},
@@ -70,6 +70,29 @@ pub fn check(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<Option<SavedM
         check_saved(saved, &details.request, name)?;
     }
     Ok(entry.saved)
+}
+
+/// Whether a new VM that is to be `request` can go on from the snapshot `name` of `source`. Ports are led by the host, and a guest learns its
+/// name anew.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_fork(agent: &Agent, source: &DesiredVm, name: &Name, request: &DeployRequest) -> Result<Details, ApiError> {
+    let conflict = |text: String, hint: &str| Err(ApiError::new(ErrorCode::Conflict, text).hint(hint));
+    if !request.spec.volumes.is_empty() {
+        return conflict("a VM that goes on from a snapshot has no volumes".to_owned(), "attach volumes to it later");
+    }
+    let (entry, details) = find(agent, &source.id, name)?;
+    let mut then = details.request.clone();
+    then.spec.ports.clone_from(&request.spec.ports);
+    if let Err(reason) = fits(&then, request, entry.saved.is_some(), &|image| agent.root_of(image)) {
+        let text = format!("vm/{} cannot go on from the snapshot `{name}` of vm/{}: {reason}", request.spec.name, source.name());
+        return conflict(text, "leave out what differs, and change it in the new VM");
+    }
+    if let Some(saved) = &entry.saved {
+        check_saved(saved, &details.request, name)?;
+    }
+    Ok(details)
 }
 
 fn check_saved(saved: &SavedMemory, request: &DeployRequest, name: &Name) -> Result<(), ApiError> {

@@ -44,6 +44,7 @@ pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Na
         request: vm.request.clone(),
         pause_ms: None,
         next_log_sequence: 0,
+        is_shared: false,
     };
     if matches!(state, VmState::Running | VmState::Paused) {
         let running = Running { agent, vm: &vm_id, directory: RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm_id) };

@@ -62,6 +62,10 @@ failpoints! {
     DiskCopied = "disk.copied",
     /// A clone has its disk; the state does not know the VM.
     CloneMade = "clone.made",
+    /// A new VM shares the snapshot that it is to go on from; the state does not know it.
+    ForkShared = "fork.shared",
+    /// A copy of a VM has been told who it is; the host has not noted that.
+    ForkTold = "fork.told",
     /// A disk has its name.
     DiskMade = "disk.made",
     /// The old disk is gone and the new one is not there.

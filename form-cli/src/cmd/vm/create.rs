@@ -132,7 +132,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     if let Some((manifest, store)) = found.local {
         upload_image(session, &client, &found.digest, &manifest, Arc::new(store)).await?;
     }
-    make(session, &client, CreateVmRequest { vm, start: !args.wishes.no_start, disk_of: None }).await
+    make(session, &client, CreateVmRequest { vm, start: !args.wishes.no_start, disk_of: None, fork_of: None }).await
 }
 
 /// Asks for a new VM and follows that to its end.

@@ -5,6 +5,7 @@ pub mod console;
 pub mod cp;
 pub mod create;
 pub mod exec;
+pub mod fork;
 pub mod logs;
 pub mod ls;
 pub mod pause;
@@ -33,6 +34,7 @@ pub enum Verb {
     Show(show::Args),
     Create(create::Args),
     Clone(clone::Args),
+    Fork(fork::Args),
     Start(start::Args),
     Stop(stop::Args),
     Restart(restart::Args),
@@ -60,6 +62,7 @@ impl Verb {
             Self::Show(args) => show::run(&args, session).await,
             Self::Create(args) => create::run(args, session).await,
             Self::Clone(args) => clone::run(args, session).await,
+            Self::Fork(args) => fork::run(args, session).await,
             Self::Start(args) => start::run(args, session).await,
             Self::Stop(args) => stop::run(args, session).await,
             Self::Restart(args) => restart::run(args, session).await,
