@@ -82,7 +82,7 @@ impl VirtioDevice for Vsock {
         let fresh = activation.queues.iter().all(|(_, queue, _)| queue.next_avail() == 0);
         let mut links = self.links.take().unwrap_or_default();
         if fresh {
-            links = Links::default();
+            links = Links::from_port(links.next_port());
         }
         let (session, rings) = rings("vsock", self.id(), activation, 3)?;
         let [receive, transmit, event] =
@@ -114,14 +114,15 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> serde_json::Value {
-        serde_json::to_value(VsockState { version: state::VERSION, cid: self.cid }).unwrap_or_default()
+        let next_port = self.links.as_ref().map_or(0, Links::next_port);
+        serde_json::to_value(VsockState { version: state::VERSION, cid: self.cid, next_port }).unwrap_or_default()
     }
 
     fn restore(&mut self, state: &serde_json::Value) -> Result<(), DeviceError> {
         let saved = VsockState::read(state)?;
         // Another address is fine, as for a copy of a snapshot: the guest reads it again with the reset.
         let _ = saved.cid;
-        self.links = Some(Links::default());
+        self.links = Some(Links::from_port(saved.next_port));
         self.announce_reset = true;
         Ok(())
     }

@@ -85,6 +85,16 @@ pub struct Links {
 }
 
 impl Links {
+    /// None yet; the first one gets this port, counted from the first port of host ends.
+    pub fn from_port(next_port: u32) -> Self {
+        Self { next_port: next_port % FIRST_PORT, ..Self::default() }
+    }
+
+    /// Which port the next stream gets, as for [`Links::from_port`].
+    pub const fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
     pub fn len(&self) -> usize {
         self.links.len()
     }

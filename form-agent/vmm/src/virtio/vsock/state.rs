@@ -12,6 +12,9 @@ pub const VERSION: u32 = 1;
 pub struct VsockState {
     pub version: u32,
     pub cid: u64,
+    /// The host's end of the next stream. The guest may still be closing streams of before, and would take a new one for one of those.
+    #[serde(default)]
+    pub next_port: u32,
 }
 
 impl VsockState {

@@ -369,6 +369,34 @@ fn a_restored_guest_is_told_that_its_streams_are_gone() {
     assert!(Vsock::new(2).is_err());
 }
 
+/// It closes those in its own time, and would take a new one with the same ports for one of them.
+#[test]
+fn a_restored_guest_gets_streams_on_ports_that_were_not_used_before() {
+    let mut guest = Guest::new(8);
+    let old = [guest.accept(65536), guest.accept(65536)].map(|(stream, _)| stream.host_port);
+    let queues = guest.device.stop();
+    let state = guest.device.save();
+    let mut device = Vsock::new(CID).unwrap();
+    device.restore(&state).unwrap();
+    device.activate(guest.driver.activation_of(queues, guest.features)).unwrap();
+    guest.device = device;
+    // What was on its way may still come before it.
+    let waiting = guest.connect(SOON);
+    let request = loop {
+        let (header, _) = guest.receive();
+        if header.operation == Operation::Request {
+            break header;
+        }
+    };
+    assert!(!old.contains(&request.source_port), "{old:?} {}", request.source_port);
+    guest.send(Stream { host_port: request.source_port, guest_port: PORT }, Operation::Response, b"", 0, 65536, 0);
+    waiting.join().unwrap().unwrap();
+    // A state of before says nothing of ports.
+    let mut older = guest.device.save();
+    older.as_object_mut().unwrap().remove("next_port");
+    Vsock::new(CID).unwrap().restore(&older).unwrap();
+}
+
 #[test]
 fn packets_of_no_stream_are_reset_and_a_deaf_guest_is_not_listened_to() {
     let mut guest = Guest::new(0);

@@ -84,7 +84,7 @@ impl VsockWorker {
             self.session.report(&fault);
             // The guest's side is lost until it is reset; do not let the host's ends wait for it.
             self.door.set_open(false);
-            self.links = Links::default();
+            self.links = Links::from_port(self.links.next_port());
         }
         self.poller = None;
         self
