@@ -164,4 +164,24 @@ fn systemd(host: &Host) {
     assert_eq!(run(None, check), "fits");
     assert!(run(None, "getent shadow root | cut -d: -f2").starts_with(['!', '*']), "nobody logs in as root");
     assert!(!run(None, "grep -rs change-me /etc /var/lib /run || true").contains("change-me"), "no clear text anywhere");
+    twin(host);
+}
+
+/// A copy of it while it runs: systemd and its services go on there, in another machine.
+fn twin(host: &Host) {
+    let _ = host.form(&["vm", "fork", "systemd", "twin", "--timeout", "300s"]).ok();
+    let both = |command: &str| (inside(host, "systemd", None, command), inside(host, "twin", None, command));
+    assert_eq!(both("cat /proc/sys/kernel/hostname /etc/hostname"), ("systemd\nsystemd".to_owned(), "twin\ntwin".to_owned()));
+    for own in ["cat /etc/machine-id", "ip -4 -o addr show eth0", "cat /sys/class/net/eth0/address"] {
+        let (one, other) = both(own);
+        assert!(!one.is_empty() && !other.is_empty() && one != other, "{own}: {one} {other}");
+    }
+    let since = "systemctl show --property=ActiveState --property=MainPID --property=NRestarts clock.service";
+    let (one, other) = both(since);
+    assert!(one.contains("ActiveState=active") && one.contains("NRestarts=0"), "{one}");
+    assert_eq!(one, other, "its service goes on as the process that it was");
+    assert_eq!(both("systemctl is-system-running"), ("running".to_owned(), "running".to_owned()));
+    let (_, groups) = both("ls /sys/fs/cgroup");
+    assert!(!groups.contains("form-held"), "{groups}");
+    let _ = host.form(&["destroy", "twin", "-y"]).ok();
 }
