@@ -76,6 +76,7 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("image ls", &[], Needs::Host),
     ("image show", &["nope"], Needs::Host),
     ("image rm", &["nope"], Needs::HostAndYes),
+    ("image pull", &["nonsense"], Needs::Nothing),
     ("image prune", &["--all"], Needs::Host),
     ("image history", &["nope"], Needs::Host),
     ("image verify", &["nope"], Needs::Host),

@@ -1,9 +1,12 @@
 //! What the commands that need no host print, byte by byte, and how they end.
 
+#[path = "support/registry.rs"]
+mod registry;
 mod support;
 
 use std::{io::Write, process::Stdio};
 
+use registry::Registry;
 use snapbox::{assert_data_eq, str};
 use support::{Place, Ran, ran};
 
@@ -458,4 +461,53 @@ fn a_passphrase_is_asked_for_at_a_terminal() {
     let with = |passphrase: &str| place.command(&["key", "passphrase", "--remove"]).env("FORM_PASSPHRASE", passphrase).status().unwrap();
     assert_eq!(with("other").code(), Some(4));
     assert_eq!(with("secret").code(), Some(0));
+}
+
+#[test]
+fn an_image_is_pulled_and_runs_as_it_says() {
+    let place = Place::new();
+    let registry = Registry::start(&serde_json::json!({"Env": ["A=1"], "Cmd": ["/hello", "world"], "ExposedPorts": {"80/tcp": {}}}));
+    let reference = format!("{}/tools/hello:1", registry.address);
+    let run = place.run(&["image", "pull", &reference]);
+    assert!(run.code == 0 && run.out.starts_with("hello:1  "), "{run:?}");
+    assert!(run.err.contains("layer 1 of 1: 2 KiB") && run.err.contains("listens on 80/tcp"), "{}", run.err);
+    assert_eq!(registry.asked().iter().filter(|line| line.contains("/blobs/")).count(), 2);
+    let listed = place.run(&["image", "show", "hello", "--local", "-o", "json"]).out;
+    assert!(listed.contains(&format!("FROM {reference}")), "{listed}");
+
+    // Again: one question, and the same image. Under another name, and a default registry for a name without one.
+    let again: serde_json::Value = serde_json::from_str(&place.run(&["image", "pull", &reference, "-o", "json"]).out).unwrap();
+    assert_eq!((&again["unchanged"], &again["version"]), (&true.into(), &1.into()));
+    assert_eq!(registry.asked(), ["HEAD /v2/tools/hello/manifests/1"]);
+    std::fs::create_dir_all(place.path("home/.config/form")).unwrap();
+    place.write("home/.config/form/config.yaml", &format!("registries: {{default: '{}/tools'}}\n", registry.address));
+    let run = place.run(&["image", "pull", "hello:1", "--name", "other", "-o", "name"]);
+    assert_eq!((run.code, run.out.as_str()), (0, "other:1\n"), "{}", run.err);
+    place.write("Formfile", "NAME app\nFROM hello:1\nCMD [\"/own\"]\n");
+    let run = place.run(&["build", "-o", "name"]);
+    assert_eq!((run.code, run.out.as_str()), (0, "app:1\n"), "{}", run.err);
+    assert!(place.read("Formfile.lock").contains("\"base\": \"sha256:"));
+}
+
+#[test]
+fn what_cannot_be_pulled_says_why_and_what_to_do() {
+    let place = Place::new();
+    let registry = Registry::start(&serde_json::Value::Null);
+    let failed = |args: &[&str]| {
+        let run = place.run(&[&["image", "pull", "-o", "json"], args].concat());
+        let error = error(&run);
+        (run.code, error["message"].as_str().unwrap().to_owned(), error["hint"].as_str().unwrap_or_default().to_owned())
+    };
+    let (code, message, hint) = failed(&["nginx:1.25"]);
+    assert_eq!((code, message.as_str()), (1, "`FROM nginx:1.25`: `nginx:1.25` names no registry"));
+    assert!(hint.contains("`default` below `registries`"), "{hint}");
+    let (code, message, _) = failed(&[&format!("{}/tools/hello:2", registry.address)]);
+    assert_eq!(code, 3, "{message}");
+    assert!(message.contains("has no tools/hello/manifests/2"), "{message}");
+    // A port that nothing listens on.
+    let (code, message, hint) = failed(&["127.0.0.1:1/tools/hello:1"]);
+    assert_eq!(code, 7, "{message}");
+    assert!(message.contains("127.0.0.1:1 does not answer") && hint.contains("--locked"), "{message} {hint}");
+    let run = place.run(&["image", "pull", &format!("{}/tools/my_hello", registry.address)]);
+    assert_eq!(run.code, 2, "{}", run.err);
 }

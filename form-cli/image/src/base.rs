@@ -14,10 +14,12 @@ use std::{
 use form_types::{Digest, ImageReference};
 
 use crate::{
-    BuildError, Cancel,
+    BuildError, Cancel, OciReference,
     apt::{self, Source},
+    copy,
     diff::{Diff, EPOCH, Entry, Kind, Meta, XattrValue},
     error::IoContext,
+    index::Index,
     sandbox::{CancellableRead, LineReader, keep_tail, kill},
     tarball::{self, Origin, Spool},
     tools::{self, search_path},
@@ -32,6 +34,7 @@ pub(crate) enum Base {
     Tarball(PathBuf),
     Image(ImageReference),
     Release { distribution: &'static str, codename: &'static str },
+    Registry(OciReference),
 }
 
 /// Releases by the names people write: distribution, version, code name.
@@ -59,11 +62,13 @@ const DPKG_OPTIONS: &[&str] = &[
 ];
 
 impl Base {
-    /// Understands the argument of `FROM`; paths are below the build context.
+    /// Understands the argument of `FROM`; paths are below the build context. `default` is the registry of names without one.
+    ///
+    /// The names of distributions are theirs, whichever registry is configured: `FROM debian:12` means one thing.
     ///
     /// # Errors
-    /// When it is none of ours: registries are not supported.
-    pub fn parse(from: &str, context: &Path) -> Result<Self, BuildError> {
+    /// When it is none of ours.
+    pub fn parse(from: &str, context: &Path, default: Option<&str>) -> Result<Self, BuildError> {
         let refuse = |reason: String| BuildError::Base { from: from.to_owned(), reason };
         if from == "scratch" {
             return Ok(Self::Scratch);
@@ -77,15 +82,19 @@ impl Base {
             return Ok(if meta.is_dir() { Self::Directory(path) } else { Self::Tarball(path) });
         }
         let (name, tag) = from.split_once(':').unwrap_or((from, ""));
-        let found =
-            RELEASES.iter().find(|(distribution, version, codename)| *distribution == name && (*version == tag || *codename == tag));
-        match found {
-            Some((distribution, _, codename)) => Ok(Self::Release { distribution, codename }),
-            None => Err(refuse(format!(
-                "images from registries are not supported yet; use `scratch`, `./directory`, `./rootfs.tar`, `image:NAME`, or one of {}",
-                RELEASES.iter().map(|(distribution, version, _)| format!("`{distribution}:{version}`")).collect::<Vec<_>>().join(", ")
-            ))),
+        if RELEASES.iter().any(|(distribution, ..)| *distribution == name) {
+            let found =
+                RELEASES.iter().find(|(distribution, version, codename)| *distribution == name && (*version == tag || *codename == tag));
+            let names = || RELEASES.iter().map(|(distribution, version, _)| format!("`{distribution}:{version}`")).collect::<Vec<_>>();
+            return match found {
+                Some((distribution, _, codename)) => Ok(Self::Release { distribution, codename }),
+                None => {
+                    let names = names().join(", ");
+                    Err(refuse(format!("there are {names}; an image of this name in a registry is written with its host, `HOST/{from}`")))
+                }
+            };
         }
+        OciReference::parse(from, default).map(Self::Registry).map_err(|source| BuildError::Registry { from: from.to_owned(), source })
     }
 }
 
@@ -254,6 +263,21 @@ pub(crate) fn clean_any(diff: &mut Diff, spool: &Spool) -> Result<(), BuildError
     Ok(())
 }
 
+/// Makes a directory with all that lead to it, unless the base has it.
+///
+/// # Errors
+/// When the way to it is a circle of links, or blocked by a file.
+pub(crate) fn make_directory(diff: &mut Diff, path: &str) -> Result<(), BuildError> {
+    let fail = |reason: String| BuildError::FileSystem { reason };
+    let mut index = Index::new();
+    index.apply(diff);
+    let path = TreePath::parse(path.as_bytes()).map_err(|error| fail(error.to_string()))?;
+    let path = index.resolve(&path).ok_or_else(|| fail(format!("{path} leads through a circle of symbolic links in the image")))?;
+    diff.entries.extend(copy::directory_diff(&index, &path).map_err(fail)?.entries);
+    diff.normalise();
+    Ok(())
+}
+
 /// Reads a root file system from a directory. What belongs to the caller belongs to root in the image.
 ///
 /// # Errors
@@ -379,15 +403,26 @@ mod tests {
     fn names_are_understood_or_refused_with_a_word() {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("rootfs.tar"), b"").unwrap();
-        let parse = |from: &str| Base::parse(from, directory.path());
+        let parse = |from: &str| Base::parse(from, directory.path(), None);
         assert_eq!(parse("debian:12").unwrap(), Base::Release { distribution: "debian", codename: "bookworm" });
         assert_eq!(parse("debian:bookworm").unwrap(), parse("debian:12").unwrap());
         assert!(matches!(parse("./rootfs.tar").unwrap(), Base::Tarball(_)));
         assert!(matches!(parse(".").unwrap(), Base::Directory(_)));
         assert!(matches!(parse("image:web:3").unwrap(), Base::Image(_)));
-        assert!(parse("docker.io/library/nginx:1").unwrap_err().to_string().contains("registries are not supported"));
+        assert!(matches!(parse("registry.example/library/nginx:1").unwrap(), Base::Registry(_)));
+        assert!(matches!(parse("nginx:1"), Err(BuildError::Registry { source: crate::OciError::NoRegistry { .. }, .. })));
         assert!(parse("./missing").unwrap_err().to_string().contains("cannot be read"));
         assert!(parse("image:Web").unwrap_err().to_string().contains("is not a name"));
+    }
+
+    #[test]
+    fn distributions_keep_their_names_whatever_registry_is_configured() {
+        let parse = |from: &str| Base::parse(from, Path::new("/nonexistent"), Some("registry.example/team"));
+        assert!(matches!(parse("debian:12").unwrap(), Base::Release { .. }));
+        assert!(matches!(parse("nginx:1").unwrap(), Base::Registry(reference) if reference.to_string() == "registry.example/team/nginx:1"));
+        assert!(matches!(parse("registry.example/debian:12").unwrap(), Base::Registry(_)));
+        let error = parse("debian:12-slim").unwrap_err().to_string();
+        assert!(error.contains("`debian:12`") && error.contains("`HOST/debian:12-slim`"), "{error}");
     }
 
     #[test]

@@ -29,6 +29,7 @@ use crate::{
     index::{Change, Index},
     layer::{Layer, LayerStore, RECIPE, TREE, read_json, write_json},
     lockfile::{Lock, installed_packages},
+    oci::{self, BlobStore, Defaults, OciDigest, OciError, OciReference, Registries, UnpackError},
     sandbox::{Finished, Input, Job, Sandbox, args},
     steps::{self, Program},
     tarball::{self, Origin, Spool},
@@ -42,11 +43,13 @@ pub struct BuildOptions {
     pub no_cache: bool,
     /// Look for newer packages in the base: do the base and all that follows again.
     pub refresh: bool,
-    /// Refuse package versions other than those in the lock file.
+    /// Take the base that is in the lock file, and refuse package versions other than those in it.
     pub locked: bool,
     /// Where the lock file is (`Formfile.lock` beside the Formfile); `None` writes none.
     pub lock_file: Option<PathBuf>,
     pub cancel: Cancel,
+    /// How images of registries are reached.
+    pub registries: Registries,
 }
 
 /// An image in the store.
@@ -56,6 +59,8 @@ pub struct BuiltImage {
     pub version: u32,
     pub digest: Digest,
     pub manifest: Manifest,
+    /// What the Formfile means on this base, passwords included: an image of a registry has defaults of its own.
+    pub spec: Spec,
     /// The store had it already, as its newest version.
     pub unchanged: bool,
     store: ImageStore,
@@ -105,6 +110,13 @@ struct Alias {
     layer: Digest,
 }
 
+/// What an image of a registry became, by its digest.
+#[derive(Serialize, Deserialize)]
+struct OciAlias {
+    layer: Digest,
+    defaults: Defaults,
+}
+
 impl Builder {
     pub fn new(paths: CachePaths) -> Self {
         Self { paths }
@@ -130,6 +142,7 @@ impl Builder {
         let _lock = lock(&self.paths.lock(), &options.cancel, observer)?;
         let layers = LayerStore::new(self.paths.layers());
         layers.remove_leftovers(&sandbox)?;
+        oci::BlobStore::new(self.paths.oci()).remove_leftovers();
         let locked = match (&options.lock_file, options.locked) {
             (Some(path), true) => Some(Lock::read(path)?.ok_or_else(|| BuildError::Locked {
                 differences: vec![format!("there is no {}; build once without --locked", path.display())],
@@ -144,6 +157,9 @@ impl Builder {
             layers,
             blocks: BlockStore::new(self.paths.blocks()),
             bases: self.paths.bases(),
+            oci: BlobStore::new(self.paths.oci()),
+            defaults: Defaults::default(),
+            base_digest: None,
             store: self.store(),
             sandbox,
             locked,
@@ -157,17 +173,21 @@ impl Builder {
         let (digest, manifest) = result?;
         cleaned?;
         let (version, unchanged) = self.store().add(&manifest)?;
-        if let Some(path) = options.lock_file.as_ref().filter(|_| !options.locked && !manifest.packages.is_empty()) {
-            let lock = Lock::new(&spec.from, manifest.packages.clone());
+        let base = work.base_digest;
+        let locks = !manifest.packages.is_empty() || base.is_some();
+        if let Some(path) = options.lock_file.as_ref().filter(|_| !options.locked && locks) {
+            let lock = Lock::new(&spec.from, base, manifest.packages.clone());
             if Lock::read(path).ok().flatten().as_ref() != Some(&lock) {
                 lock.write(path)?;
             }
         }
         observer.event(BuildEvent::Finished { digest, version, unchanged });
-        Ok(BuiltImage { name: spec.name.clone(), version, digest, manifest, unchanged, store: self.store() })
+        let spec = work.defaults.apply(spec);
+        Ok(BuiltImage { name: spec.name.clone(), version, digest, manifest, spec, unchanged, store: self.store() })
     }
 
-    /// Removes layers and blocks that no image needs. Gives back the bytes of blocks that went.
+    /// Removes layers and blocks that no image needs, and what was fetched from registries. Gives back the bytes of blocks and blobs that
+    /// went.
     ///
     /// # Errors
     /// Those of the disk; and when an image's manifest is damaged.
@@ -191,7 +211,8 @@ impl Builder {
         }
         let unwanted: Vec<OsString> = layers.names()?.into_iter().filter(|name| !wanted_layers.contains(name)).collect();
         layers.discard(&unwanted, &sandbox)?;
-        BlockStore::new(self.paths.blocks()).sweep(|digest| wanted_blocks.contains(digest))
+        let blobs = BlobStore::new(self.paths.oci()).clear().during("empty", self.paths.oci())?;
+        Ok(blobs + BlockStore::new(self.paths.blocks()).sweep(|digest| wanted_blocks.contains(digest))?)
     }
 }
 
@@ -224,6 +245,11 @@ struct Work<'a> {
     layers: LayerStore,
     blocks: BlockStore,
     bases: PathBuf,
+    oci: BlobStore,
+    /// What the base says about how it runs.
+    defaults: Defaults,
+    /// What the base is called in its registry.
+    base_digest: Option<OciDigest>,
     store: ImageStore,
     sandbox: Sandbox,
     locked: Option<Lock>,
@@ -294,7 +320,7 @@ impl<'a> Work<'a> {
             layer: layer.key,
             changed_blocks: layer.changed_blocks,
         });
-        Ok(Manifest::new(self.spec, Rootfs::new(top.blocks.clone()), top.packages.clone(), history.collect())?)
+        Ok(Manifest::new(&self.defaults.apply(self.spec), Rootfs::new(top.blocks.clone()), top.packages.clone(), history.collect())?)
     }
 
     fn top(&self) -> Result<&Layer, BuildError> {
@@ -341,9 +367,11 @@ impl<'a> Work<'a> {
                 })
             }
             Action::Step(StepAction::Run { command, env, workdir }) => {
-                let key = self.key("run", &(command, env, workdir))?;
+                let env = self.defaults.step_env(env);
+                let workdir = workdir.clone().or_else(|| self.defaults.workdir.clone());
+                let key = self.key("run", &(command, &env, &workdir))?;
                 self.layer(key, step, observer, |work, observer| {
-                    work.program(&steps::words(command), env, workdir.as_deref(), step, observer)
+                    work.program(&steps::words(command), &env, workdir.as_deref(), step, observer)
                 })
             }
             Action::Step(StepAction::Copy(copy)) => {
@@ -409,9 +437,10 @@ impl<'a> Work<'a> {
     fn base(&mut self, text: &str, observer: &mut dyn BuildObserver) -> Result<bool, BuildError> {
         let again = self.options.no_cache || self.options.refresh;
         let from = self.spec.from.clone();
-        let base = Base::parse(&from, self.context)?;
+        let base = Base::parse(&from, self.context, self.options.registries.default.as_deref())?;
         match base {
             Base::Image(reference) => self.image_base(&from, &reference),
+            Base::Registry(reference) => self.registry_base(&from, &reference, text, observer),
             Base::Release { distribution, codename } => {
                 let sources = base::release_sources(&from, codename)?;
                 let lines: Vec<String> = sources.iter().map(crate::apt::Source::line).collect();
@@ -474,6 +503,64 @@ impl<'a> Work<'a> {
         let chain = self.layers.chain(&top.layer).filter(|chain| chain.iter().all(|layer| self.blocks.has_all(&layer.blocks)));
         self.chain = chain.ok_or_else(|| refuse("its layers are no longer in the cache: build it again"))?;
         Ok(true)
+    }
+
+    /// Starts from an image of a registry. A tag is asked for at each build; what its digest names is fetched and unpacked once.
+    fn registry_base(
+        &mut self,
+        from: &str,
+        reference: &OciReference,
+        text: &str,
+        observer: &mut dyn BuildObserver,
+    ) -> Result<bool, BuildError> {
+        let (options, oci, limit) = (self.options, self.oci.clone(), self.spec.resources.disk_gib);
+        let (registries, cancel) = (&options.registries, &options.cancel);
+        let fail = |source: OciError| match source {
+            OciError::Cancelled => BuildError::Cancelled,
+            source => BuildError::Registry { from: from.to_owned(), source },
+        };
+        let pinned = match &self.locked {
+            Some(lock) => Some(lock.base_of(from)?),
+            None => reference.digest,
+        };
+        let digest = match pinned {
+            Some(digest) => digest,
+            None => oci::resolve(reference, registries, &oci, cancel).map_err(fail)?,
+        };
+        self.base_digest = Some(digest);
+        let alias_path = self.bases.join(format!("{}.json", Digest::of(&serde_json::to_vec(&(RECIPE, "oci", digest))?)));
+        if !options.no_cache
+            && let Some(alias) = read_json::<OciAlias>(&alias_path)
+            && self.cached(&alias.layer)
+        {
+            self.defaults = alias.defaults;
+            return Ok(true);
+        }
+        let mut line = |line: &str| observer.event(BuildEvent::Output { line });
+        line(&digest.to_string());
+        let fetched = oci::fetch(reference, digest, registries, &oci, limit, cancel, &mut line).map_err(fail)?;
+        if !fetched.defaults.ports.is_empty() {
+            line(&format!("the base listens on {}: publish what you want with EXPOSE", fetched.defaults.ports.join(", ")));
+        }
+        let key = self.key("oci", &fetched.manifest)?;
+        let same = !options.no_cache && self.cached(&key);
+        if !same {
+            line("unpacking");
+            let spool = self.spool()?;
+            let unpacked = oci::unpack(&fetched, &spool, limit, cancel).map_err(|error| match error {
+                UnpackError::Image(source) => fail(source),
+                UnpackError::Build(error) => error,
+            });
+            let mut diff = unpacked?;
+            base::clean_any(&mut diff, &spool)?;
+            if let Some(workdir) = &fetched.defaults.workdir {
+                base::make_directory(&mut diff, workdir)?;
+            }
+            self.finish(key, text, &diff, &spool)?;
+        }
+        write_json(&alias_path, &OciAlias { layer: key, defaults: fetched.defaults.clone() })?;
+        self.defaults = fetched.defaults;
+        Ok(same)
     }
 
     /// Runs a program of the image and captures what it changed.

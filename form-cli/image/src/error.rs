@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use form_types::Digest;
 
-use crate::store::StoreError;
+use crate::{oci::OciError, store::StoreError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
@@ -20,6 +20,8 @@ pub enum BuildError {
     Sandbox { reason: String },
     #[error("`FROM {from}`: {reason}")]
     Base { from: String, reason: String },
+    #[error("`FROM {from}`: {source}")]
+    Registry { from: String, source: OciError },
     #[error("line {line}: `COPY`: {reason}")]
     Copy { line: u32, reason: String },
     #[error("line {line}: `INSTALL`: {reason}")]

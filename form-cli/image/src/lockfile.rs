@@ -1,16 +1,19 @@
-//! `Formfile.lock`: which packages a build got, so that `--locked` can refuse others.
+//! `Formfile.lock`: which base and packages a build got, so that `--locked` can refuse others.
 
 use std::{collections::BTreeMap, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BuildError, error::IoContext, layer::write_whole};
+use crate::{BuildError, OciDigest, error::IoContext, layer::write_whole};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Lock {
     pub version: u32,
     pub from: String,
+    /// What the tag of a registry's image stood for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<OciDigest>,
     /// Name and version of every package in the image.
     pub packages: BTreeMap<String, String>,
 }
@@ -19,8 +22,8 @@ pub(crate) struct Lock {
 const SHOWN: usize = 20;
 
 impl Lock {
-    pub fn new(from: &str, packages: BTreeMap<String, String>) -> Self {
-        Self { version: 1, from: from.to_owned(), packages }
+    pub fn new(from: &str, base: Option<OciDigest>, packages: BTreeMap<String, String>) -> Self {
+        Self { version: 1, from: from.to_owned(), base, packages }
     }
 
     /// # Errors
@@ -41,6 +44,19 @@ impl Lock {
         let mut text = serde_json::to_vec_pretty(self)?;
         text.push(b'\n');
         write_whole(path, &text)
+    }
+
+    /// The locked digest of a base from a registry.
+    ///
+    /// # Errors
+    /// When another base is locked, or the lock was made before the base came from a registry.
+    pub fn base_of(&self, from: &str) -> Result<OciDigest, BuildError> {
+        let differences = match self.base {
+            Some(base) if self.from == from => return Ok(base),
+            Some(_) => vec![format!("`FROM {from}` was locked as `FROM {}`", self.from)],
+            None => vec![format!("no digest is locked for `FROM {from}`")],
+        };
+        Err(BuildError::Locked { differences })
     }
 
     /// What is other than locked. Packages that the image does not have (yet) are no difference while it is being built.
@@ -89,12 +105,26 @@ mod tests {
         let status = "Package: curl\nStatus: install ok installed\nVersion: 7.88\n\nPackage: old\nStatus: deinstall ok config-files\nVersion: 1\n\nPackage: zip\nStatus: install ok installed\nVersion: 3\n";
         let packages = installed_packages(status);
         assert_eq!(packages, BTreeMap::from([("curl".to_owned(), "7.88".to_owned()), ("zip".to_owned(), "3".to_owned())]));
-        let mut lock = Lock::new("debian:12", packages.clone());
+        let mut lock = Lock::new("debian:12", None, packages.clone());
         assert!(lock.differences("debian:12", &packages, true).is_empty());
         lock.packages.insert("curl".to_owned(), "7.87".to_owned());
         lock.packages.insert("jq".to_owned(), "1".to_owned());
         lock.packages.remove("zip");
         assert_eq!(lock.differences("debian:12", &packages, false).len(), 2);
         assert_eq!(lock.differences("debian:13", &packages, true).len(), 4);
+    }
+    #[test]
+    fn a_base_is_locked_by_its_digest() {
+        let digest = OciDigest::of(b"manifest");
+        let lock = Lock::new("registry.example/a:1", Some(digest), BTreeMap::new());
+        let text = serde_json::to_string(&lock).unwrap();
+        assert!(text.contains(&format!("\"base\":\"{digest}\"")), "{text}");
+        assert_eq!(serde_json::from_str::<Lock>(&text).unwrap(), lock);
+        assert_eq!(lock.base_of("registry.example/a:1").unwrap(), digest);
+        assert!(lock.base_of("registry.example/a:2").unwrap_err().to_string().contains("was locked as"));
+        // Files that were written before have no such line.
+        let old: Lock = serde_json::from_str(r#"{"version":1,"from":"debian:12","packages":{}}"#).unwrap();
+        assert!(old.base_of("debian:12").unwrap_err().to_string().contains("no digest is locked"));
+        assert!(!serde_json::to_string(&old).unwrap().contains("base"));
     }
 }

@@ -7,7 +7,8 @@ use std::{
 
 /// One directory with everything: `~/.cache/form` unless `XDG_CACHE_HOME` or the caller says otherwise.
 ///
-/// `layers/KEY/` a finished layer · `blocks/ab/DIGEST` compressed blocks · `bases/` what a base resolved to · `images/NAME/` manifests by
+/// `layers/KEY/` a finished layer · `blocks/ab/DIGEST` compressed blocks · `bases/` what a base resolved to · `oci/` blobs of
+/// registries · `images/NAME/` manifests by
 /// version · `kernel/DIGEST/` kernel bundles · `lock` held by the running build.
 #[derive(Clone, Debug)]
 pub struct CachePaths {
@@ -43,6 +44,10 @@ impl CachePaths {
         self.root.join("bases")
     }
 
+    pub(crate) fn oci(&self) -> PathBuf {
+        self.root.join("oci")
+    }
+
     pub(crate) fn images(&self) -> PathBuf {
         self.root.join("images")
     }
@@ -56,7 +61,7 @@ impl CachePaths {
     }
 
     pub(crate) fn create(&self) -> io::Result<()> {
-        for directory in [self.layers(), self.blocks(), self.bases(), self.images(), self.kernels()] {
+        for directory in [self.layers(), self.blocks(), self.bases(), self.oci(), self.images(), self.kernels()] {
             fs::create_dir_all(directory)?;
         }
         Ok(())

@@ -20,6 +20,8 @@ use crate::{
     tree_path::TreePath,
 };
 
+/// What errors of a stream call it.
+pub(crate) const STREAM: &str = "the tar stream";
 const OPAQUE: &str = "user.overlay.opaque";
 const XATTR_KEY: &str = "SCHILY.xattr.";
 
@@ -60,7 +62,7 @@ impl Spool {
                 Ok(0) => break,
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(source) => return Err(BuildError::Io { action: "read", path: "the tar stream".into(), source }),
+                Err(source) => return Err(BuildError::Io { action: "read", path: STREAM.into(), source }),
             };
             hasher.update(&buffer[..count]);
             file.write_all(&buffer[..count]).during("write", &temporary)?;
@@ -88,10 +90,12 @@ pub(crate) enum Origin {
     Overlay,
     /// A whole root file system.
     Root,
+    /// A layer of an image of a registry: its whiteouts are names, which the caller understands.
+    Layer,
 }
 
 fn stream_error(source: io::Error) -> BuildError {
-    BuildError::Io { action: "read", path: "the tar stream".into(), source }
+    BuildError::Io { action: "read", path: STREAM.into(), source }
 }
 
 /// Reads a tar stream to its end.
@@ -103,6 +107,31 @@ fn stream_error(source: io::Error) -> BuildError {
 /// When the stream is broken, a path leaves the tree, or the disk is full.
 pub(crate) fn read(stream: &mut dyn Read, origin: Origin, spool: &Spool) -> Result<Diff, BuildError> {
     let mut diff = Diff::default();
+    let mut removed = Vec::new();
+    read_each(stream, origin, spool, &mut removed, &mut |entry| {
+        diff.entries.push(entry);
+        Ok(())
+    })?;
+    diff.removed = removed;
+    diff.normalise();
+    // A layer's links may lead into what is below it.
+    if origin == Origin::Root {
+        check_links(&diff)?;
+    }
+    Ok(diff)
+}
+
+/// Reads a tar stream to its end, and hands on its entries as they come: with what is not normalised, and links that may lead nowhere.
+///
+/// # Errors
+/// As [`read`], and those of `each`.
+pub(crate) fn read_each(
+    stream: &mut dyn Read,
+    origin: Origin,
+    spool: &Spool,
+    removed: &mut Vec<TreePath>,
+    each: &mut dyn FnMut(Entry) -> Result<(), BuildError>,
+) -> Result<(), BuildError> {
     let mut archive = tar::Archive::new(stream);
     let mut extended = Extended::default();
     for entry in archive.entries().map_err(stream_error)?.raw(true) {
@@ -111,16 +140,11 @@ pub(crate) fn read(stream: &mut dyn Read, origin: Origin, spool: &Spool) -> Resu
             continue;
         }
         let extended = std::mem::take(&mut extended);
-        if let Some(entry) = read_entry(&mut entry, extended, origin, spool, &mut diff.removed)? {
-            diff.entries.push(entry);
+        if let Some(entry) = read_entry(&mut entry, extended, origin, spool, removed)? {
+            each(entry)?;
         }
     }
-    diff.normalise();
-    // A layer's links may lead into what is below it.
-    if origin == Origin::Root {
-        check_links(&diff)?;
-    }
-    Ok(diff)
+    Ok(())
 }
 
 /// A link that leads to nothing would be left out without a word.
@@ -264,6 +288,8 @@ impl Extended {
                 let seconds = text.split('.').next()?;
                 self.mtime = Some(if seconds.starts_with('-') { 0 } else { seconds.parse().ok()? });
             }
+            // The stored bytes of a file with holes are a map and its pieces.
+            _ if key.starts_with("GNU.sparse.") => return None,
             _ => {
                 if let Some(name) = key.strip_prefix(XATTR_KEY) {
                     self.xattrs.insert(name.to_owned(), XattrValue(value.to_vec()));
@@ -306,7 +332,7 @@ pub(crate) fn write(diff: &Diff, spool: &Spool, stream: &mut dyn Write) -> Resul
 }
 
 fn write_error(source: io::Error) -> BuildError {
-    BuildError::Io { action: "write", path: "the tar stream".into(), source }
+    BuildError::Io { action: "write", path: STREAM.into(), source }
 }
 
 fn write_entry(entry: &Entry, spool: &Spool, archive: &mut tar::Builder<&mut dyn Write>) -> Result<(), BuildError> {

@@ -1,3 +1,4 @@
+use form_image::BuiltImage;
 use form_types::{Digest, Name};
 use serde::Serialize;
 
@@ -28,6 +29,11 @@ struct Built {
 pub async fn run(args: Args, session: &Session) -> Outcome {
     let (source, spec) = args.build.load(session)?;
     let image = build::image(session, &args.build, &source, &spec).await?;
+    show(&image, session)
+}
+
+/// What was built, in one line.
+pub fn show(image: &BuiltImage, session: &Session) -> Outcome {
     let blocks = &image.manifest.rootfs.blocks;
     let built = Built {
         name: image.name.clone(),

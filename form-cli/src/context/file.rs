@@ -70,6 +70,13 @@ mod tests {
         fs::write(&path, "contexts: [{name: box, kind: sandbox, sandbox: /tmp/x}]").unwrap();
         let config = ConfigFile::load_from(path.clone()).unwrap().config;
         assert_eq!(config.contexts[0].kind, ContextKind::Sandbox);
+        fs::write(&path, "registries: {default: r.example/team, insecure: ['10.0.0.1:5000'], hosts: {r.example: api.r.example}}").unwrap();
+        let mut file = ConfigFile::load_from(path.clone()).unwrap();
+        assert_eq!(file.config.registries.default.as_deref(), Some("r.example/team"));
+        // Adding a host leaves them.
+        file.config.context_or_new(&"home".parse().unwrap());
+        file.save().unwrap();
+        assert_eq!(ConfigFile::load_from(path.clone()).unwrap().config.registries, file.config.registries);
         fs::write(&path, "contexts: 5").unwrap();
         assert!(ConfigFile::load_from(path).unwrap_err().error.message.contains("config.yaml"));
     }

@@ -6,6 +6,7 @@
 mod file;
 mod identity;
 mod passphrase;
+mod registries;
 mod sealed;
 mod target;
 
@@ -21,6 +22,7 @@ pub use self::{
         rewrite as rewrite_identity,
     },
     passphrase::Source as PassphraseSource,
+    registries::{RegistrySettings, registries},
     target::{LOCAL_SOCKET, Target, resolve},
 };
 use crate::failure::Failure;
@@ -34,6 +36,8 @@ pub struct Config {
     pub current: Option<Name>,
     #[serde(default)]
     pub contexts: Vec<Context>,
+    #[serde(default, skip_serializing_if = "RegistrySettings::is_empty")]
+    pub registries: RegistrySettings,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -85,7 +85,7 @@ mod tests {
         let context = |name: &str, hosts| Context { name: name.parse().unwrap(), kind: ContextKind::Cluster, hosts, sandbox: None };
         let contexts =
             vec![context("a", vec![host("one", "10.0.0.1"), host("two", "10.0.0.2")]), context("b", vec![host("one", "10.1.0.1")])];
-        Config { current: Some("a".parse().unwrap()), contexts }
+        Config { current: Some("a".parse().unwrap()), contexts, ..Config::default() }
     }
 
     fn address(target: Target) -> String {

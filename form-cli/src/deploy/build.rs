@@ -6,13 +6,15 @@ use std::{
     time::Duration,
 };
 
+use form_api::ErrorCode;
 use form_image::{
-    BuildError, BuildEvent, BuildObserver, BuildOptions, Builder, BuiltImage, CachePaths, Cancel, KernelBundle, kernel as bundles,
+    BuildError, BuildEvent, BuildObserver, BuildOptions, Builder, BuiltImage, CachePaths, Cancel, KernelBundle, OciError, kernel as bundles,
 };
 use form_types::Spec;
 use tokio::sync::mpsc;
 
 use crate::{
+    context::registries,
     failure::Failure,
     formfile_source::Source,
     session::Session,
@@ -28,7 +30,7 @@ pub struct BuildArgs {
     /// A value for an ARG of the Formfile
     #[arg(long = "build-arg", value_name = "KEY=VALUE", value_parser = build_arg)]
     pub build_args: Vec<(String, String)>,
-    /// Refuse package versions other than those of Formfile.lock
+    /// Take the base of Formfile.lock, and refuse package versions other than those in it
     #[arg(long)]
     pub locked: bool,
     /// Do every step again
@@ -102,14 +104,22 @@ pub fn cache() -> Result<CachePaths, Failure> {
 /// # Errors
 /// When a step fails, with its last lines.
 pub async fn image(session: &Session, args: &BuildArgs, source: &Source, spec: &Spec) -> Result<BuiltImage, Failure> {
-    let context = source.context();
     let options = BuildOptions {
         no_cache: args.no_cache,
         refresh: args.refresh,
         locked: args.locked,
         lock_file: lock_file(source),
         cancel: Cancel::new(),
+        registries: registries()?,
     };
+    image_of(session, spec, source.context(), options).await
+}
+
+/// As [`image`], for a spec that need not come from a file.
+///
+/// # Errors
+/// When a step fails, with its last lines.
+pub async fn image_of(session: &Session, spec: &Spec, context: PathBuf, options: BuildOptions) -> Result<BuiltImage, Failure> {
     let (builder, spec, cancel) = (Builder::new(cache()?), spec.clone(), options.cancel.clone());
     observed(session, &cancel, move |observer| builder.build(&spec, &context, &options, observer)).await
 }
@@ -236,6 +246,16 @@ fn no_room(failure: Failure, error: &BuildError) -> Failure {
     failure.tail("last lines of the step", tail).hint(hint)
 }
 
+/// What a registry's answer means for the program that asked us.
+const fn code(error: &OciError) -> ErrorCode {
+    match error {
+        OciError::NotFound { .. } => ErrorCode::NotFound,
+        OciError::Denied { .. } | OciError::Login { .. } => ErrorCode::NotAllowed,
+        OciError::Unreachable { .. } => ErrorCode::Unavailable,
+        _ => ErrorCode::Failed,
+    }
+}
+
 pub fn failure(error: &BuildError) -> Failure {
     let mut message = error.to_string();
     let mut cause = std::error::Error::source(error);
@@ -256,6 +276,10 @@ pub fn failure(error: &BuildError) -> Failure {
             failure.tail("last lines of the step", tail.clone()).hint("mend the step and build again: what came before it is cached")
         }
         BuildError::Cancelled => failure.hint("what was finished is cached: the next build goes on from there"),
+        BuildError::Registry { source, .. } => {
+            let failure = Failure::new(code(source), failure.error.message);
+            if let Some(hint) = source.hint() { failure.hint(hint) } else { failure }
+        }
         BuildError::Locked { .. } => failure.hint("build once without --locked to take the new versions"),
         _ => failure,
     }

@@ -41,7 +41,8 @@ pub async fn prepare(session: &Session, args: &build::BuildArgs) -> Result<(Clie
     let kernel = build::kernel(session).await?;
     let old = before.map(|detail| detail.desired.passwd_hashes).unwrap_or_default();
     let passwd_hashes = passwords::hashes(&spec, &old)?;
-    let request = DeployRequest { spec, passwd_hashes, image: image.digest, kernel: kernel.digest };
+    // On a base from a registry a Formfile means what that leaves open too.
+    let request = DeployRequest { spec: image.spec.clone(), passwd_hashes, image: image.digest, kernel: kernel.digest };
     Ok((client, Prepared { image, kernel, request }))
 }
 

@@ -49,6 +49,7 @@ impl Place {
             .env_remove("XDG_CONFIG_HOME")
             .env_remove("XDG_CACHE_HOME")
             .env_remove("COLUMNS")
+            .env_remove("DOCKER_CONFIG")
             .stdin(Stdio::null());
         command
     }

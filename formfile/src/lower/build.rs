@@ -215,6 +215,15 @@ fn base(text: &str) -> Result<String, Wrong> {
     ))
 }
 
+/// Distributions that are bootstrapped: their names mean no image of a registry.
+const DISTRIBUTIONS: [&str; 2] = ["debian", "ubuntu"];
+
+/// Whether a base, as [`base`] takes it, comes from a registry with a configuration of its own.
+pub(super) fn is_of_a_registry(from: &str) -> bool {
+    let name = from.split(':').next().unwrap_or_default();
+    !(from == "scratch" || from.starts_with("image:") || from.starts_with('.') || DISTRIBUTIONS.contains(&name))
+}
+
 /// `[HOST[:PORT]/]PATH[:TAG][@sha256:DIGEST]` of the OCI distribution specification.
 fn is_reference(text: &str) -> bool {
     let (rest, digest) = text.split_once('@').map_or((text, None), |(rest, digest)| (rest, Some(digest)));
@@ -316,6 +325,16 @@ mod tests {
             "host:x/y",
         ] {
             assert!(base(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn bases_of_registries_are_told_apart() {
+        for registry in ["registry.example/debian:12", "localhost:5000/a", "nginx:1.25", "nginx"] {
+            assert!(is_of_a_registry(registry), "{registry}");
+        }
+        for other in ["debian:12", "ubuntu:24.04", "scratch", "./rootfs", "image:web:3"] {
+            assert!(!is_of_a_registry(other), "{other}");
         }
     }
 

@@ -153,10 +153,13 @@ impl Lowerer<'_, '_> {
         if draft.networks.is_empty() {
             draft.networks.extend(DEFAULT_NETWORK.parse().ok());
         }
+        let from = draft.from.unwrap_or_else(|| DEFAULT_FROM.to_owned());
+        // Root is what `None` means, unless the base has a user of its own to be taken back.
+        let run_as = draft.run_as.filter(|user| user != "root" || build::is_of_a_registry(&from));
         Some(Spec {
             name: draft.name?.0,
             description: draft.description,
-            from: draft.from.unwrap_or_else(|| DEFAULT_FROM.to_owned()),
+            from,
             args: draft.args,
             steps: draft.steps,
             resources: Resources {
@@ -166,7 +169,7 @@ impl Lowerer<'_, '_> {
                 gpus: draft.gpus,
             },
             users: draft.users,
-            run_as: draft.run_as,
+            run_as,
             env: draft.env.into_iter().map(|((scope, key), value)| Env { scope, key, value }).collect(),
             workdir: draft.workdir,
             entrypoint: draft.entrypoint,

@@ -62,8 +62,8 @@ impl Lowerer<'_, '_> {
                 Fault::warning(Code::Overridden, word.span, "this takes the place of an earlier `USER` that chose who runs the service");
             self.faults.push(fault.related(earlier, "has no effect"));
         }
-        // Root is what `None` means, so both ways of saying it mean the same.
-        self.draft.run_as = (name != "root" && name != "0").then_some(name);
+        // Both ways of saying it mean the same.
+        self.draft.run_as = Some(if name == "0" { "root".to_owned() } else { name });
     }
 
     fn fields(&mut self, words: &[Word]) -> Fields {

@@ -3,6 +3,7 @@
 pub mod history;
 pub mod ls;
 pub mod prune;
+pub mod pull;
 pub mod rm;
 pub mod show;
 pub mod verify;
@@ -23,6 +24,7 @@ pub enum Verb {
     History(history::Args),
     Rm(rm::Args),
     Prune(prune::Args),
+    Pull(pull::Args),
     Verify(verify::Args),
 }
 
@@ -34,6 +36,7 @@ impl Verb {
             Self::History(args) => history::run(&args, session).await,
             Self::Rm(args) => rm::run(args, session).await,
             Self::Prune(args) => prune::run(args, session).await,
+            Self::Pull(args) => pull::run(args, session).await,
             Self::Verify(args) => verify::run(&args, session).await,
         }
     }
