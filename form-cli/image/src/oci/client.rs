@@ -19,6 +19,7 @@ use super::{
     challenge::{Challenge, Scheme},
     credentials::{self, Login},
     document::{MAX_DOCUMENT, accepted},
+    error::is_certificate,
     reference::is_loopback,
 };
 use crate::Cancel;
@@ -307,6 +308,7 @@ pub(crate) trait Sink {
 /// Whether asking again may help.
 fn is_passing(error: &OciError) -> bool {
     match error {
+        OciError::Unreachable { source, .. } if is_certificate(source) => false,
         OciError::Unreachable { source, .. } => {
             matches!(**source, ureq::Error::Io(_) | ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed | ureq::Error::Protocol(_))
         }

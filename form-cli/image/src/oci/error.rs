@@ -68,6 +68,9 @@ impl OciError {
                 "write `HOST/PATH:TAG`, or name a `default` below `registries` in ~/.config/form/config.yaml; \
                  other bases are `debian:12`, `scratch`, `image:NAME`, `./directory` and `./rootfs.tar`"
             }
+            Self::Unreachable { source, .. } if is_certificate(source) => {
+                "have the authority of its certificate among those of this machine (`update-ca-certificates`), or in a file that SSL_CERT_FILE names"
+            }
             Self::Unreachable { .. } => {
                 "a registry without TLS must be listed below `registries: insecure` in ~/.config/form/config.yaml; \
                  `form build --locked` needs no registry when the locked base is in the cache"
@@ -88,5 +91,33 @@ impl OciError {
             _ => return None,
         };
         Some(text.to_owned())
+    }
+}
+
+/// Whether a registry was found and its certificate refused.
+pub(super) fn is_certificate(error: &ureq::Error) -> bool {
+    let found = match error {
+        ureq::Error::Rustls(error) => Some(error),
+        ureq::Error::Io(error) => error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()),
+        _ => None,
+    };
+    matches!(found, Some(rustls::Error::InvalidCertificate(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::CertificateError;
+
+    use super::*;
+
+    #[test]
+    fn a_refused_certificate_has_its_own_hint() {
+        let hint = |source: rustls::Error| {
+            let source = Box::new(ureq::Error::Io(io::Error::new(io::ErrorKind::InvalidData, source)));
+            OciError::Unreachable { registry: "registry.example".to_owned(), source }.hint().unwrap()
+        };
+        assert!(hint(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)).contains("SSL_CERT_FILE"));
+        // An answer that is no TLS.
+        assert!(hint(rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType)).contains("insecure"));
     }
 }
