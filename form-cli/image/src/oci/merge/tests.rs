@@ -1,6 +1,8 @@
 use form_types::Digest;
+use proptest::prelude::*;
 
 use super::*;
+use crate::index::Index;
 
 fn path(text: &str) -> TreePath {
     TreePath::parse(text.as_bytes()).unwrap()
@@ -188,4 +190,47 @@ fn files_are_counted() {
     merger.add(file("c", "x")).unwrap();
     assert!(merger.is_too_many());
     assert!(merger.add(file("d", "x")).is_err());
+}
+
+/// Any entry: few names, so that they meet.
+fn any_entry() -> impl Strategy<Value = Entry> {
+    let part = prop::sample::select(vec!["a", "b", "c", ".wh.a", ".wh.b", ".wh..wh..opq"]);
+    let path = prop::collection::vec(part, 1..4).prop_map(|parts| parts.join("/"));
+    let target = prop::sample::select(vec!["a", "b", "a/b", "/b/c", "../../a", ".", "c/../b"]);
+    (path, 0..5, target).prop_map(|(path, kind, target)| match kind {
+        0 => directory(&path),
+        1 => symlink(&path, target),
+        2 => TreePath::parse(target.as_bytes()).map_or_else(|_| file(&path, "y"), |_| hard(&path, target)),
+        _ => file(&path, "x"),
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
+
+    /// Whatever the layers are: everything lies in a directory, and what comes out is a base like any other.
+    #[test]
+    fn any_layers_make_a_tree(layers in prop::collection::vec(prop::collection::vec(any_entry(), 0..12), 1..4)) {
+        let mut merger = Merger::new(1000);
+        for layer in layers {
+            merger.begin_layer();
+            for entry in layer {
+                // What leads nowhere is refused and leaves the tree as it was, or with a directory more.
+                let _ = merger.add(entry);
+            }
+        }
+        let diff = merger.finish();
+        let mut normal = diff.clone();
+        normal.normalise();
+        prop_assert_eq!(&normal, &diff);
+        let mut index = Index::new();
+        index.apply(&diff);
+        for entry in &diff.entries {
+            prop_assert!(index.get(&entry.path).is_some(), "{:?} is lost", entry);
+            let parent = entry.path.parent().unwrap();
+            prop_assert!(index.get(&parent).is_some_and(|node| node.is_directory()), "{:?} lies in no directory", entry);
+            let is_mark = entry.path.name().starts_with(WHITEOUT) && !matches!(entry.kind, Kind::Directory { .. });
+            prop_assert!(!is_mark, "{:?} is no file", entry);
+        }
+    }
 }
