@@ -4,6 +4,7 @@
 //! step, so that a crash at any point leaves only what the next [`Store::open`] removes.
 
 mod blocks;
+mod contents;
 mod copy;
 mod disks;
 mod durable;
@@ -12,6 +13,7 @@ mod images;
 mod kernels;
 mod lock;
 mod manifests;
+pub mod nbd;
 mod snapshots;
 mod volumes;
 
@@ -28,6 +30,7 @@ use form_types::{Digest, Name};
 use crate::blocks::{Assembler, Incoming, Stored};
 pub use crate::{
     blocks::{Comparison, STALE_AFTER},
+    contents::{Contents, Extent},
     disks::{DiskFiles, DiskFormat},
     error::{Result, StoreError},
     images::ImageEntry,

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Space,
     blocks::read_dir,
+    contents::Contents,
     copy::share_or_copy,
     disks::create,
     durable::{Draft, clear_temporary, make_dir, read_json, replace_file, retire, sync_dir, to_json, write_file},
@@ -157,16 +158,25 @@ impl Pool {
     /// behind then.
     pub fn create(&self, id: &VolumeId, format: VolumeFormat, size_bytes: u64) -> Result<VolumeEntry> {
         volume::check_size(size_bytes)?;
+        self.make(id, &Record { format, size_bytes }, |path| create_empty(path, format, size_bytes)?.sync_all())
+    }
+
+    /// Makes a volume that holds what `fill` writes to it.
+    ///
+    /// # Errors
+    /// As [`Pool::create`], and what `fill` fails with.
+    pub fn create_filled(
+        &self,
+        id: &VolumeId,
+        format: VolumeFormat,
+        size_bytes: u64,
+        fill: impl FnOnce(&Contents) -> io::Result<()>,
+    ) -> Result<VolumeEntry> {
+        volume::check_size(size_bytes)?;
         self.make(id, &Record { format, size_bytes }, |path| {
-            let file = create(path)?;
-            match format {
-                VolumeFormat::Raw => file.set_len(size_bytes)?,
-                VolumeFormat::Qcow2 => {
-                    let storage = ImageFile::try_from(file.try_clone()?)?;
-                    Qcow2::<ImageFile>::create_builder(storage).size(size_bytes).create()?;
-                }
-            }
-            file.sync_all()
+            let contents = Contents::of_file(create_empty(path, format, size_bytes)?, format, size_bytes, true)?;
+            fill(&contents)?;
+            contents.finish()
         })
     }
 
@@ -361,6 +371,19 @@ const fn file_name(format: VolumeFormat) -> &'static str {
         VolumeFormat::Raw => "volume.raw",
         VolumeFormat::Qcow2 => "volume.qcow2",
     }
+}
+
+/// A new file of an empty volume.
+fn create_empty(path: &Path, format: VolumeFormat, size_bytes: u64) -> io::Result<File> {
+    let file = create(path)?;
+    match format {
+        VolumeFormat::Raw => file.set_len(size_bytes)?,
+        VolumeFormat::Qcow2 => {
+            let storage = ImageFile::try_from(file.try_clone()?)?;
+            Qcow2::<ImageFile>::create_builder(storage).size(size_bytes).create()?;
+        }
+    }
+    Ok(file)
 }
 
 fn is_blank(file: &File, format: VolumeFormat) -> io::Result<bool> {
