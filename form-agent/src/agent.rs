@@ -31,6 +31,7 @@ use crate::{
     machine,
     operation::Operations,
     vm::{self, Link, dns_name},
+    volume::export::Exports,
 };
 
 /// What the daemon has opened by the time it can be an agent.
@@ -44,6 +45,7 @@ pub struct Parts {
     pub network: Network,
     pub events: Arc<Events>,
     pub operations: Operations,
+    pub exports: Exports,
     pub programs: Programs,
 }
 
@@ -67,6 +69,8 @@ pub struct Agent {
     pub network: Network,
     pub events: Arc<Events>,
     pub operations: Operations,
+    /// The volumes that are served over NBD.
+    pub exports: Exports,
     pub fleet: Fleet,
     pub programs: Programs,
     /// Held from the look at what is free until it is taken, so that two deploys do not both get the last of it.
@@ -105,6 +109,7 @@ impl Agent {
             network: parts.network,
             events: parts.events,
             operations: parts.operations,
+            exports: parts.exports,
             fleet: Fleet::new(),
             programs: parts.programs,
             admission: Mutex::default(),

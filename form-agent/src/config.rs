@@ -60,6 +60,11 @@ impl Paths {
         self.root.join("run/formation/agent.sock")
     }
 
+    /// A socket each volume that is exported there.
+    pub fn exports(&self) -> PathBuf {
+        self.root.join("run/formation/nbd")
+    }
+
     /// One directory a running VM.
     pub fn vm_runtime(&self) -> PathBuf {
         self.root.join("run/form-vm")

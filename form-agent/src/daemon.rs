@@ -24,7 +24,8 @@ use crate::{
     identity::Identity,
     lifecycle, machine,
     operation::Operations,
-    serve, snapshot, volume,
+    serve, snapshot,
+    volume::{self, export::Exports},
 };
 
 type Failure = Box<dyn Error>;
@@ -71,6 +72,7 @@ async fn serve_until_told(paths: Paths) -> Result<(), Failure> {
     stop.cancel();
     quic.finished().await;
     unix.finished().await;
+    tokio::task::spawn_blocking(move || agent.exports.end_all()).await?;
     Ok(())
 }
 
@@ -121,7 +123,9 @@ async fn open(paths: Paths) -> Result<Agent, Failure> {
     })?;
     let name = config.name.clone().or_else(machine::host_name).unwrap_or_else(|| identity.host_id().short());
     let operations = Operations::open(records, Arc::clone(&events))?;
-    Ok(Agent::new(Parts { paths, config, identity, name, replica, store, network, events, operations, programs }))
+    // The store is open, so no other agent has a socket there.
+    let exports = Exports::open(&paths.exports()).map_err(|error| format!("cannot make {}: {error}", paths.exports().display()))?;
+    Ok(Agent::new(Parts { paths, config, identity, name, replica, store, network, events, operations, exports, programs }))
 }
 
 fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
@@ -148,6 +152,9 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             | OperationKind::VolumeDetach
             | OperationKind::VolumeResize
             | OperationKind::VolumeClone
+            | OperationKind::VolumeImport
+            | OperationKind::VolumeExport
+            | OperationKind::VolumeUnexport
             | OperationKind::VolumeRemove => volume::operate::resume(agent, &record),
             OperationKind::ImageImport
             | OperationKind::ImageRemove

@@ -340,6 +340,7 @@ impl Rules for AgentRules {
                 Ok(vec![Write::put(Table::Vms, existing(name, authority, view)?.id, "run", Run::Stopped.as_str())])
             }
             ("DELETE", ["v1", "vms", name]) => Ok(vec![Write::remove(Table::Vms, existing(name, authority, view)?.id)]),
+            ("GET", ["v1", "volumes", name, "import"]) => volume::rules::import(name, &envelope.path, asked, view),
             (method, ["v1", "volumes", rest @ ..]) => volume::rules::derive(method, rest, &request.body, asked, view),
             _ => Err(Refusal::new(format!("{} {path} changes nothing in the state", envelope.method))),
         }

@@ -6,6 +6,7 @@ mod cmd;
 mod complete;
 mod context;
 mod deploy;
+mod disk_file;
 mod failure;
 mod formfile_source;
 mod operation;

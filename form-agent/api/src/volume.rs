@@ -1,11 +1,16 @@
 //! Volumes: disks with a life of their own, and the pools they live in.
 
-use std::path::PathBuf;
+//!
+//! What a volume holds travels after the Upgrades `form-import` and `form-contents` as [`crate::exec::Frame`]s. Who has the bytes sends [`Piece`]s
+//! (the client as `Stdin`, the agent as `Stdout`), in any order; what is not sent reads as zeros. The client's last frame is `StdinClosed`. The
+//! agent's last frame is `Exit` with code 0 when all of it has arrived, or was sent, else `Error`.
+
+use std::{net::SocketAddr, path::PathBuf};
 
 use form_types::{HostId, Name, VolumeFormat, VolumeId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Volume {
@@ -22,6 +27,9 @@ pub struct Volume {
     /// By which a guest finds it.
     pub serial: String,
     pub attachment: Option<Attachment>,
+    /// Where programs of the host reach it over NBD.
+    #[serde(default)]
+    pub export: Option<Export>,
     pub created_at: Timestamp,
     /// Why it cannot be used.
     pub fault: Option<String>,
@@ -63,6 +71,17 @@ impl AttachmentState {
             Self::Attached => "attached",
         }
     }
+}
+
+/// How a volume is served over NBD. It ends with the agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Export {
+    /// As NBD clients take it: `nbd+unix:///data?socket=/run/formation/nbd/data.sock`, `nbd://127.0.0.1:10809/data`.
+    pub uri: String,
+    /// Clients may write; meanwhile nothing else has the volume.
+    pub writable: bool,
+    /// Clients that are connected now.
+    pub clients: u32,
 }
 
 /// `POST /v1/volumes`
@@ -109,6 +128,66 @@ pub struct CloneRequest {
     pub name: Name,
 }
 
+/// `POST /v1/volumes/{name}/export`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExportRequest {
+    /// Let clients write.
+    #[serde(default)]
+    pub writable: bool,
+    /// An address of the loopback interface, port 0 for any. Without it: a Unix socket.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub listen: Option<SocketAddr>,
+}
+
+/// `GET /v1/volumes/{name}/import`: the new volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct ImportQuery {
+    /// A multiple of 512.
+    #[param(minimum = 16_777_216, maximum = 70_368_744_177_664_i64, multiple_of = 512)]
+    pub size_bytes: u64,
+    /// How its bytes are kept; raw without it.
+    #[serde(default)]
+    pub format: VolumeFormat,
+    /// `local` without it.
+    #[serde(default)]
+    pub pool: Option<Name>,
+}
+
+impl ImportQuery {
+    /// The empty volume that is filled.
+    pub fn volume(self, name: Name) -> CreateRequest {
+        CreateRequest { name, size_bytes: self.size_bytes, format: self.format, pool: self.pool }
+    }
+}
+
+/// Bytes of a volume that are consecutive: in a frame the offset (u64, little-endian), then the bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    pub offset: u64,
+    pub bytes: Vec<u8>,
+}
+
+impl Piece {
+    /// The most bytes of one piece: less than fits in a frame, so that pieces of data do not cross what disks and images are cut into.
+    pub const MAX_BYTES: usize = crate::exec::MAX_PAYLOAD / 2;
+
+    /// The payload of a frame.
+    pub fn encode(offset: u64, bytes: &[u8]) -> Vec<u8> {
+        [&offset.to_le_bytes()[..], bytes].concat()
+    }
+
+    /// None when the payload is too short to be one.
+    pub fn decode(mut payload: Vec<u8>) -> Option<Self> {
+        let offset = u64::from_le_bytes(*payload.first_chunk()?);
+        payload.drain(..size_of::<u64>());
+        Some(Self { offset, bytes: payload })
+    }
+}
+
 /// A place that volumes live in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Pool {
@@ -141,5 +220,19 @@ impl PoolKind {
         match self {
             Self::Local => "local",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_read_as_they_are_written() {
+        let encoded = Piece::encode(0x0102_0304, b"bytes");
+        assert_eq!(encoded[..8], [4, 3, 2, 1, 0, 0, 0, 0]);
+        assert_eq!(Piece::decode(encoded), Some(Piece { offset: 0x0102_0304, bytes: b"bytes".to_vec() }));
+        assert_eq!(Piece::decode(vec![0; 7]), None);
+        assert!(Piece::encode(0, &[0; Piece::MAX_BYTES]).len() <= crate::exec::MAX_PAYLOAD);
     }
 }

@@ -17,7 +17,9 @@ use form_api::{
     snapshot::{Consistency, RestoreRequest, Snapshot, SnapshotRequest},
     stats::{DiskRates, DiskStats, HealthReport, NetworkRates, NetworkStats, PartHealth, VmStats},
     vm::{GuestDevice, GuestReport, Health, LogCursor, LogLine, LogStream, PublishedPort, Vm, VmDetail, VmState},
-    volume::{AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, Pool, PoolKind, ResizeRequest, Volume},
+    volume::{
+        AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, ExportRequest, Pool, PoolKind, ResizeRequest, Volume,
+    },
 };
 use form_types::{
     ClusterId, Digest, HostId, IdempotencyKey, ImageReference, Name, OperationId, SecretKey, Spec, VmId, VolumeFormat, VolumeId,
@@ -99,6 +101,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("ErrorBody", json!(ErrorBody { error: refusal() })),
         ("Event", json!(event)),
         ("ExecRequest", json!(exec)),
+        ("ExportRequest", json!(ExportRequest { writable: true, listen: Some("127.0.0.1:10809".parse().ok()?) })),
         ("HealthReport", json!(health())),
         ("Host", json!(host())),
         ("Image", json!(image(&name))),
@@ -367,6 +370,7 @@ fn volume(name: &Name, pool: &Name, vm: &Name) -> Volume {
         allocated_bytes: Some(187_432_960),
         serial: id.serial(),
         attachment: Some(attachment),
+        export: None,
         created_at: at(0),
         fault: None,
     }

@@ -94,6 +94,10 @@ api! {
     volume::detach,
     volume::resize,
     volume::clone,
+    volume::export,
+    volume::unexport,
+    volume::import,
+    volume::contents,
     volume::remove,
     volume::pools,
     volume::pool,
@@ -212,8 +216,8 @@ fn parsed<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T,
 }
 
 /// A query string as what it should be.
-fn query<T: serde::de::DeserializeOwned>(parts: &Parts) -> Result<T, ApiError> {
-    let query = axum::extract::Query::<T>::try_from_uri(&parts.uri)
+fn query<T: serde::de::DeserializeOwned>(uri: &http::Uri) -> Result<T, ApiError> {
+    let query = axum::extract::Query::<T>::try_from_uri(uri)
         .map_err(|error| ApiError::new(ErrorCode::Invalid, format!("the query does not fit: {}", error.body_text())))?;
     Ok(query.0)
 }

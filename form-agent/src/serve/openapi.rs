@@ -144,8 +144,8 @@ pub struct UpgradeHeaders {
     /// `upgrade`
     #[param(pattern = "^upgrade$")]
     connection: String,
-    /// `form-exec`, `form-copy`, `form-console` or `form-forward`, as the path wants
-    #[param(pattern = "^form-(exec|copy|console|forward)$")]
+    /// `form-exec`, `form-copy`, `form-console`, `form-forward`, `form-import` or `form-contents`, as the path wants
+    #[param(pattern = "^form-(exec|copy|console|forward|import|contents)$")]
     upgrade: String,
 }
 
@@ -269,7 +269,7 @@ mod tests {
         for (name, _) in example::all() {
             assert!(document["components"]["schemas"][name]["examples"][0].is_object(), "{name} has no example");
         }
-        assert_eq!(example::all().len(), 35);
+        assert_eq!(example::all().len(), 36);
         // Two types of one name would be described as one.
         let has = |schema: &str, property: &str| document["components"]["schemas"][schema]["properties"].get(property).is_some();
         assert!(has("Volume", "serial") && has("SpecVolume", "path") && !has("SpecVolume", "serial"));
@@ -292,7 +292,14 @@ mod tests {
     fn only_what_changes_something_is_signed() {
         let document = document();
         let unsigned = ["/v1/plan", "/v1/images/missing", "/v1/blocks", "/v1/manifests/{digest}"];
-        let upgrades = ["/v1/vms/{name}/exec", "/v1/vms/{name}/copy", "/v1/vms/{name}/console", "/v1/vms/{name}/forward"];
+        let upgrades = [
+            "/v1/vms/{name}/exec",
+            "/v1/vms/{name}/copy",
+            "/v1/vms/{name}/console",
+            "/v1/vms/{name}/forward",
+            "/v1/volumes/{name}/import",
+            "/v1/volumes/{name}/contents",
+        ];
         for (path, method, operation) in operations(&document) {
             let signed = operation["security"].as_array().unwrap().iter().any(|one| one.get("signature").is_some());
             let changes = (method != "get" && !unsigned.contains(&path.as_str())) || upgrades.contains(&path.as_str());

@@ -33,7 +33,7 @@ const MAX_WAIT: Duration = Duration::from_secs(60);
 )]
 pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Json<Vec<Operation>>, ApiError> {
     let (parts, _) = reading(&agent, request).await?;
-    let limit = query::<OperationsQuery>(&parts)?.limit.unwrap_or(DEFAULT_LIMIT).min(MAX_LIMIT);
+    let limit = query::<OperationsQuery>(&parts.uri)?.limit.unwrap_or(DEFAULT_LIMIT).min(MAX_LIMIT);
     blocking(move || agent.operations.list(limit)).await.map(Json)
 }
 
@@ -50,7 +50,7 @@ pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Json<
 pub async fn show(State(agent): State<Shared>, Segment(id): Segment, request: Request) -> Result<Json<Operation>, ApiError> {
     let (parts, _) = reading(&agent, request).await?;
     let id = parsed(&id)?;
-    match query::<WaitQuery>(&parts)?.wait_ms {
+    match query::<WaitQuery>(&parts.uri)?.wait_ms {
         Some(wait) => agent.operations.wait(id, Duration::from_millis(wait).min(MAX_WAIT)).await.map(Json),
         None => agent.operations.get(id).map(Json),
     }

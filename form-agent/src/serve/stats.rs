@@ -52,7 +52,7 @@ fn all_vms(agent: &Shared) -> Vec<DesiredVm> {
 )]
 pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Json<Vec<VmStats>>, ApiError> {
     let (parts, _) = reading(&agent, request).await?;
-    let interval = interval(&query(&parts)?)?;
+    let interval = interval(&query(&parts.uri)?)?;
     Ok(Json(stats::of(&agent, all_vms(&agent), interval).await))
 }
 
@@ -71,7 +71,7 @@ pub async fn show(State(agent): State<Shared>, Segment(name): Segment, request: 
     let vm = agent.vm_named(&parsed(&name)?)?;
     let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
     action::check(Action::Stats, state, vm.name())?;
-    let interval = interval(&query(&parts)?)?;
+    let interval = interval(&query(&parts.uri)?)?;
     let found = stats::of(&agent, vec![vm], interval).await.pop();
     found.map(Json).ok_or_else(|| ApiError::new(ErrorCode::Internal, "nothing was found out"))
 }

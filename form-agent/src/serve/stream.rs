@@ -134,7 +134,7 @@ pub async fn exec(State(agent): State<Shared>, Segment(name): Segment, request: 
 )]
 pub async fn copy(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Result<Response, ApiError> {
     let (mut request, parts, name) = authorised(&agent, request, &name)?;
-    let asked: CopyQuery = query(&parts)?;
+    let asked: CopyQuery = query(&parts.uri)?;
     let direction = asked.direction;
     let to_guest = copy_request(asked)?;
     let control = control_of(&agent, &name, Action::Copy)?;
@@ -215,7 +215,7 @@ async fn relay(
     reader.abort();
 }
 
-async fn read_frame(from: &mut (impl AsyncRead + Unpin + Send)) -> std::io::Result<exec::Frame> {
+pub(super) async fn read_frame(from: &mut (impl AsyncRead + Unpin + Send)) -> std::io::Result<exec::Frame> {
     let mut header = [0; exec::HEADER];
     from.read_exact(&mut header).await?;
     let (kind, length) = exec::Frame::parse_header(&header).map_err(std::io::Error::other)?;
@@ -315,7 +315,7 @@ pub async fn console(State(agent): State<Shared>, Segment(name): Segment, reques
 )]
 pub async fn forward(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Result<Response, ApiError> {
     let (mut request, parts, name) = authorised(&agent, request, &name)?;
-    let port = query::<ForwardQuery>(&parts)?.port;
+    let port = query::<ForwardQuery>(&parts.uri)?.port;
     let control = control_of(&agent, &name, Action::Forward)?;
     let mut guest = Connection::open(&control, &protocol::Request::Forward { port }).await.map_err(|error| guest_error(&error))?;
     if guest.reply().await.map_err(|error| guest_error(&error))? != Reply::Connected {
@@ -353,13 +353,9 @@ mod tests {
         }
     }
 
-    fn asked(query: &str) -> Result<protocol::Request, ApiError> {
-        let uri: http::Uri = format!("http://agent/v1/vms/web/copy?{query}").parse().unwrap();
-        copy_request(query_of(&uri)?)
-    }
-
-    fn query_of(uri: &http::Uri) -> Result<CopyQuery, ApiError> {
-        query(&Request::get(uri).body(axum::body::Body::empty()).unwrap().into_parts().0)
+    fn asked(text: &str) -> Result<protocol::Request, ApiError> {
+        let uri: http::Uri = format!("http://agent/v1/vms/web/copy?{text}").parse().unwrap();
+        copy_request(query(&uri)?)
     }
 
     #[test]

@@ -258,7 +258,7 @@ pub async fn logs(State(agent): State<Shared>, Segment(name): Segment, request: 
     let vm = agent.vm_named(&name)?;
     let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
     action::check(Action::Logs, state, &name)?;
-    let wanted: LogsQuery = query(&parts)?;
+    let wanted: LogsQuery = query(&parts.uri)?;
     if wanted.console {
         let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm.id);
         let kept = agent.log_directory(&vm.id).join("console.log");

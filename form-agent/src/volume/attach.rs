@@ -16,10 +16,11 @@ pub struct Ready {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("volume/{name}: {source}")]
-pub struct AttachError {
-    name: Name,
-    source: StoreError,
+pub enum AttachError {
+    #[error("volume/{name}: {source}")]
+    Store { name: Name, source: StoreError },
+    #[error("volume/{name} is exported over NBD, at {uri}: end that with `form volume unexport {name}`")]
+    Exported { name: Name, uri: String },
 }
 
 /// Opens all volumes that the VM should have, in the order of their ids. Blocks, also while a volume changes hands: what the state says
@@ -37,6 +38,10 @@ pub fn open(agent: &Agent, vm: &DesiredVm) -> Result<Vec<Ready>, AttachError> {
 
 fn open_one(agent: &Agent, volume: DesiredVolume) -> Result<Ready, AttachError> {
     let (read_only, path) = volume.attached.as_ref().map_or((true, None), |attached| (attached.read_only, attached.path.clone()));
+    // Both may read.
+    if let Some(export) = agent.exports.of(&volume.id).filter(|export| export.writable || !read_only) {
+        return Err(AttachError::Exported { name: volume.name, uri: export.uri });
+    }
     let open = || {
         let pool = agent.store.pool(&volume.pool)?;
         let entry = pool.ensure(&volume.id, volume.format, volume.size_bytes)?;
@@ -47,7 +52,7 @@ fn open_one(agent: &Agent, volume: DesiredVolume) -> Result<Ready, AttachError> 
     };
     match open() {
         Ok(open) => Ok(Ready { volume, open, read_only, path }),
-        Err(source) => Err(AttachError { name: volume.name, source }),
+        Err(source) => Err(AttachError::Store { name: volume.name, source }),
     }
 }
 

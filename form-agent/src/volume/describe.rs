@@ -43,6 +43,7 @@ pub fn volume(agent: &Agent, volume: &DesiredVolume) -> Volume {
         allocated_bytes,
         serial: volume.id.serial(),
         attachment: volume.attached.as_ref().and_then(|attached| attachment(agent, &volume.id, attached)),
+        export: agent.exports.of(&volume.id),
         created_at: volume.created_at,
         fault,
     }

@@ -2,9 +2,11 @@
 
 pub mod attach;
 pub mod describe;
+pub mod export;
 pub mod operate;
 pub mod plan;
 pub mod rules;
+pub mod transfer;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use form_api::{
     ApiError, ErrorCode,
     operation::{Operation, OperationKind},
-    volume::{AttachRequest, CloneRequest, CreateRequest, ResizeRequest},
+    volume::{AttachRequest, CloneRequest, CreateRequest, ExportRequest, ResizeRequest},
 };
 use form_state::Table;
 use form_store::{Hold, Pool, StoreError};
 use form_types::{Failpoint, Name, OperationId, VolumeFormat, VolumeId, failpoint::reach};
 use serde::{Deserialize, Serialize};
 
-use super::{DesiredVolume, describe, of_vm, rules};
+use super::{DesiredVolume, describe, export, of_vm, rules};
 use crate::{
     agent::{Agent, internal},
     authorise::{Caller, SignedRequest},
@@ -29,6 +29,10 @@ pub enum Change {
     Detach,
     Resize(ResizeRequest),
     Clone(CloneRequest),
+    /// The new volume, which comes from elsewhere.
+    Import(CreateRequest),
+    Export(ExportRequest),
+    Unexport,
     Remove,
 }
 
@@ -40,6 +44,9 @@ impl Change {
             Self::Detach => OperationKind::VolumeDetach,
             Self::Resize(_) => OperationKind::VolumeResize,
             Self::Clone(_) => OperationKind::VolumeClone,
+            Self::Import(_) => OperationKind::VolumeImport,
+            Self::Export(_) => OperationKind::VolumeExport,
+            Self::Unexport => OperationKind::VolumeUnexport,
             Self::Remove => OperationKind::VolumeRemove,
         }
     }
@@ -47,12 +54,19 @@ impl Change {
 
 /// What is remembered of a change under way.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Progress {
+pub(super) struct Progress {
     /// The volume that is made, changed or removed.
-    id: VolumeId,
-    pool: Name,
-    change: Change,
+    pub(super) id: VolumeId,
+    pub(super) pool: Name,
+    pub(super) change: Change,
     request: SignedRequest,
+}
+
+/// How [`open`] went.
+pub(super) enum Opened {
+    New(OperationId, Box<Progress>),
+    /// The same request was made before.
+    Repeated(Box<Operation>),
 }
 
 /// Begins a change of the volume `name`; for [`Change::Create`] and [`Change::Clone`] that is the new one, and the source.
@@ -60,6 +74,23 @@ struct Progress {
 /// # Errors
 /// What stands in the way before anything is changed.
 pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -> Result<Operation, ApiError> {
+    let (id, progress) = match open(agent, caller, name, change)? {
+        Opened::Repeated(operation) => return Ok(*operation),
+        Opened::New(id, progress) => (id, progress),
+    };
+    let (task_agent, name) = (Arc::clone(agent), name.clone());
+    tokio::task::spawn_blocking(move || {
+        let result = perform(&task_agent, &name, &progress);
+        task_agent.operations.finish(id, result);
+    });
+    agent.operations.get(id)
+}
+
+/// Checks and records a change; whoever gets a new one does it, and finishes it.
+///
+/// # Errors
+/// What stands in the way before anything is changed.
+pub(super) fn open(agent: &Agent, caller: &Caller, name: &Name, change: Change) -> Result<Opened, ApiError> {
     let subject = match &change {
         Change::Clone(request) => format!("volume/{}", request.name),
         _ => format!("volume/{name}"),
@@ -84,25 +115,21 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -
         check(agent, name, &change)?;
     }
     let id = match agent.operations.begin(opening)? {
-        Begun::Repeated(operation) => return Ok(*operation),
+        Begun::Repeated(operation) => return Ok(Opened::Repeated(operation)),
         Begun::New(id) => id,
     };
     match remember(agent, caller, id, name, change) {
-        Ok(progress) => {
-            let (agent, name) = (Arc::clone(agent), name.clone());
-            tokio::task::spawn_blocking(move || {
-                let result = perform(&agent, &name, &progress);
-                agent.operations.finish(id, result);
-            });
+        Ok(progress) => Ok(Opened::New(id, Box::new(progress))),
+        Err(error) => {
+            agent.operations.finish(id, Err(error.clone()));
+            Err(error)
         }
-        Err(error) => agent.operations.finish(id, Err(error)),
     }
-    agent.operations.get(id)
 }
 
 fn remember(agent: &Agent, caller: &Caller, id: OperationId, name: &Name, change: Change) -> Result<Progress, ApiError> {
     let (id_of_it, pool) = match &change {
-        Change::Create(request) => (
+        Change::Create(request) | Change::Import(request) => (
             VolumeId::derive(&caller.key, &caller.idempotency_key, request.name.as_str()),
             request.pool.clone().unwrap_or_else(form_store::local_pool),
         ),
@@ -124,7 +151,7 @@ fn remember(agent: &Agent, caller: &Caller, id: OperationId, name: &Name, change
 fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
     let view = agent.view();
     let fault = rules::VolumeFault::into_api;
-    if let Change::Create(request) = change {
+    if let Change::Create(request) | Change::Import(request) = change {
         agent.store.pool(request.pool.as_ref().unwrap_or(&form_store::local_pool())).map_err(|error| store_error(&error))?;
         return rules::check_new(&request.name, request.size_bytes, &view).map_err(fault);
     }
@@ -133,29 +160,65 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
         return Err(fault(rules::VolumeFault::NotYours(volume.name)));
     }
     match change {
-        Change::Create(_) => Ok(()),
+        Change::Create(_) | Change::Import(_) => Ok(()),
+        Change::Export(request) => {
+            export::check(request)?;
+            not_exported(agent, &volume, "be exported once more", Whatever)?;
+            not_held(agent, &volume, "be exported")
+        }
+        Change::Unexport => match agent.exports.of(&volume.id) {
+            Some(_) => Ok(()),
+            None => Err(ApiError::new(ErrorCode::Conflict, format!("volume/{name} is not exported")).hint("see `form volume show`")),
+        },
         Change::Attach(request) => {
             let vm = rules::check_attach(&volume, request, &view).map_err(fault)?;
+            not_exported(agent, &volume, "be attached", Whatever)?;
             if describe::held_by(agent, &vm).contains(&volume.id) { Ok(()) } else { not_held(agent, &volume, "be attached") }
         }
         Change::Detach => {
             rules::check_detach(&volume).map_err(fault)?;
+            not_exported(agent, &volume, "be detached", Writable)?;
             not_held(agent, &volume, "be detached")
         }
-        Change::Resize(request) => rules::check_resize(&volume, request.size_bytes).map_err(fault),
+        Change::Resize(request) => {
+            rules::check_resize(&volume, request.size_bytes).map_err(fault)?;
+            not_exported(agent, &volume, "be resized", Whatever)
+        }
         Change::Clone(request) => {
             rules::check_new(&request.name, volume.size_bytes, &view).map_err(fault)?;
+            not_exported(agent, &volume, "be cloned", Writable)?;
             not_held(agent, &volume, "be cloned")
         }
         Change::Remove => {
             rules::check_remove(&volume, &view).map_err(fault)?;
+            not_exported(agent, &volume, "be removed", Writable)?;
             not_held(agent, &volume, "be removed")
         }
     }
 }
 
+/// Which exports of a volume stand in the way of a change.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Exported {
+    Writable,
+    Whatever,
+}
+
+use Exported::{Whatever, Writable};
+
+pub(super) fn not_exported(agent: &Agent, volume: &DesiredVolume, what: &str, which: Exported) -> Result<(), ApiError> {
+    match agent.exports.of(&volume.id).filter(|export| export.writable || which == Whatever) {
+        Some(export) => {
+            let how = if export.writable { " for writing" } else { "" };
+            let text = format!("volume/{} is exported over NBD{how}, at {}, and cannot {what} meanwhile", volume.name, export.uri);
+            Err(ApiError::new(ErrorCode::Conflict, text).hint(format!("end that first: `form volume unexport {}`", volume.name)))
+        }
+        None => Ok(()),
+    }
+}
+
 /// No VM process of this host has it open.
-fn not_held(agent: &Agent, volume: &DesiredVolume, what: &str) -> Result<(), ApiError> {
+pub(super) fn not_held(agent: &Agent, volume: &DesiredVolume, what: &str) -> Result<(), ApiError> {
     match agent.vms_on_disk().into_iter().find(|vm| describe::held_by(agent, vm).contains(&volume.id)) {
         Some(vm) => {
             let holder = describe::vm_name(agent, &vm);
@@ -169,9 +232,14 @@ fn not_held(agent: &Agent, volume: &DesiredVolume, what: &str) -> Result<(), Api
 fn perform(agent: &Agent, name: &Name, progress: &Progress) -> Result<(), ApiError> {
     let pool = agent.store.pool(&progress.pool).map_err(|error| store_error(&error))?;
     make(agent, pool, name, progress)?;
+    complete(agent, pool, name, progress)
+}
+
+/// What is left to do when a new volume's bytes are there; they are removed again when it cannot be.
+pub(super) fn complete(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Result<(), ApiError> {
     let result = record(agent, pool, name, progress);
     let is_known = || agent.view().cluster().record(Table::Volumes, progress.id).is_some();
-    if let (Change::Create(_) | Change::Clone(_), Err(_)) = (&progress.change, &result)
+    if let (Change::Create(_) | Change::Clone(_) | Change::Import(_), Err(_)) = (&progress.change, &result)
         && !is_known()
         && let Err(error) = pool.hold(&progress.id).and_then(|held| pool.remove(held))
     {
@@ -214,7 +282,7 @@ fn make(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Result<
 }
 
 /// Volumes are sparse: what counts is that there is room to begin with.
-fn has_room(pool: &Pool) -> Result<(), ApiError> {
+pub(super) fn has_room(pool: &Pool) -> Result<(), ApiError> {
     let space = pool.space().map_err(|error| store_error(&error))?;
     if space.free >= headroom::LOW {
         return Ok(());
@@ -234,6 +302,23 @@ fn is_blank(pool: &Pool, id: &VolumeId) -> bool {
 /// Writes down what should be, and does what is left to do. Until it returns no VM starts with a volume.
 fn record(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Result<(), ApiError> {
     let _turn = agent.volume_turn();
+    match &progress.change {
+        // Things of this run of the agent, of which the state says nothing.
+        Change::Export(request) => {
+            check(agent, name, &progress.change)?;
+            return export::start(agent, pool, &describe::volume_named(agent, name)?, request);
+        }
+        Change::Unexport => {
+            agent.exports.end(&progress.id);
+            return Ok(());
+        }
+        // They end an export that only reads.
+        Change::Remove | Change::Detach => {
+            check(agent, name, &progress.change)?;
+            agent.exports.end(&progress.id);
+        }
+        _ => {}
+    }
     let held = hold(pool, name, progress)?;
     {
         let _admission = agent.admission();
@@ -272,7 +357,8 @@ fn settle(pool: &Pool, progress: &Progress, held: Option<Hold>) -> Result<(), Ap
             Ok(_) | Err(StoreError::NoVolume(_) | StoreError::VolumeInUse { .. }) => Ok(()),
             Err(error) => Err(store_error(&error)),
         },
-        Change::Create(_) | Change::Clone(_) | Change::Attach(_) | Change::Detach => Ok(()),
+        Change::Create(_) | Change::Clone(_) | Change::Import(_) | Change::Attach(_) | Change::Detach => Ok(()),
+        Change::Export(_) | Change::Unexport => Ok(()),
     }
 }
 
@@ -293,7 +379,10 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
     let known = view.cluster().record(Table::Volumes, progress.id).is_some();
     let desired = super::volumes(&view).into_values().find(|volume| volume.id == progress.id);
     let is_done = match &progress.change {
-        Change::Create(_) | Change::Clone(_) => known,
+        Change::Create(_) | Change::Clone(_) | Change::Import(_) => known,
+        // Exports have ended with the agent that had them.
+        Change::Export(_) => false,
+        Change::Unexport => true,
         Change::Remove => !known,
         Change::Resize(request) => desired.is_some_and(|volume| volume.size_bytes == request.size_bytes),
         Change::Attach(request) => {
@@ -307,7 +396,7 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
     if is_done {
         return settle(pool, progress, None);
     }
-    if matches!(progress.change, Change::Create(_) | Change::Clone(_)) {
+    if matches!(progress.change, Change::Create(_) | Change::Clone(_) | Change::Import(_)) {
         pool.hold(&progress.id).and_then(|held| pool.remove(held)).map_err(|error| store_error(&error))?;
     }
     Err(nothing_changed())
@@ -331,6 +420,9 @@ pub fn of_deploy(agent: &Agent, request: &form_api::deploy::DeployRequest) -> Re
     let host = vm.as_ref().map_or_else(|| agent.host_id(), |vm| vm.host);
     let deployed = rules::deployed(request, vm.as_ref().map(|vm| &vm.id), &host, &view).map_err(rules::VolumeFault::into_api)?;
     can_hold(agent, &deployed).map_err(|error| store_error(&error))?;
+    for volume in deployed.taken.iter().chain(deployed.grown.iter().map(|(volume, _)| volume)) {
+        not_exported(agent, volume, "be attached or resized", Whatever)?;
+    }
     // One that was detached from a VM that still runs with it.
     for volume in &deployed.taken {
         let holder = agent.vms_on_disk().into_iter().find(|id| describe::held_by(agent, id).contains(&volume.id));

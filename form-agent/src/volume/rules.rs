@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use form_api::{
     deploy::DeployRequest,
-    volume::{AttachRequest, CloneRequest, CreateRequest, ResizeRequest},
+    volume::{AttachRequest, CloneRequest, CreateRequest, ImportQuery, ResizeRequest},
 };
 use form_state::{Claim, Refusal, Scalar, Table, View, Write};
 use form_types::{HostId, IdempotencyKey, Name, PublicKey, VmId, VolumeFormat, VolumeId, volume};
@@ -74,13 +74,7 @@ pub fn derive(method: &str, words: &[&str], body: &[u8], asked: Asked<'_>, view:
         if asked.authority.is_over(&volume.host) { Ok(volume) } else { Err(VolumeFault::NotYours(volume.name).into()) }
     };
     match (method, words) {
-        ("POST", []) => {
-            let request: CreateRequest = json(body)?;
-            check_new(&request.name, request.size_bytes, view)?;
-            let pool = request.pool.unwrap_or_else(form_store::local_pool);
-            let host = HostId::of(&asked.claim.author);
-            Ok(created(&Place { host: &host, pool: &pool, format: request.format }, &request.name, request.size_bytes, asked))
-        }
+        ("POST", []) => new(json(body)?, asked, view),
         ("POST", [name, "clone"]) => {
             let (source, request) = (named(name)?, json::<CloneRequest>(body)?);
             check_new(&request.name, source.size_bytes, view)?;
@@ -109,6 +103,23 @@ pub fn derive(method: &str, words: &[&str], body: &[u8], asked: Asked<'_>, view:
         }
         _ => Err(Refusal::new(format!("{method} changes no volume so"))),
     }
+}
+
+/// What an import to the volume `name` changes; `path` has the query that says what it is like.
+///
+/// # Errors
+/// What the rules refuse.
+pub fn import(name: &str, path: &str, asked: Asked<'_>, view: &View) -> Result<Vec<Write>, Refusal> {
+    let uri: http::Uri = path.parse().map_err(|_| Refusal::new("the path is none"))?;
+    let query = axum::extract::Query::<ImportQuery>::try_from_uri(&uri).map_err(|error| Refusal::new(error.body_text()))?;
+    new(query.0.volume(name_of(name)?), asked, view)
+}
+
+fn new(request: CreateRequest, asked: Asked<'_>, view: &View) -> Result<Vec<Write>, Refusal> {
+    check_new(&request.name, request.size_bytes, view)?;
+    let pool = request.pool.unwrap_or_else(form_store::local_pool);
+    let host = HostId::of(&asked.claim.author);
+    Ok(created(&Place { host: &host, pool: &pool, format: request.format }, &request.name, request.size_bytes, asked))
 }
 
 /// # Errors

@@ -21,7 +21,7 @@ use crate::{
     snapshot::{RestoreRequest, Snapshot, SnapshotRequest},
     stats::{HealthReport, StatsQuery, VmStats},
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail},
-    volume::{AttachRequest, CloneRequest, CreateRequest, Pool, ResizeRequest, Volume},
+    volume::{AttachRequest, CloneRequest, CreateRequest, ExportRequest, ImportQuery, Pool, ResizeRequest, Volume},
 };
 
 /// An import writes and hashes the whole image: on a host in software emulation that takes a minute, on a busy one several.
@@ -289,6 +289,29 @@ impl Client {
 
     pub async fn clone_volume(&self, name: &Name, request: &CloneRequest) -> Result<Operation, ClientError> {
         self.read(&Call::post(format!("/v1/volumes/{name}/clone")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    /// Serves a volume over NBD on its host; where, [`Client::volume`] says then.
+    pub async fn export_volume(&self, name: &Name, request: &ExportRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/volumes/{name}/export")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn unexport_volume(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.read(&Call::delete(format!("/v1/volumes/{name}/export")).signed(fresh_key()?)).await
+    }
+
+    /// Makes a volume of what is sent: see [`crate::volume`].
+    pub async fn import_volume(&self, name: &Name, query: &ImportQuery) -> Result<Tunnel, ClientError> {
+        let path = Query::new(&format!("/v1/volumes/{name}/import"))
+            .with("size_bytes", Some(query.size_bytes))
+            .with("format", Some(query.format.as_str()))
+            .with("pool", query.pool.as_ref());
+        self.tunnel(Call::get(path.0).signed(fresh_key()?), "form-import").await
+    }
+
+    /// Reads a volume: see [`crate::volume`].
+    pub async fn volume_contents(&self, name: &Name) -> Result<Tunnel, ClientError> {
+        self.tunnel(Call::get(format!("/v1/volumes/{name}/contents")).signed(fresh_key()?), "form-contents").await
     }
 
     pub async fn remove_volume(&self, name: &Name) -> Result<Operation, ClientError> {

@@ -258,7 +258,7 @@ async fn copy_out(session: &Session, client: &Client, vm: &Name, path: String, t
 }
 
 /// Comes when somebody wants the program to end: with its exit code, as a shell says it.
-fn ended() -> Result<impl Future<Output = u8>, Failure> {
+pub fn ended() -> Result<impl Future<Output = u8>, Failure> {
     let listen = |kind| signal(kind).map_err(|error| Failure::failed(format!("signals cannot be handled: {error}")));
     let (interrupt, terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
     let mut signals = (interrupt, terminate, listen(SignalKind::hangup())?);

@@ -1,9 +1,8 @@
-use clap::ValueEnum;
 use clap_complete::engine::ArgValueCompleter;
 use form_api::volume::CreateRequest;
-use form_types::{Name, VolumeFormat, size::Bytes};
+use form_types::{Name, size::Bytes};
 
-use super::size;
+use super::{Format, size};
 use crate::{args::volume_name, complete, failure::Outcome, operation::settle, session::Session};
 
 /// Make an empty volume
@@ -25,19 +24,9 @@ pub struct Args {
     pool: Name,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
-    Raw,
-    Qcow2,
-}
-
 pub async fn run(args: Args, session: &Session) -> Outcome {
     let client = session.client()?;
-    let format = match args.format {
-        Format::Raw => VolumeFormat::Raw,
-        Format::Qcow2 => VolumeFormat::Qcow2,
-    };
-    let request = CreateRequest { name: args.name.clone(), size_bytes: args.size.0, format, pool: Some(args.pool) };
+    let request = CreateRequest { name: args.name.clone(), size_bytes: args.size.0, format: args.format.into(), pool: Some(args.pool) };
     let operation = settle(session, &client, client.create_volume(&request).await?).await?;
     let made = if operation.status.is_final() { "made" } else { "make" };
     session.terminal.done(&operation, args.name.as_str(), &format!("{}: {made}, {}", args.name, args.size))?;

@@ -38,10 +38,11 @@ pub async fn run(_: &Args, session: &Session) -> Outcome {
     Ok(0)
 }
 
-/// In a word: `free`, or how far its attachment has come.
+/// In a word: `free`, `exported`, or how far its attachment has come.
 pub fn state(volume: &Volume) -> &'static str {
     match (&volume.fault, &volume.attachment) {
         (Some(_), _) => "failed",
+        (None, None) if volume.export.is_some() => "exported",
         (None, None) => "free",
         (None, Some(attachment)) => match attachment.state {
             AttachmentState::NeedsRestart => "needs restart",

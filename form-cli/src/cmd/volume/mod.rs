@@ -4,13 +4,20 @@ pub mod attach;
 pub mod clone;
 pub mod create;
 pub mod detach;
+pub mod export;
+pub mod import;
 pub mod ls;
 pub mod resize;
 pub mod rm;
 pub mod show;
+mod transfer;
+pub mod unexport;
 
-use clap::Subcommand;
-use form_types::size::{Bytes, GIB};
+use clap::{Subcommand, ValueEnum};
+use form_types::{
+    VolumeFormat,
+    size::{Bytes, GIB},
+};
 
 use crate::{failure::Outcome, session::Session};
 
@@ -23,6 +30,9 @@ pub enum Verb {
     Detach(detach::Args),
     Resize(resize::Args),
     Clone(clone::Args),
+    Import(import::Args),
+    Export(export::Args),
+    Unexport(unexport::Args),
     Rm(rm::Args),
 }
 
@@ -36,7 +46,25 @@ impl Verb {
             Self::Detach(args) => detach::run(args, session).await,
             Self::Resize(args) => resize::run(&args, session).await,
             Self::Clone(args) => clone::run(args, session).await,
+            Self::Import(args) => import::run(args, session).await,
+            Self::Export(args) => export::run(args, session).await,
+            Self::Unexport(args) => unexport::run(args, session).await,
             Self::Rm(args) => rm::run(args, session).await,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Raw,
+    Qcow2,
+}
+
+impl From<Format> for VolumeFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Raw => Self::Raw,
+            Format::Qcow2 => Self::Qcow2,
         }
     }
 }

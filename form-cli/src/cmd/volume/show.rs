@@ -7,7 +7,7 @@ use crate::{
     complete,
     failure::Outcome,
     session::Session,
-    ui::{Record, bytes},
+    ui::{Record, bytes, count},
 };
 
 /// Show everything about a volume
@@ -22,6 +22,9 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
     let volume = session.client()?.volume(&args.name).await?;
     let attachment = volume.attachment.as_ref();
     let access = attachment.map(|attachment| if attachment.read_only { "read-only" } else { "read-write" });
+    let exported = volume.export.as_ref().map(|export| {
+        format!("{}, {}", if export.writable { "read-write" } else { "read-only" }, count(export.clients as usize, "client"))
+    });
     let record = Record::new(volume.name.to_string())
         .field("name", &volume.name)
         .field("state", state(&volume))
@@ -32,6 +35,8 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .optional("path", attachment.and_then(|attachment| attachment.path.as_ref()))
         .optional("access", access)
         .optional("device", attachment.and_then(|attachment| attachment.device.as_ref()))
+        .optional("export", volume.export.as_ref().map(|export| &export.uri))
+        .optional("exported", exported)
         .field("pool", &volume.pool)
         .field("format", volume.format.as_str())
         .field("serial", &volume.serial)

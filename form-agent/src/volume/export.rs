@@ -1,0 +1,190 @@
+//! Volumes that are served over NBD. An export is a thing of the running agent: the state does not know it, and it ends with the agent.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::unix::fs::{MetadataExt, PermissionsExt, chown},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use form_api::{
+    ApiError, ErrorCode,
+    volume::{Export, ExportRequest},
+};
+use form_store::{
+    Contents, Pool,
+    nbd::{Place, Server},
+};
+use form_types::{Name, VolumeId};
+
+use super::DesiredVolume;
+use crate::{agent::Agent, serve::store_error};
+
+/// The exports of this run of the agent.
+pub struct Exports {
+    /// Of their sockets.
+    directory: PathBuf,
+    all: Mutex<BTreeMap<VolumeId, Exported>>,
+}
+
+struct Exported {
+    name: Name,
+    server: Server,
+}
+
+impl Exports {
+    /// Nothing is exported, and no socket of an agent that was killed is left in `directory`.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
+    pub fn open(directory: &Path) -> io::Result<Self> {
+        match fs::remove_dir_all(directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => fs::create_dir_all(directory)?,
+        }
+        Ok(Self { directory: directory.to_owned(), all: Mutex::default() })
+    }
+
+    fn all(&self) -> MutexGuard<'_, BTreeMap<VolumeId, Exported>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn of(&self, id: &VolumeId) -> Option<Export> {
+        let all = self.all();
+        let Exported { name, server } = all.get(id)?;
+        let clients = u32::try_from(server.clients()).unwrap_or(u32::MAX);
+        Some(Export { uri: uri(server.place(), name), writable: server.is_writable(), clients })
+    }
+
+    /// Hangs up on the clients of a volume's export and closes the volume; that there is none is fine. Blocks until their threads have ended.
+    pub fn end(&self, id: &VolumeId) {
+        let ended = self.all().remove(id);
+        // Not under the lock: others may ask meanwhile.
+        drop(ended);
+    }
+
+    pub fn end_all(&self) {
+        let ended = std::mem::take(&mut *self.all());
+        drop(ended);
+    }
+}
+
+/// Whether an export may be where it is wanted.
+///
+/// # Errors
+/// When others than this host's own programs could reach it.
+pub fn check(request: &ExportRequest) -> Result<(), ApiError> {
+    match request.listen {
+        Some(address) if !address.ip().is_loopback() => {
+            let text =
+                format!("{address} is no address of the loopback interface: an export there would be open to the network, without TLS");
+            Err(ApiError::new(ErrorCode::Invalid, text)
+                .hint("listen on 127.0.0.1 or [::1] and tunnel, as with `ssh -L`, or leave --listen out for a Unix socket"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Opens the volume and serves it. Whoever calls holds [`Agent::volume_turn`] and has checked that nothing stands in the way.
+///
+/// # Errors
+/// When the volume cannot be opened, or the address not be had.
+pub fn start(agent: &Agent, pool: &Pool, volume: &DesiredVolume, request: &ExportRequest) -> Result<(), ApiError> {
+    let contents = open(pool, volume, request.writable)?;
+    let place = match request.listen {
+        Some(address) => Place::Tcp(address),
+        None => Place::Unix(agent.exports.directory.join(format!("{}.sock", volume.name))),
+    };
+    let failed = |error: io::Error| {
+        let place = match &place {
+            Place::Tcp(address) => address.to_string(),
+            Place::Unix(path) => path.display().to_string(),
+        };
+        let code = if error.kind() == io::ErrorKind::AddrInUse { ErrorCode::Conflict } else { ErrorCode::Failed };
+        ApiError::new(code, format!("volume/{} cannot be exported at {place}: {error}", volume.name))
+            .hint("choose another address with --listen; port 0 is any that is free")
+    };
+    let server = Server::start(contents, volume.name.as_str(), &place).map_err(failed)?;
+    if let Place::Unix(path) = &place {
+        share(path, &agent.paths().socket());
+    }
+    agent.exports.all().insert(volume.id, Exported { name: volume.name.clone(), server });
+    Ok(())
+}
+
+/// The volume as it is, made when it never was.
+///
+/// # Errors
+/// When somebody else has it, or it cannot be opened.
+pub fn open(pool: &Pool, volume: &DesiredVolume, writable: bool) -> Result<Contents, ApiError> {
+    let open = || {
+        pool.ensure(&volume.id, volume.format, volume.size_bytes)?;
+        pool.open_volume(&volume.id, !writable)
+    };
+    let opened = open().map_err(|error| {
+        let error = store_error(&error);
+        ApiError { message: format!("volume/{}: {}", volume.name, error.message), ..error }
+    })?;
+    Contents::new(opened, writable)
+        .map_err(|error| ApiError::new(ErrorCode::Failed, format!("volume/{} cannot be read: {error}", volume.name)))
+}
+
+/// Lets in who may use the agent's own socket. Where that cannot be, the export stays root's.
+fn share(path: &Path, like: &Path) {
+    let shared = fs::metadata(like).and_then(|meta| {
+        chown(path, None, Some(meta.gid()))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(meta.mode() & 0o660))
+    });
+    if let Err(error) = shared {
+        tracing::warn!(%error, path = %path.display(), "only root may use the export");
+    }
+}
+
+/// As NBD clients take it (NetworkBlockDevice/nbd, `doc/uri.md`).
+fn uri(place: &Place, name: &Name) -> String {
+    match place {
+        Place::Tcp(address) => format!("nbd://{address}/{name}"),
+        Place::Unix(path) => {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
+            let encoded = path.as_os_str().as_encoded_bytes().iter().map(|byte| match plain(*byte) {
+                true => char::from(*byte).to_string(),
+                false => format!("%{byte:02X}"),
+            });
+            format!("nbd+unix:///{name}?socket={}", encoded.collect::<String>())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_that_others_reach_are_refused() {
+        let listen = |text: &str| ExportRequest { writable: false, listen: Some(text.parse().unwrap()) };
+        assert!(check(&ExportRequest::default()).is_ok());
+        assert!(check(&listen("127.0.0.1:0")).is_ok() && check(&listen("[::1]:10809")).is_ok());
+        for open in ["0.0.0.0:10809", "[::]:10809", "192.0.2.1:1", "[::ffff:127.0.0.1]:1"] {
+            assert_eq!(check(&listen(open)).unwrap_err().code, ErrorCode::Invalid, "{open}");
+        }
+    }
+
+    #[test]
+    fn uris_are_as_clients_take_them() {
+        let name: Name = "data".parse().unwrap();
+        let unix = uri(&Place::Unix("/run/a b&/data.sock".into()), &name);
+        assert_eq!(unix, "nbd+unix:///data?socket=/run/a%20b%26/data.sock");
+        assert_eq!(uri(&Place::Tcp("[::1]:10809".parse().unwrap()), &name), "nbd://[::1]:10809/data");
+    }
+
+    #[test]
+    fn what_a_killed_agent_left_is_gone() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("nbd");
+        Exports::open(&directory).unwrap();
+        fs::write(directory.join("data.sock"), "").unwrap();
+        Exports::open(&directory).unwrap();
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
+    }
+}
