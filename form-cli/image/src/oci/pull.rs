@@ -179,3 +179,29 @@ fn on_thread<T: Send + 'static>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{net::TcpListener, time::Instant};
+
+    use super::*;
+
+    #[test]
+    fn a_registry_that_keeps_silent_does_not_keep_a_cancelled_build() {
+        // Connections are taken by the kernel, and never answered.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let reference = OciReference::parse(&format!("{}/a:1", listener.local_addr().unwrap()), None).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let (cancel, blobs) = (Cancel::new(), BlobStore::new(directory.path().to_owned()));
+        let stop = cancel.clone();
+        let waker = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(300));
+            stop.cancel();
+        });
+        let begin = Instant::now();
+        let error = resolve(&reference, &Registries::default(), &blobs, &cancel).unwrap_err();
+        assert!(matches!(error, OciError::Cancelled), "{error}");
+        assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+        waker.join().unwrap();
+    }
+}
