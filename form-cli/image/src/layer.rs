@@ -153,14 +153,19 @@ impl LayerStore {
         Ok(entries.flatten().map(|entry| entry.file_name()).collect())
     }
 
-    /// Removes what killed builds left. Only while the cache is locked.
+    /// Removes what killed builds left. Only while the cache is locked. What cannot be removed is tried again by the next build: it is no
+    /// reason to fail this one.
     ///
     /// # Errors
-    /// Those of the disk and the sandbox.
+    /// When the directory cannot be read.
     pub fn remove_leftovers(&self, sandbox: &Sandbox) -> Result<(), BuildError> {
         let is_leftover = |name: &OsString| name.to_str().is_some_and(|name| name.starts_with(TEMPORARY));
-        let leftovers: Vec<OsString> = self.names()?.into_iter().filter(is_leftover).collect();
-        if leftovers.is_empty() { Ok(()) } else { self.discard(&leftovers, sandbox) }
+        for leftover in self.names()?.into_iter().filter(is_leftover) {
+            if let Err(error) = self.discard(std::slice::from_ref(&leftover), sandbox) {
+                tracing::warn!(leftover = %leftover.display(), "what a killed build left cannot be removed: {error}");
+            }
+        }
+        Ok(())
     }
 }
 
@@ -180,4 +185,26 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).during("write", path)?;
     file.persist(path).map_err(|error| error.error).during("rename", path)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leftover_that_cannot_be_removed_keeps_no_build_back() {
+        let (directory, sandbox) = (tempfile::tempdir().unwrap(), Sandbox::detect().unwrap());
+        fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let store = LayerStore { directory: directory.path().to_owned() };
+        // No directory, which is not what a killed build leaves.
+        fs::write(directory.path().join("tmp-a"), "").unwrap();
+        for name in ["tmp-b", "kept"] {
+            fs::create_dir(directory.path().join(name)).unwrap();
+            sandbox.create_dir(&directory.path().join(name).join(TREE)).unwrap();
+        }
+        store.remove_leftovers(&sandbox).unwrap();
+        let mut left = store.names().unwrap();
+        left.sort();
+        assert_eq!(left, ["kept", "tmp-a"]);
+    }
 }
