@@ -31,9 +31,11 @@ struct Held {
     number: u64,
     frozen: Vec<File>,
     processes: Option<Hold>,
+    /// Until it ends by itself.
+    left: Duration,
 }
 
-static HELD: Mutex<Held> = Mutex::new(Held { number: 0, frozen: Vec::new(), processes: None });
+static HELD: Mutex<Held> = Mutex::new(Held { number: 0, frozen: Vec::new(), processes: None, left: Duration::ZERO });
 
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
@@ -86,12 +88,10 @@ fn freeze_all(
     thaw_all(held);
     let number = lock(held).number;
     // First of all who ends it: from here on every way leads to a thaw.
+    lock(held).left = limit.min(LIMIT);
     let watch = move || {
-        let mut left = limit.min(LIMIT);
-        while !left.is_zero() && lock(held).number == number {
-            let step = left.min(STEP);
+        while let Some(step) = next_step(held, number) {
             thread::sleep(step);
-            left -= step;
         }
         if lock(held).number == number {
             say(format_args!("the host did not thaw the file systems in time; they go on by themselves"));
@@ -129,6 +129,22 @@ fn freeze_all(
         }
     }
     if lock(held).number == number { Ok(()) } else { Err(FreezeError::Ended) }
+}
+
+/// How long to wait before the next look; none when it has ended or its time is over.
+fn next_step(held: &Mutex<Held>, number: u64) -> Option<Duration> {
+    let mut guard = lock(held);
+    if guard.number != number {
+        return None;
+    }
+    let step = guard.left.min(STEP);
+    guard.left -= step;
+    (!step.is_zero()).then_some(step)
+}
+
+/// The host is at work on this machine: what stands still goes on standing, for as long as it may at most.
+pub fn renew() {
+    lock(&HELD).left = LIMIT;
 }
 
 fn thaw_all(held: &Mutex<Held>) {
@@ -174,7 +190,7 @@ mod tests {
     use super::*;
 
     fn nothing() -> &'static Mutex<Held> {
-        Box::leak(Box::new(Mutex::new(Held { number: 0, frozen: Vec::new(), processes: None })))
+        Box::leak(Box::new(Mutex::new(Held { number: 0, frozen: Vec::new(), processes: None, left: Duration::ZERO })))
     }
 
     #[test]

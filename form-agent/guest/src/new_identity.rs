@@ -77,6 +77,8 @@ fn has_host_keys() -> bool {
 /// # Errors
 /// When it cannot be told apart from the other one: its processes are held on, until the host lets them go or ends it.
 pub fn become_another(machine: &Machine, identity: &NewIdentity) -> Result<(), Error> {
+    // It takes its time on a slow machine, and until it is done no other process may run.
+    freeze::renew();
     let random = fs::File::options().write(true).open("/dev/urandom").at("open", "/dev/urandom")?;
     // What this very request makes, as keys, is drawn from it as well.
     sys::reseed(&random, &identity.seed).doing("reseed the random number generator")?;

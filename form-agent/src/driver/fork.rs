@@ -10,7 +10,7 @@ use super::{Driver, guest::GuestError, live};
 use crate::{agent::Agent, create, snapshot::Details};
 
 /// How long the guest may take to be heard of.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_millis(50);
 
 impl Driver {
