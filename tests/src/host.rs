@@ -317,22 +317,18 @@ impl Host {
     /// # Panics
     /// When it cannot be written.
     pub fn app(&self, name: &str, entrypoint: &str, host_port: u16) -> String {
-        app_in(&self.path(name), name, entrypoint, host_port)
+        let context = self.path(name);
+        fs::create_dir_all(&context).unwrap();
+        fs::copy("/bin/busybox", context.join("busybox")).unwrap();
+        fs::write(context.join("index.html"), "it works\n").unwrap();
+        let formfile = format!(
+            "NAME {name}\nFROM scratch\nMEM 128\nCOPY --chmod=755 busybox /bin/busybox\nCOPY --chmod=755 busybox /bin/sh\n\
+             COPY index.html /www/index.html\nENTRYPOINT {entrypoint}\nEXPOSE {host_port}:80\n\
+             HEALTHCHECK --interval=2s --timeout=5s --start-period=30s http 80 /\n"
+        );
+        fs::write(context.join("Formfile"), formfile).unwrap();
+        context.join("Formfile").to_str().unwrap().to_owned()
     }
-}
-
-/// Writes an app of a few megabytes: busybox, which serves a page. Gives its Formfile.
-pub fn app_in(context: &Path, name: &str, entrypoint: &str, host_port: u16) -> String {
-    fs::create_dir_all(context).unwrap();
-    fs::copy("/bin/busybox", context.join("busybox")).unwrap();
-    fs::write(context.join("index.html"), "it works\n").unwrap();
-    let formfile = format!(
-        "NAME {name}\nFROM scratch\nMEM 128\nCOPY --chmod=755 busybox /bin/busybox\nCOPY --chmod=755 busybox /bin/sh\n\
-         COPY index.html /www/index.html\nENTRYPOINT {entrypoint}\nEXPOSE {host_port}:80\n\
-         HEALTHCHECK --interval=2s --timeout=5s --start-period=30s http 80 /\n"
-    );
-    fs::write(context.join("Formfile"), formfile).unwrap();
-    context.join("Formfile").to_str().unwrap().to_owned()
 }
 
 impl Default for Host {

@@ -7,10 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use form_tests::{
-    host::{SERVE, app_in},
-    programs::Programs,
-};
+use form_tests::programs::Programs;
 
 /// What an HTTP server on this machine answers to `GET /`, tried until it does.
 fn answer(port: u16) -> String {
@@ -41,9 +38,13 @@ impl Drop for Sandbox<'_> {
 }
 
 fn write_app(directory: &Path, greeting: &str, entrypoint: &str) {
+    write_app_called("greeter", 18080, directory, greeting, entrypoint);
+}
+
+fn write_app_called(name: &str, port: u16, directory: &Path, greeting: &str, entrypoint: &str) {
     let formfile = format!(
-        "NAME greeter\nFROM debian:12\nMEM 256\nINSTALL python3\nCOPY app.py /app/app.py\nENV GREETING=\"{greeting}\"\nENTRYPOINT {entrypoint}\n\
-         EXPOSE 18080:8080\nHEALTHCHECK --interval=5s --timeout=5s --start-period=60s http 8080 /\n"
+        "NAME {name}\nFROM debian:12\nMEM 256\nINSTALL python3\nCOPY app.py /app/app.py\nENV GREETING=\"{greeting}\"\nENTRYPOINT {entrypoint}\n\
+         EXPOSE {port}:8080\nHEALTHCHECK --interval=5s --timeout=5s --start-period=60s http 8080 /\n"
     );
     std::fs::write(directory.join("Formfile"), formfile).unwrap();
     let app = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/hello/app.py");
@@ -100,12 +101,13 @@ fn system_sandbox_hosts_run_apps_and_leave_nothing_behind() {
 
     // The other host is another host, and its VMs reach what the first one publishes.
     let other = tempfile::tempdir().unwrap();
-    let second = app_in(other.path(), "other", SERVE, 18081);
-    let _ = form.form(["--host", "sandbox-2", "deploy", &second, "-y", "--timeout", "600s"]).ok();
-    assert!(answer(18081).contains("it works"));
+    write_app_called("other", 18081, other.path(), "Hello", r#"["python3", "-u", "/app/app.py"]"#);
+    let second = other.path().join("Formfile");
+    let _ = form.form(["--host", "sandbox-2", "deploy", second.to_str().unwrap(), "-y", "--timeout", "600s"]).ok();
+    assert!(answer(18081).contains("Hello, other!"));
     assert_eq!(form.form(["ps", "-o", "json"]).ok().json().as_array().unwrap().len(), 1);
-    let fetch = ["/bin/busybox", "wget", "-q", "-T", "30", "-O", "-", "http://10.0.3.1:18080/"];
-    let fetched = form.form([&["--host", "sandbox-2", "exec", "other", "--"][..], &fetch].concat()).ok();
+    let fetch = "import urllib.request as u; print(u.urlopen('http://10.0.3.1:18080/', timeout=30).read().decode())";
+    let fetched = form.form(["--host", "sandbox-2", "exec", "other", "--", "python3", "-c", fetch]).ok();
     assert!(fetched.stdout.contains("Good evening"), "{fetched:?}");
     let _ = form.form(["--host", "sandbox-2", "destroy", "other", "-y"]).ok();
     let _ = form.form(["--host", "sandbox-2", "doctor"]).ok();
