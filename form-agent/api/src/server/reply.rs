@@ -35,10 +35,13 @@ pub(super) fn raw(error: &ApiError) -> Vec<u8> {
 /// The whole body of a request, for its digest and its JSON.
 ///
 /// # Errors
-/// `too-large` over [`MAX_BODY`] bytes (before reading them, where the length is announced), `invalid` when the connection fails.
-pub async fn read_body(body: Body) -> Result<Bytes, ApiError> {
+/// `too-large` over [`MAX_BODY`] bytes (before keeping any, where the length is announced), `invalid` when the connection fails.
+pub async fn read_body(mut body: Body) -> Result<Bytes, ApiError> {
     let too_large = || ApiError::new(ErrorCode::TooLarge, format!("the request's body is larger than {} MiB", MAX_BODY >> 20));
-    if body.size_hint().lower() > MAX_BODY as u64 {
+    let announced = body.size_hint().lower();
+    if announced > MAX_BODY as u64 {
+        // A client that is cut off while it sends sees a broken connection instead of the answer: what is not far too much is let in and dropped.
+        while announced <= 2 * MAX_BODY as u64 && matches!(body.frame().await, Some(Ok(_))) {}
         return Err(too_large());
     }
     match Limited::new(body, MAX_BODY).collect().await {
