@@ -15,18 +15,17 @@ use serde_json::Value;
 
 use crate::programs::{Programs, Ran};
 
-/// How long anything that a test waits for may take; a host in software emulation is slow, and a guest in it that hangs while it starts is
-/// started again after three minutes.
-const PATIENCE: Duration = Duration::from_secs(300);
+/// How long anything that a test waits for may take; a host in software emulation is slow.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Waits until `condition` holds.
 ///
 /// # Panics
-/// When it does not in five minutes.
+/// When it does not in two minutes.
 pub fn wait(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {
-        assert!(Instant::now() < deadline, "{what}: not in five minutes");
+        assert!(Instant::now() < deadline, "{what}: not in two minutes");
         std::thread::sleep(Duration::from_millis(200));
     }
 }
