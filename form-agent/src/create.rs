@@ -5,7 +5,7 @@ use std::{fs, io, sync::PoisonError};
 
 use form_api::{
     ApiError, ErrorCode,
-    deploy::{CreateVmRequest, DeployRequest, ForkOf},
+    deploy::{CreateVmRequest, DeployRequest, ForkOf, RollbackRequest},
     operation::OperationKind,
     vm::VmState,
 };
@@ -19,9 +19,13 @@ use crate::{
     desired::{self, DesiredVm},
     driver::launch,
     identity::write_atomically,
+    kept,
     serve::store_error,
     snapshot::{Details, restore},
 };
+
+/// Where versions come from, for who finds none.
+const NOTHING_KEPT: &str = "a version is kept when another one has become healthy after it; deploy what you want with `form deploy`";
 
 /// What somebody wants to run, and how it comes to be.
 #[derive(Clone, Debug)]
@@ -34,6 +38,8 @@ pub struct Wanted {
 pub enum How {
     /// The VM is made, or changed when it is there.
     Deploy,
+    /// The VM becomes again what it was.
+    Rollback,
     /// The VM is new.
     Create { start: bool, origin: Origin },
 }
@@ -51,6 +57,10 @@ pub enum Origin {
 impl Wanted {
     pub const fn deploy(request: DeployRequest) -> Self {
         Self { request, how: How::Deploy }
+    }
+
+    pub fn rollback(rollback: RollbackRequest) -> Self {
+        Self { request: rollback.to, how: How::Rollback }
     }
 
     /// # Errors
@@ -72,7 +82,8 @@ impl Wanted {
         // Each refuses what the other has.
         let deploy = || serde_json::from_str(&signed.body).ok().map(Self::deploy);
         let create = || serde_json::from_str(&signed.body).ok().and_then(|create| Self::create(create).ok());
-        create().or_else(deploy)
+        let rollback = || serde_json::from_str(&signed.body).ok().map(Self::rollback);
+        create().or_else(deploy).or_else(rollback)
     }
 
     pub const fn name(&self) -> &Name {
@@ -80,20 +91,21 @@ impl Wanted {
     }
 
     pub const fn is_started(&self) -> bool {
-        matches!(self.how, How::Deploy | How::Create { start: true, .. })
+        matches!(self.how, How::Deploy | How::Rollback | How::Create { start: true, .. })
     }
 
     /// What of another VM it begins with.
     pub const fn origin(&self) -> &Origin {
         match &self.how {
             How::Create { origin, .. } => origin,
-            How::Deploy => &Origin::Image,
+            How::Deploy | How::Rollback => &Origin::Image,
         }
     }
 
     pub const fn kind(&self) -> OperationKind {
         match &self.how {
             How::Deploy => OperationKind::Deploy,
+            How::Rollback => OperationKind::VmRollback,
             How::Create { origin: Origin::Image, .. } => OperationKind::VmCreate,
             How::Create { origin: Origin::Disk(_), .. } => OperationKind::VmClone,
             How::Create { origin: Origin::Snapshot(_), .. } => OperationKind::VmFork,
@@ -112,6 +124,11 @@ pub fn check(agent: &Agent, wanted: &Wanted) -> Result<(), ApiError> {
         let Some(vm) = there else { return Ok(()) };
         return action::check(Action::Deploy, state(agent, &vm.id), name).map(drop);
     }
+    if wanted.how == How::Rollback {
+        let vm = agent.vm_named(name)?;
+        action::check(Action::Deploy, state(agent, &vm.id), name)?;
+        return was_so(agent, &vm, &wanted.request);
+    }
     is_new(there.as_ref())?;
     match wanted.origin() {
         Origin::Image => Ok(()),
@@ -121,6 +138,25 @@ pub fn check(agent: &Agent, wanted: &Wanted) -> Result<(), ApiError> {
             fits(agent, &source, &wanted.request)
         }
         Origin::Snapshot(fork) => restore::check_fork(agent, &here(agent, &fork.vm)?, &fork.snapshot, &wanted.request).map(drop),
+    }
+}
+
+/// Whether the VM was healthy as `request` says, and can be so again.
+fn was_so(agent: &Agent, vm: &DesiredVm, request: &DeployRequest) -> Result<(), ApiError> {
+    let name = vm.name();
+    let versions = kept::versions(agent, vm);
+    let conflict = |text: String, hint: String| Err(ApiError::new(ErrorCode::Conflict, text).hint(hint));
+    if vm.request == *request {
+        conflict(format!("vm/{name} is that version already"), format!("see what it can go back to with `form rollback {name} --list`"))
+    } else if versions.is_empty() {
+        conflict(format!("there is nothing that vm/{name} could go back to"), NOTHING_KEPT.to_owned())
+    } else if versions.iter().all(|version| version.request != *request) {
+        conflict(
+            format!("vm/{name} was never healthy as that, or it is too long ago"),
+            format!("see what it can go back to with `form rollback {name} --list`"),
+        )
+    } else {
+        Ok(())
     }
 }
 

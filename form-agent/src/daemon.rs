@@ -133,9 +133,11 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
         let operation = &record.operation;
         tracing::info!(operation = %operation.id, "going on with {} {}", operation.kind.as_str(), operation.subject);
         match operation.kind {
-            OperationKind::Deploy | OperationKind::VmCreate | OperationKind::VmClone | OperationKind::VmFork => {
-                deploy::resume(agent, &record)
-            }
+            OperationKind::Deploy
+            | OperationKind::VmRollback
+            | OperationKind::VmCreate
+            | OperationKind::VmClone
+            | OperationKind::VmFork => deploy::resume(agent, &record),
             OperationKind::VmStart
             | OperationKind::VmStop
             | OperationKind::VmRestart

@@ -18,6 +18,7 @@ use crate::{
     authorise::{Caller, SignedRequest},
     create::{self, How, Origin, Wanted},
     desired::{self, DesiredVm},
+    kept::{self, Previous},
     lifecycle, logs,
     operation::{Begun, Opening, Record},
     plan, volume,
@@ -51,15 +52,6 @@ struct Failed {
     error: ApiError,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Previous {
-    request: SignedRequest,
-    boot: Digest,
-    /// What was set since (`form vm set`), in order: going back to the deploy goes back to these as well.
-    #[serde(default)]
-    changes: Vec<SignedRequest>,
-}
-
 /// # Errors
 /// What the host cannot do, or has no room for.
 pub fn make_plan(agent: &Agent, request: &DeployRequest) -> Result<Plan, ApiError> {
@@ -90,7 +82,7 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, wanted: Wanted) -> Result<Oper
     // A repeated request is answered although the VM that it asked for is there by now.
     if agent.operations.get(OperationId::derive(&caller.key, &caller.idempotency_key)).is_err() {
         create::check(agent, &wanted)?;
-        check_parts(agent, request)?;
+        check_parts(agent, &wanted)?;
     }
     agent.keep_headroom();
     let name = wanted.name();
@@ -132,9 +124,15 @@ fn carry_out(agent: &Arc<Agent>, caller: &Caller, wanted: &Wanted, id: Operation
     }
 }
 
-fn check_parts(agent: &Agent, request: &DeployRequest) -> Result<(), ApiError> {
+fn check_parts(agent: &Agent, wanted: &Wanted) -> Result<(), ApiError> {
+    let request = &wanted.request;
     let missing = |what: &str| {
-        Err(ApiError::new(ErrorCode::NotFound, format!("the host does not have {what}")).hint("run `form deploy`, which uploads it"))
+        let name = wanted.name();
+        let hint = match wanted.how {
+            How::Rollback => format!("see what is left with `form rollback {name} --list`, or build that version again and deploy it"),
+            How::Deploy | How::Create { .. } => "run `form deploy`, which uploads it".to_owned(),
+        };
+        Err(ApiError::new(ErrorCode::NotFound, format!("the host does not have {what}")).hint(hint))
     };
     if agent.store.by_digest(&request.image).is_err() {
         return missing(&format!("the image {}", request.image.short()));
@@ -169,16 +167,18 @@ fn record(agent: &Agent, caller: &Caller, wanted: &Wanted, id: OperationId) -> R
     };
     let _admission = agent.admission();
     let before = desired::vm_named(&agent.view(), name);
-    if wanted.how != How::Deploy {
+    if matches!(wanted.how, How::Create { .. }) {
         create::is_new(before.as_ref())?;
-        // Both may have gone while the disk was copied.
-        check_parts(agent, request)?;
+    }
+    if wanted.how != How::Deploy {
+        // Both may have gone while the disk was copied; and nothing that a rollback needs was uploaded just now.
+        check_parts(agent, wanted)?;
     }
     admit::admit(request, before.is_none(), &agent.capacity(Some(name))?)?;
     check_ports(request, before.as_ref())?;
     volume::operate::of_deploy(agent, request)?;
     let vm = before.as_ref().map_or(new, |vm| vm.id);
-    let previous = before.as_ref().and_then(|vm| previous_of(agent, vm));
+    let previous = before.as_ref().and_then(|vm| kept::previous(agent, vm));
     let remember = |recorded: bool| {
         let progress = Progress { vm, request: caller.signed.clone(), recorded, previous: previous.clone(), failed: None };
         agent.operations.remember(id, serde_json::to_value(progress).map_err(|error| internal(&error))?)
@@ -204,37 +204,6 @@ fn record(agent: &Agent, caller: &Caller, wanted: &Wanted, id: OperationId) -> R
         previous,
         is_started: wanted.is_started(),
     })
-}
-
-/// The last deploy of this VM that became healthy, as its user signed it. A signed request holds for the name that it was made for, so
-/// what a VM had under another name is no way back.
-fn previous_of(agent: &Agent, vm: &DesiredVm) -> Option<Previous> {
-    let kept = std::fs::read(agent.vm_directory(&vm.id).join("deployed.json")).ok()?;
-    let previous: Previous = serde_json::from_slice(&kept).ok()?;
-    (Wanted::read(&previous.request)?.name() == vm.name()).then_some(previous)
-}
-
-fn keep_deployed(agent: &Agent, target: &Target) {
-    keep(agent, &target.vm, &Previous { request: target.request.clone(), boot: target.boot, changes: Vec::new() });
-}
-
-fn keep(agent: &Agent, vm: &VmId, previous: &Previous) {
-    let path = agent.vm_directory(vm).join("deployed.json");
-    let kept =
-        serde_json::to_vec(previous).map_err(std::io::Error::from).and_then(|json| crate::identity::write_atomically(&path, 0o600, &json));
-    if let Err(error) = kept {
-        tracing::warn!(vm = %vm, "a later deploy of it could not be taken back: {error}");
-    }
-}
-
-/// Remembers what was set after the last deploy, so that it is not lost when a later deploy is taken back.
-pub fn keep_change(agent: &Agent, vm: &VmId, change: &SignedRequest) {
-    let Some(desired) = agent.desired(vm) else { return };
-    if let Some(mut previous) = previous_of(agent, &desired) {
-        previous.boot = desired.boot_digest();
-        previous.changes.push(change.clone());
-        keep(agent, vm, &previous);
-    }
 }
 
 /// A published port that something else on the machine listens on.
@@ -273,7 +242,7 @@ async fn finish(agent: &Arc<Agent>, id: OperationId, target: Target) {
     let error = match become_healthy(agent, Some(id), &target).await {
         Ok(()) => {
             reach(Failpoint::DeployHealthy);
-            keep_deployed(agent, &target);
+            kept::keep(agent, &target.vm, &target.request, target.boot);
             reach(Failpoint::DeployKept);
             return agent.operations.finish(id, Ok(()));
         }

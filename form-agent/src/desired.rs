@@ -9,7 +9,7 @@ use std::{
 };
 
 use form_api::{
-    deploy::{CreateVmRequest, DeployRequest},
+    deploy::{CreateVmRequest, DeployRequest, RollbackRequest},
     sign,
     snapshot::RestoreRequest,
     vm::{RenameRequest, SetRequest},
@@ -158,7 +158,7 @@ pub fn same_boot(one: &DeployRequest, other: &DeployRequest) -> bool {
 }
 
 /// The request of a VM that has got another name, with what refers to the old one.
-fn renamed(request: &DeployRequest, name: &Name) -> DeployRequest {
+pub fn renamed(request: &DeployRequest, name: &Name) -> DeployRequest {
     DeployRequest { spec: request.spec.clone().renamed(name), ..request.clone() }
 }
 
@@ -293,6 +293,14 @@ impl Rules for AgentRules {
                     authority.may_change(&vm)?;
                 }
                 self.deploy(&deploy, Run::Running, asked, view)
+            }
+            ("POST", ["v1", "vms", name, "rollback"]) => {
+                let vm = existing(name, authority, view)?;
+                let RollbackRequest { to } = json(&request.body)?;
+                if to.spec.name != *vm.name() {
+                    return Err(Refusal::new(format!("vm/{} goes back to what it was itself, not to vm/{}", vm.name(), to.spec.name)));
+                }
+                self.deploy(&to, Run::Running, asked, view)
             }
             ("POST", ["v1", "vms"]) => self.create(&json(&request.body)?, asked, view),
             ("POST", ["v1", "vms", name, "start" | "restart"]) => {

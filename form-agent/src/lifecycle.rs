@@ -17,10 +17,10 @@ use crate::{
     admit,
     agent::{Agent, internal},
     authorise::Caller,
-    deploy,
     desired::{self, DesiredVm, Run},
     driver::{live, process::RuntimeDirectory},
     fleet::Observed,
+    kept,
     operation::{Begun, Opening, Record},
     snapshot,
 };
@@ -119,7 +119,7 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -
             tokio::spawn(async move {
                 let result = reached(&agent, &progress).await;
                 if let (Ok(()), Change::Set(_)) = (&result, &progress.change) {
-                    deploy::keep_change(&agent, &progress.vm, &signed);
+                    kept::keep_change(&agent, &progress.vm, &signed);
                 }
                 agent.operations.finish(id, result);
             });

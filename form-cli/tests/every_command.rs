@@ -40,6 +40,7 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("exec", &["nope", "ls"], Needs::Host),
     ("cp", &["nope:/etc", "there"], Needs::Host),
     ("wait", &["vm/nope", "--for", "running"], Needs::Host),
+    ("rollback", &["nope"], Needs::HostAndYes),
     ("destroy", &["nope"], Needs::HostAndYes),
     // It looks at its terminal first, and has none here.
     ("top", &[], Needs::Nothing),
@@ -59,6 +60,7 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("vm reset", &["nope"], Needs::Host),
     ("vm rename", &["nope", "other"], Needs::Host),
     ("vm set", &["nope", "--label", "a=b"], Needs::Host),
+    ("vm rollback", &["nope", "1"], Needs::HostAndYes),
     ("vm snapshot create", &["nope"], Needs::Host),
     ("vm snapshot ls", &["nope"], Needs::Host),
     ("vm snapshot show", &["nope", "nope"], Needs::Host),
@@ -243,6 +245,7 @@ const SHOWING: &[&[&str]] = &[
     &["vm", "snapshot", "ls"],
     &["vm", "snapshot", "ls", "web"],
     &["vm", "snapshot", "show", "web", "before"],
+    &["rollback", "web", "--list"],
     &["logs", "web"],
     &["vm", "logs", "web"],
     &["events"],

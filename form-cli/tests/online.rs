@@ -262,6 +262,44 @@ fn destroying_asks() {
 }
 
 #[test]
+fn going_back_shows_the_plan_and_asks() {
+    let setting = Setting::new();
+    assert_data_eq!(
+        setting.run(&["rollback", "web", "--list"]).out,
+        str![[r#"
+IMAGE  DIGEST        HEALTHY SINCE  STATE
+web:2  abababababab  [..] ago       kept
+web:1  abababababab  [..] ago       gone
+
+"#]]
+    );
+    assert_eq!(setting.run(&["vm", "rollback", "web", "--list", "-o", "name"]).out, "web:2\nweb:1\n");
+    let asked = setting.run(&["rollback", "web"]);
+    assert_eq!((asked.code, asked.out.as_str()), (2, ""), "{asked:?}");
+    for word in ["memory  512 MiB -> 256 MiB", "lost: everything written to its root disk", "Go back?", "FORM_YES"] {
+        assert!(asked.err.contains(word), "{word}: {asked:?}");
+    }
+    for args in [&["rollback", "web", "-y"][..], &["vm", "rollback", "vm/web", "2", "-y"], &["rollback", "web", "web:2", "-y"]] {
+        let run = setting.run(args);
+        assert!(run.code == 0 && run.out.contains("web"), "{run:?}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&setting.run(&["rollback", "web", "-y", "-o", "json"]).out).unwrap();
+    assert_eq!(json["name"], "web");
+
+    let gone = setting.run(&["rollback", "web", "1", "-y"]);
+    assert!(gone.code == 3 && gone.err.contains("does not have web:1 any more") && gone.err.contains("--list"), "{gone:?}");
+    let never = setting.run(&["rollback", "web", "other:2", "-y"]);
+    assert!(never.code == 3 && never.err.contains("no other:2 to go back to"), "{never:?}");
+    let first = setting.run(&["rollback", "old", "-y", "-o", "json"]);
+    assert!(first.code == 5 && first.err.contains("nothing that vm/old could go back to"), "{first:?}");
+    let none = setting.run(&["rollback", "old", "--list"]);
+    assert!(none.code == 0 && none.err.contains("nothing that old could go back to"), "{none:?}");
+    for wrong in [&["rollback", "web", "two"][..], &["rollback", "web", "2", "--list"], &["rollback"]] {
+        assert_eq!(setting.run(wrong).code, 2, "{wrong:?}");
+    }
+}
+
+#[test]
 fn live_names_are_completed() {
     let setting = Setting::new();
     let mut command = setting.command(&["--", "form", "logs", ""]);

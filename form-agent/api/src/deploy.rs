@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use form_types::{Digest, Name, Spec};
+use form_types::{Digest, ImageReference, Name, Spec};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -18,6 +19,27 @@ pub struct DeployRequest {
     pub image: Digest,
     /// Digest of the kernel bundle.
     pub kernel: Digest,
+}
+
+/// Makes a VM again what it was before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RollbackRequest {
+    /// The `request` of one of the [`VmVersion`]s that the host keeps of it.
+    pub to: DeployRequest,
+}
+
+/// Something that a VM was before, and became healthy as.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmVersion {
+    /// Its image; without it the image is gone and nobody knows any more which version it was.
+    pub image: Option<ImageReference>,
+    /// The host still has image and kernel: the VM can go back to it.
+    pub is_there: bool,
+    /// When the VM became healthy as this.
+    pub deployed_at: Option<Timestamp>,
+    /// What was asked for, with what was set later.
+    pub request: DeployRequest,
 }
 
 /// A VM that is not there yet, made without a Formfile.

@@ -21,6 +21,9 @@ pub struct Image {
     pub created_at: Timestamp,
     /// Names of the VMs that run from it.
     pub used_by: Vec<Name>,
+    /// Names of the VMs that ran from it and can go back to it.
+    #[serde(default)]
+    pub kept_for: Vec<Name>,
 }
 
 /// What an image is, besides its blocks.

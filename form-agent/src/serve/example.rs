@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use form_api::{
     ApiError, ErrorCode,
-    deploy::{CreateVmRequest, DeployRequest, FieldChange, Plan, PlanAction, PlannedVm},
+    deploy::{CreateVmRequest, DeployRequest, FieldChange, Plan, PlanAction, PlannedVm, RollbackRequest, VmVersion},
     error::ErrorBody,
     event::{Event, EventKind},
     exec::{ExecRequest, Terminal},
@@ -57,6 +57,12 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ..operation.clone()
     };
     let deploy = deploy(&name);
+    let earlier = VmVersion {
+        image: Some(ImageReference { name: name.clone(), version: Some(1) }),
+        is_there: true,
+        deployed_at: Some(at(-86_400)),
+        request: DeployRequest { image: digest("earlier image"), ..deploy.clone() },
+    };
     let vm = vm(&name);
     let detail = VmDetail { vm: vm.clone(), desired: deploy.clone(), guest: Some(guest()) };
     let event = Event {
@@ -116,12 +122,14 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("Pool", json!(pool(&local))),
         ("ResizeRequest", json!(ResizeRequest { size_bytes: 40 << 30 })),
         ("RestoreRequest", json!(RestoreRequest { snapshot: before.clone() })),
+        ("RollbackRequest", json!(RollbackRequest { to: earlier.request.clone() })),
         ("Snapshot", json!(snapshot(&before, &vm))),
         ("SnapshotRequest", json!(SnapshotRequest { name: Some(before) })),
         ("Spec", json!(spec(&name))),
         ("Verification", json!(verification(&name))),
         ("Vm", json!(vm)),
         ("VmDetail", json!(detail)),
+        ("VmVersion", json!(earlier)),
         ("VmStats", json!(stats(&vm))),
         ("Volume", json!(volume(&data, &local, &name))),
     ])
@@ -322,6 +330,7 @@ fn image(name: &Name) -> Image {
         stored_bytes: 187_432_960,
         created_at: at(0),
         used_by: vec![name.clone()],
+        kept_for: Vec::new(),
     }
 }
 

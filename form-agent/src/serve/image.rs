@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use axum::{
     Json,
     extract::{Request, State},
@@ -25,7 +27,7 @@ use super::{
 };
 use crate::{
     agent::Agent,
-    desired, heap,
+    desired, heap, kept,
     operation::{Begun, Opening},
 };
 
@@ -56,7 +58,10 @@ fn users(agent: &Agent, digest: &Digest) -> Vec<Name> {
     desired::vms(&agent.view()).into_values().filter(|vm| vm.request.image == *digest).map(|vm| vm.name().clone()).collect()
 }
 
-fn described(agent: &Agent, entry: &ImageEntry) -> Image {
+/// What VMs can go back to, read once for many images.
+type KeptFor = BTreeMap<Digest, Vec<Name>>;
+
+fn described(agent: &Agent, entry: &ImageEntry, kept_for: &KeptFor) -> Image {
     Image {
         name: entry.name.clone(),
         version: entry.version,
@@ -65,6 +70,7 @@ fn described(agent: &Agent, entry: &ImageEntry) -> Image {
         stored_bytes: entry.stored_bytes,
         created_at: entry.created_at,
         used_by: users(agent, &entry.digest),
+        kept_for: kept_for.get(&entry.digest).cloned().unwrap_or_default(),
     }
 }
 
@@ -81,7 +87,8 @@ pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Json<
     reading(&agent, request).await?;
     blocking(move || {
         let images = agent.store.images().map_err(|error| store_error(&error))?;
-        Ok(images.iter().map(|entry| described(&agent, entry)).collect())
+        let kept_for = kept::images(&agent);
+        Ok(images.iter().map(|entry| described(&agent, entry, &kept_for)).collect())
     })
     .await
     .map(Json)
@@ -104,7 +111,7 @@ fn found(agent: &Agent, reference: &ImageReference) -> Result<ImageEntry, ApiErr
 pub async fn show(State(agent): State<Shared>, Segment(reference): Segment, request: Request) -> Result<Json<Image>, ApiError> {
     reading(&agent, request).await?;
     let reference = parsed(&reference)?;
-    blocking(move || Ok(described(&agent, &found(&agent, &reference)?))).await.map(Json)
+    blocking(move || Ok(described(&agent, &found(&agent, &reference)?, &kept::images(&agent)))).await.map(Json)
 }
 
 /// What an image is, besides its blocks: how to run it, and what it was built from.
@@ -129,7 +136,7 @@ pub async fn config(State(agent): State<Shared>, Segment(reference): Segment, re
             changed_bytes: step.changed_blocks.saturating_mul(BLOCK_SIZE as u64),
         });
         let layers = layers.collect();
-        Ok(ImageConfig { image: described(&agent, &entry), spec: manifest.config, packages: manifest.packages, layers })
+        Ok(ImageConfig { image: described(&agent, &entry, &kept::images(&agent)), spec: manifest.config, packages: manifest.packages, layers })
     })
     .await
     .map(Json)
@@ -388,7 +395,7 @@ pub async fn import(State(agent): State<Shared>, request: Request) -> Result<Jso
             }
             agent.operations.finish(id, imported.as_ref().map(|_| ()).map_err(Clone::clone));
         }
-        Ok(described(&agent, &imported?))
+        Ok(described(&agent, &imported?, &kept::images(&agent)))
     })
     .await
     .map(Json)

@@ -61,6 +61,8 @@ api! {
     deploy::plan,
     deploy::deploy,
     deploy::create,
+    deploy::versions,
+    deploy::rollback,
     vm::list,
     vm::show,
     vm::destroy,

@@ -42,6 +42,7 @@ pub enum Command {
     Exec(vm::exec::Args),
     Cp(vm::cp::Args),
     Wait(wait::Args),
+    Rollback(vm::rollback::Args),
     Top(top::Args),
     /// Destroy VMs and everything on their root disks (as `form vm rm`)
     Destroy(vm::rm::Args),
@@ -95,6 +96,7 @@ impl Command {
             Self::Exec(args) => vm::exec::run(args, session).await,
             Self::Cp(args) => vm::cp::run(args, session).await,
             Self::Wait(args) => wait::run(args, session).await,
+            Self::Rollback(args) => vm::rollback::run(args, session).await,
             Self::Top(args) => top::run(args, session).await,
             Self::Destroy(args) => vm::rm::run(args, session).await,
             Self::Events(args) => events::run(args, session).await,

@@ -222,6 +222,9 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/vms/{name}/snapshots", get(snapshots).post(create_snapshot))
         .route("/v1/vms/{name}/snapshots/{snapshot}", get(show_snapshot).delete(remove_snapshot))
         .route("/v1/vms/{name}/restore", post(restore))
+        .route("/v1/vms/{name}/versions", get(versions))
+        .route("/v1/vms/{name}/rollback", post(rollback))
+        .route("/v1/plan", post(plan))
         .route("/v1/events", get(events))
         .route("/v1/host", get(async || axum::Json(host())))
         .route(
@@ -244,6 +247,33 @@ fn find(vms: &[Value], name: &str) -> Result<Value, ApiError> {
 
 async fn show(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
     Ok(axum::Json(detail(&find(&vms, &name)?)))
+}
+
+/// `web` ran two images before, of which one is gone; what does not run ran nothing before.
+async fn versions(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    let vm = find(&vms, &name)?;
+    let version = |number: u32, there: bool| {
+        let mut request = detail(&vm)["desired"].clone();
+        request["spec"]["resources"]["memory_mib"] = json!(128 * number);
+        json!({"image": format!("{name}:{number}"), "is_there": there, "deployed_at": "2026-01-01T00:00:00Z", "request": request})
+    };
+    let runs = vm["state"] == "running";
+    Ok(axum::Json(if runs { json!([version(2, true), version(1, false)]) } else { json!([]) }))
+}
+
+/// As an agent plans: from what runs to what is asked for.
+async fn plan(axum::Json(request): axum::Json<Value>) -> axum::Json<Value> {
+    let memory = format!("{} MiB", request["spec"]["resources"]["memory_mib"]);
+    axum::Json(json!({"vms": [{
+        "name": request["spec"]["name"], "action": "update", "changes": [{"field": "memory", "from": "512 MiB", "to": memory}],
+        "restarts": true, "loses": ["everything written to its root disk"]
+    }]}))
+}
+
+/// Goes back to what has 256 MiB.
+async fn rollback(Path(name): Path<String>, axum::Json(request): axum::Json<Value>) -> axum::Json<Value> {
+    let fits = request["to"]["spec"]["resources"]["memory_mib"] == 256;
+    axum::Json(operation("vm-rollback", &format!("vm/{name}"), if fits { "completed" } else { "failed" }))
 }
 
 async fn set(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {

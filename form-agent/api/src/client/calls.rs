@@ -12,7 +12,7 @@ use super::{Client, ClientError, Follower, Lines, Tunnel, call::Call};
 use crate::{
     bench::{BenchRequest, BenchRow},
     copy::{CopyQuery, SIZE_HEADER},
-    deploy::{CreateVmRequest, DeployRequest, Plan},
+    deploy::{CreateVmRequest, DeployRequest, Plan, RollbackRequest, VmVersion},
     event::{Event, EventsQuery},
     exec::{EXEC_HEADER, ExecRequest},
     host::{ClaimRequest, DoctorReport, Host},
@@ -122,6 +122,16 @@ impl Client {
     /// The same `key` with the same request gives back the same operation.
     pub async fn deploy(&self, request: &DeployRequest, key: IdempotencyKey) -> Result<Operation, ClientError> {
         self.read(&Call::post("/v1/deploy").json(request)?.signed(key)).await
+    }
+
+    /// What the VM can go back to, the latest first.
+    pub async fn versions(&self, vm: &Name) -> Result<Vec<VmVersion>, ClientError> {
+        self.read(&Call::get(&format!("/v1/vms/{vm}/versions"))).await
+    }
+
+    /// The same key again gives back the operation that the first request began.
+    pub async fn rollback(&self, vm: &Name, request: &RollbackRequest, key: IdempotencyKey) -> Result<Operation, ClientError> {
+        self.read(&Call::post(&format!("/v1/vms/{vm}/rollback")).json(request)?.signed(key)).await
     }
 
     /// Makes a VM that is not there yet. The same `key` with the same request gives back the same operation.

@@ -38,7 +38,7 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
 }
 
 pub fn table(images: &[Image]) -> Table {
-    let mut table = Table::new(&["IMAGE", "DIGEST", "STORED", "AGE", "USED BY"], &["SIZE"]);
+    let mut table = Table::new(&["IMAGE", "DIGEST", "STORED", "AGE", "USED BY"], &["SIZE", "BACK FOR"]);
     for image in images {
         let users: Vec<&str> = image.used_by.iter().map(Name::as_str).collect();
         table.row([
@@ -48,6 +48,7 @@ pub fn table(images: &[Image]) -> Table {
             age(image.created_at, Timestamp::now()),
             users.join(", "),
             bytes(image.size_bytes),
+            image.kept_for.iter().map(Name::as_str).collect::<Vec<_>>().join(", "),
         ]);
     }
     table

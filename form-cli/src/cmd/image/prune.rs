@@ -11,11 +11,11 @@ use crate::{
 
 /// Remove versions of images that no VM uses from the host
 ///
-/// The newest version of each image stays, so that the next build sends only what is new; --all removes it too. An image that a VM or a
-/// snapshot needs stays in any case.
+/// The newest version of each image stays, so that the next build sends only what is new, and so do those that `form rollback` can put
+/// back; --all removes them too. An image that a VM or a snapshot needs stays in any case.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Also the newest version of an image that no VM uses
+    /// Also the newest version of an image that no VM uses, and those that a VM can go back to
     #[arg(long)]
     all: bool,
     /// Those alone of this image
@@ -34,7 +34,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
         return Ok(0);
     }
     if images.is_empty() {
-        session.terminal.note("Every image is used, or the newest of its name: nothing to remove.");
+        session.terminal.note("Every image is used, the newest of its name, or one to go back to: nothing to remove.");
         return Ok(0);
     }
     let references: Vec<ImageReference> =
@@ -68,7 +68,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
 fn unused(images: Vec<Image>, args: &Args) -> Vec<Image> {
     let newest = |image: &Image| images.iter().all(|other| other.name != image.name || other.version <= image.version);
     let meant = |image: &&Image| {
-        image.used_by.is_empty() && (args.all || !newest(image)) && args.image.as_ref().is_none_or(|name| *name == image.name)
+        image.used_by.is_empty() && (args.all || (!newest(image) && image.kept_for.is_empty())) && args.image.as_ref().is_none_or(|name| *name == image.name)
     };
     images.iter().filter(meant).cloned().collect()
 }
@@ -89,6 +89,7 @@ mod tests {
             stored_bytes: 1,
             created_at: jiff::Timestamp::UNIX_EPOCH,
             used_by,
+            kept_for: Vec::new(),
         }
     }
 
@@ -104,5 +105,11 @@ mod tests {
         assert_eq!(left(true, None), "web:1 web:3 old:7");
         assert_eq!(left(true, Some("old")), "old:7");
         assert_eq!(left(true, Some("app")), "");
+
+        let mut kept = images();
+        kept[0].kept_for.push("vm".parse().unwrap());
+        let args = |all| Args { all, image: None, dry_run: false };
+        assert!(unused(kept.clone(), &args(false)).is_empty());
+        assert_eq!(unused(kept, &args(true)).len(), 3);
     }
 }

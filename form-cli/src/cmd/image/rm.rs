@@ -14,6 +14,8 @@ use crate::{
 };
 
 /// Remove images that no VM uses from the host
+///
+/// A VM that ran from one before cannot go back to it then (`form rollback`).
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// NAME:VERSION; with --local also NAME for all its versions

@@ -50,6 +50,8 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .field("stored", bytes(image.stored_bytes))
         .field("created", image.created_at)
         .field("used by", users.join(", "));
+    let kept_for: Vec<&str> = image.kept_for.iter().map(|name| name.as_str()).collect();
+    let record = if kept_for.is_empty() { record } else { record.field("back for", kept_for.join(", ")) };
     session.terminal.show(&image, &record)?;
     Ok(0)
 }

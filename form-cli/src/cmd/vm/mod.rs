@@ -16,6 +16,7 @@ pub mod reset;
 pub mod restart;
 pub mod resume;
 pub mod rm;
+pub mod rollback;
 pub mod set;
 pub mod show;
 pub mod snapshot;
@@ -43,6 +44,7 @@ pub enum Verb {
     Reset(reset::Args),
     Rename(rename::Args),
     Set(set::Args),
+    Rollback(rollback::Args),
     Snapshot(snapshot::Args),
     Rm(rm::Args),
     Prune(prune::Args),
@@ -71,6 +73,7 @@ impl Verb {
             Self::Reset(args) => reset::run(args, session).await,
             Self::Rename(args) => rename::run(args, session).await,
             Self::Set(args) => set::run(args, session).await,
+            Self::Rollback(args) => rollback::run(args, session).await,
             Self::Snapshot(args) => snapshot::run(args, session).await,
             Self::Rm(args) => rm::run(args, session).await,
             Self::Prune(args) => prune::run(args, session).await,
