@@ -60,7 +60,7 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("vm reset", &["nope"], Needs::Host),
     ("vm rename", &["nope", "other"], Needs::Host),
     ("vm set", &["nope", "--label", "a=b"], Needs::Host),
-    ("vm rollback", &["nope", "1"], Needs::HostAndYes),
+    ("vm rollback", &["nope", "2"], Needs::HostAndYes),
     ("vm snapshot create", &["nope"], Needs::Host),
     ("vm snapshot ls", &["nope"], Needs::Host),
     ("vm snapshot show", &["nope", "nope"], Needs::Host),

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use form_tests::host::{Host, answers, is_alive, wait};
+use form_tests::host::{Host, answers, get, is_alive, wait};
 
 const SERVE: &str = r#"["/bin/busybox", "httpd", "-f", "-v", "-p", "80", "-h", "/www"]"#;
 
@@ -113,6 +113,44 @@ fn kvm_an_agent_killed_in_the_middle_of_a_deploy_finishes_it() {
     }
 }
 
+/// `web` runs its first version, and nothing else of it was ever healthy.
+fn goes_back(host: &Host, web: &str) {
+    let page =
+        |text: &str| get(18083, "/").is_ok_and(|answer| answer.contains("it works") && answer.contains("second") == (text == "second"));
+    let offered = || {
+        let versions = host.form(&["rollback", "web", "--list", "-o", "json"]).ok().json();
+        let images = versions.as_array().unwrap().iter().map(|version| version["image"].as_str().unwrap().to_owned());
+        images.collect::<Vec<_>>()
+    };
+    let first = host.vm("web");
+    let nothing = host.form(&["rollback", "web", "-y"]).exits(5);
+    assert!(nothing.stderr.contains("nothing that vm/web could go back to"), "{}", nothing.stderr);
+    assert_eq!(offered(), Vec::<String>::new());
+
+    // The third image: that of the broken version was the second.
+    let _ = host.app("web", SERVE, 18083);
+    fs::write(host.path("web").join("index.html"), "it works\nsecond\n").unwrap();
+    let _ = host.form(&["deploy", web, "-y"]).ok();
+    wait("the second page is served", || page("second"));
+    assert_eq!((offered(), host.vm("web")["image"].as_str()), (vec!["web:1".to_owned()], Some("web:3")));
+
+    let asked = host.form(&["rollback", "web"]).exits(2);
+    assert!(asked.stderr.contains("lost: everything written to its root disk") && asked.stderr.contains("FORM_YES"), "{}", asked.stderr);
+    let _ = host.form(&["rollback", "web", "-y"]).ok();
+    wait("the first page is served", || page("first"));
+    let back = host.vm("web");
+    assert_eq!((&back["id"], &back["image_digest"], &back["ipv4"]), (&first["id"], &first["image_digest"], &first["ipv4"]));
+    let newest = host.operations().into_iter().find(|operation| operation["subject"] == "vm/web").unwrap();
+    assert_eq!((newest["kind"].as_str(), newest["status"].as_str()), (Some("vm-rollback"), Some("completed")), "{newest}");
+
+    // And back from there, to the version that is named.
+    assert_eq!(offered(), ["web:3"]);
+    let _ = host.form(&["rollback", "web", "2", "-y"]).exits(3);
+    let _ = host.form(&["vm", "rollback", "web", "web:3", "-y"]).ok();
+    wait("the second page is served again", || page("second"));
+    assert_eq!(offered(), ["web:1"]);
+}
+
 #[test]
 #[ignore = "needs a KVM that runs guests: tests/kvm-host"]
 fn kvm_what_cannot_work_is_refused_or_taken_back_with_its_reason() {
@@ -133,6 +171,8 @@ fn kvm_what_cannot_work_is_refused_or_taken_back_with_its_reason() {
     let broken = host.form(&["deploy", &web, "-y"]).exits(1);
     assert!(broken.stderr.contains("broken on purpose"), "{}", broken.stderr);
     wait("the old version answers", || answers(18083));
+
+    goes_back(&host, &web);
 
     // A first version that ends at once stays, failed, until it is mended or removed.
     let never = host.app("never", r#"["/bin/busybox", "false"]"#, 18085);

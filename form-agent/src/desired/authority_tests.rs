@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use form_api::{
-    deploy::ForkOf,
+    deploy::{ForkOf, RollbackRequest},
     sign::{ToSign, sign_request},
 };
 use form_state::{Replica, StateError};
@@ -228,6 +228,30 @@ fn a_vm_is_created_once_and_its_request_leads_back_to_it() {
     assert_eq!((copy.run, copy.starts), (Run::Stopped, 1));
     is_refused(ask(&create("other", true, Some("nobody")), 6), "there is no vm/nobody");
     is_refused(host.ask(STRANGER, "POST", "/v1/vms", &create("evil", true, None), 7), "does not own");
+}
+
+#[test]
+fn a_rollback_is_a_deploy_of_the_vm_that_is_named() {
+    let host = Host::new(FOUNDER);
+    host.own(OWNER).unwrap();
+    let vm = || vm_named(&host.replica.view(), &"web".parse().unwrap());
+    let to =
+        |name: &str| serde_json::to_vec(&RollbackRequest { to: DeployRequest { image: Digest::of(b"old"), ..request(name) } }).unwrap();
+    let ask = |signer: u8, body: &[u8], number: u32| host.ask(signer, "POST", "/v1/vms/web/rollback", body, number);
+    is_refused(ask(OWNER, &to("web"), 1), "there is no vm/web");
+    host.deploy(OWNER, "web", 2).unwrap();
+    let before = vm().unwrap();
+    is_refused(ask(STRANGER, &to("web"), 3), "own");
+    is_refused(ask(OWNER, &to("other"), 4), "not to vm/other");
+    is_refused(ask(OWNER, &serde_json::to_vec(&request("web")).unwrap(), 5), "unknown field");
+    assert_eq!(vm(), Some(before.clone()));
+    ask(OWNER, &to("web"), 6).unwrap();
+    let after = vm().unwrap();
+    assert_eq!((after.id, after.request.image, after.run), (before.id, Digest::of(b"old"), Run::Running));
+    // A later deploy that fails is taken back with it.
+    host.deploy(OWNER, "web", 7).unwrap();
+    ask(OWNER, &to("web"), 6).unwrap();
+    assert_eq!(vm(), Some(after));
 }
 
 #[test]

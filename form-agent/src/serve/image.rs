@@ -136,7 +136,12 @@ pub async fn config(State(agent): State<Shared>, Segment(reference): Segment, re
             changed_bytes: step.changed_blocks.saturating_mul(BLOCK_SIZE as u64),
         });
         let layers = layers.collect();
-        Ok(ImageConfig { image: described(&agent, &entry, &kept::images(&agent)), spec: manifest.config, packages: manifest.packages, layers })
+        Ok(ImageConfig {
+            image: described(&agent, &entry, &kept::images(&agent)),
+            spec: manifest.config,
+            packages: manifest.packages,
+            layers,
+        })
     })
     .await
     .map(Json)

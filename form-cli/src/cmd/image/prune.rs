@@ -68,7 +68,9 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
 fn unused(images: Vec<Image>, args: &Args) -> Vec<Image> {
     let newest = |image: &Image| images.iter().all(|other| other.name != image.name || other.version <= image.version);
     let meant = |image: &&Image| {
-        image.used_by.is_empty() && (args.all || (!newest(image) && image.kept_for.is_empty())) && args.image.as_ref().is_none_or(|name| *name == image.name)
+        image.used_by.is_empty()
+            && (args.all || (!newest(image) && image.kept_for.is_empty()))
+            && args.image.as_ref().is_none_or(|name| *name == image.name)
     };
     images.iter().filter(meant).cloned().collect()
 }

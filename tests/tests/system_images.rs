@@ -1,0 +1,125 @@
+//! What VMs were before and the images that this needs, on a machine whose `/dev/kvm` may not be able to run a guest.
+
+use std::{
+    fs,
+    process::{Command, Stdio},
+};
+
+use form_tests::host::{Host, SERVE, enter_own_network, wait};
+use form_types::Failpoint;
+use serde_json::{Value, json};
+
+/// What `web` should be.
+fn desired(host: &Host) -> Value {
+    host.form(&["vm", "show", "web", "-o", "json"]).ok().json()["desired"].clone()
+}
+
+fn offered(host: &Host) -> Vec<(String, bool)> {
+    let versions = host.form(&["rollback", "web", "--list", "-o", "json"]).ok().json();
+    let one = |version: &Value| (version["image"].as_str().unwrap().to_owned(), version["is_there"].as_bool().unwrap());
+    versions.as_array().unwrap().iter().map(one).collect()
+}
+
+/// Status and body of a request to the agent's socket.
+fn post(host: &Host, path: &str, body: &Value) -> (String, Value) {
+    let output = Command::new("curl")
+        .args(["--silent", "--show-error", "--unix-socket"])
+        .arg(host.socket())
+        .args(["--write-out", "\n%{http_code}", "--header", "content-type: application/json", "--data", &body.to_string()])
+        .arg(format!("http://agent{path}"))
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (body, status) = text.rsplit_once('\n').unwrap();
+    (status.to_owned(), serde_json::from_str(body).unwrap())
+}
+
+/// A host with `web`, which should be its second image. That it was healthy as both is what its host's record says; no guest has run.
+fn host_with_two_versions() -> (Host, Value, Value) {
+    let mut host = Host::new();
+    host.configure(Host::IMPATIENT);
+    host.start_agent();
+    host.stopped_vms(&["web"]);
+    let first = desired(&host);
+    let nothing = host.form(&["rollback", "web", "-y"]).exits(5);
+    assert!(nothing.stderr.contains("nothing that vm/web could go back to"), "{nothing:?}");
+    let _ = host.form(&["rollback", "nope", "-y"]).exits(3);
+
+    let file = host.app("web", SERVE, 18090);
+    fs::write(host.path("web").join("index.html"), "it works\nsecond\n").unwrap();
+    let _ = host.form(&["deploy", &file, "-y"]);
+    let _ = host.form(&["vm", "stop", "web"]).ok();
+    let second = desired(&host);
+    assert_ne!(first["image"], second["image"]);
+    let signed = json!({"header": "", "body": second.to_string()});
+    let kept = json!({"request": signed, "boot": "00".repeat(32), "earlier": [{"request": first, "image": "web:1"}]});
+    let id = host.vm("web")["id"].as_str().unwrap().to_owned();
+    fs::write(host.root().join("var/lib/formation/vms").join(id).join("deployed.json"), kept.to_string()).unwrap();
+    (host, first, second)
+}
+
+#[test]
+#[ignore = "needs root, and a kernel bundle in the build cache: tests/run-system"]
+fn system_a_vm_goes_back_to_what_its_host_keeps_and_to_nothing_else() {
+    enter_own_network();
+    let (mut host, first, second) = host_with_two_versions();
+    assert_eq!(offered(&host), [("web:1".to_owned(), true)]);
+
+    // The image is kept for it.
+    let images = host.form(&["image", "ls", "-o", "json"]).ok().json();
+    assert_eq!((&images[0]["kept_for"], &images[1]["kept_for"]), (&json!(["web"]), &json!([])), "{images}");
+    let pruned = host.form(&["image", "prune", "-y"]).ok();
+    assert!(pruned.stderr.contains("one to go back to: nothing to remove"), "{pruned:?}");
+
+    // Nothing else is taken for a version of it.
+    let mut forged = first.clone();
+    forged["spec"]["resources"]["memory_mib"] = json!(256);
+    let (status, error) = post(&host, "/v1/vms/web/rollback", &json!({"to": forged}));
+    assert_eq!((status.as_str(), &error["error"]["code"]), ("409", &json!("conflict")), "{error}");
+    let (status, error) = post(&host, "/v1/vms/web/rollback", &json!({"to": second}));
+    assert!(status == "409" && error["error"]["message"].as_str().unwrap().contains("is that version already"), "{error}");
+    let mut another = first.clone();
+    another["spec"]["name"] = json!("other");
+    assert_eq!(post(&host, "/v1/vms/web/rollback", &json!({"to": another})).0, "400");
+    assert_eq!(post(&host, "/v1/vms/nope/rollback", &json!({"to": another})).0, "400");
+    assert_eq!(post(&host, "/v1/vms/other/rollback", &json!({"to": another})).0, "404");
+    assert_eq!(desired(&host), second);
+
+    // The agent dies on the way: it is done, or is not, and says so.
+    for point in [Failpoint::DeployRemembered, Failpoint::StateStored, Failpoint::DeploySubmitted, Failpoint::DeployRecorded] {
+        println!("=== rollback at {}", point.as_str());
+        let before = desired(&host);
+        host.kill_agent();
+        host.start_agent_with(Some(point.as_str()));
+        let mut client = host.form_command(&["rollback", "web", "-y"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let died = host.dies_at(point.as_str(), |_| false);
+        let _ = (client.kill(), client.wait());
+        assert!(died, "a rollback does not come to {}", point.as_str());
+        host.start_agent();
+        wait("the operation ends", || host.no_operation_is_under_way());
+        let newest = host.operations().remove(0);
+        assert_eq!((&newest["kind"], &newest["status"]), (&json!("vm-rollback"), &json!("failed")), "no guest runs here: {newest}");
+        let unchanged = newest["error"]["hint"].as_str().unwrap().contains("run the same command again");
+        assert_eq!(unchanged, point == Failpoint::DeployRemembered, "{newest}");
+        assert_eq!(desired(&host) == before, unchanged, "{newest}");
+        // What it should be now is never among what it can go back to.
+        let now = desired(&host)["image"] == first["image"];
+        assert_eq!(offered(&host), [(if now { "web:2" } else { "web:1" }.to_owned(), true)]);
+        let _ = host.form(&["vm", "stop", "web"]).ok();
+    }
+
+    // An image that is gone is no way back, and is said to be.
+    if desired(&host)["image"] == first["image"] {
+        let failed = host.form(&["rollback", "web", "-y"]).exits(1);
+        assert!(failed.stderr.contains("vm/web"), "{failed:?}");
+        let _ = host.form(&["vm", "stop", "web"]).ok();
+    }
+    assert_eq!(desired(&host), second);
+    let _ = host.form(&["image", "rm", "web:1", "-y"]).ok();
+    assert_eq!(offered(&host), [("web:1".to_owned(), false)]);
+    let gone = host.form(&["rollback", "web", "-y"]).exits(3);
+    assert!(gone.stderr.contains("does not have web:1 any more"), "{gone:?}");
+    assert_eq!(post(&host, "/v1/vms/web/rollback", &json!({"to": first})).0, "404");
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    host.is_clean();
+}
