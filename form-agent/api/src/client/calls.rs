@@ -126,12 +126,12 @@ impl Client {
 
     /// What the VM can go back to, the latest first.
     pub async fn versions(&self, vm: &Name) -> Result<Vec<VmVersion>, ClientError> {
-        self.read(&Call::get(&format!("/v1/vms/{vm}/versions"))).await
+        self.read(&Call::get(format!("/v1/vms/{vm}/versions"))).await
     }
 
     /// The same key again gives back the operation that the first request began.
     pub async fn rollback(&self, vm: &Name, request: &RollbackRequest, key: IdempotencyKey) -> Result<Operation, ClientError> {
-        self.read(&Call::post(&format!("/v1/vms/{vm}/rollback")).json(request)?.signed(key)).await
+        self.read(&Call::post(format!("/v1/vms/{vm}/rollback")).json(request)?.signed(key)).await
     }
 
     /// Makes a VM that is not there yet. The same `key` with the same request gives back the same operation.
