@@ -11,6 +11,7 @@ use form_api::{
 
 use crate::{
     cli::Cli,
+    cmd::image,
     context::{ConfigFile, LOCAL_SOCKET, PassphraseSource, load_identity, resolve},
 };
 
@@ -68,6 +69,11 @@ pub fn images(typed: &OsStr) -> Vec<CompletionCandidate> {
         Ok(client.images().await?.into_iter().map(|image| format!("{}:{}", image.name, image.version)).collect())
     });
     candidates(names, typed)
+}
+
+pub fn local_images(typed: &OsStr) -> Vec<CompletionCandidate> {
+    let records = image::store().ok().and_then(|store| store.list().ok()).unwrap_or_default();
+    candidates(records.into_iter().map(|record| format!("{}:{}", record.name, record.version)), typed)
 }
 
 pub fn volumes(typed: &OsStr) -> Vec<CompletionCandidate> {

@@ -490,6 +490,49 @@ fn an_image_is_pulled_and_runs_as_it_says() {
 }
 
 #[test]
+fn an_image_goes_by_a_file_to_another_machine() {
+    let (here, there) = (Place::new(), Place::new());
+    here.write("Formfile", "NAME web\nFROM scratch\nCOPY Formfile /etc/Formfile\nCMD [\"/web\"]\n");
+    assert_eq!(here.run(&["build", "-q"]).code, 0);
+    let run = here.run(&["image", "export", "web", "web.tar", "-o", "json"]);
+    let exported: serde_json::Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!((&exported["name"], &exported["version"], &exported["path"]), (&"web".into(), &1.into(), &"web.tar".into()));
+    assert!(run.err.contains("writing web to web.tar"), "{}", run.err);
+    let file = here.path("web.tar").to_str().unwrap().to_owned();
+    let run = there.run(&["image", "import", &file, "-o", "json"]);
+    let imported: serde_json::Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!((&imported["digest"], &imported["unchanged"]), (&exported["digest"], &false.into()), "{run:?}");
+    let short = &exported["digest"].as_str().unwrap()[..12];
+    let again = there.run(&["image", "import", &file]);
+    assert!(again.out.starts_with(&format!("web:1 is unchanged  {short}  ")), "{again:?}");
+    assert_eq!(there.run(&["image", "import", &file, "shop", "-q"]).out, "shop:1\n");
+    assert_eq!(there.run(&["image", "ls", "--local", "-q"]).out, "shop:1\nweb:1\n");
+    let directory = there.run(&["image", "export", "shop", "layout/"]);
+    assert!(directory.code == 0 && directory.out.starts_with("shop:1  ") && directory.out.ends_with(" in layout/\n"), "{directory:?}");
+    assert!(there.read("layout/oci-layout").contains("1.0.0"));
+
+    let taken = here.run(&["image", "export", "web", "web.tar", "-o", "json"]);
+    assert_eq!((taken.code, error(&taken)["message"].as_str()), (5, Some("web.tar is there already")));
+    assert_eq!(here.run(&["image", "export", "web:2", "other.tar"]).code, 3);
+    assert_eq!(here.run(&["image", "import", "none.tar"]).code, 3);
+    for nothing in ["Formfile", "home"] {
+        let refused = here.run(&["image", "import", nothing, "-o", "json"]);
+        let error = error(&refused);
+        assert!(refused.code == 1 && error["message"].as_str().unwrap().contains("OCI image layout"), "{refused:?}");
+        assert!(error["hint"].as_str().unwrap().contains("nothing of it was kept"), "{refused:?}");
+    }
+    assert_eq!(here.run(&["image", "import", "web.tar", "No_Name"]).code, 2);
+
+    // To a registry that is not there.
+    let away = here.run(&["image", "push", "web", "127.0.0.1:1/web:1", "-o", "json"]);
+    assert!(away.code == 7 && error(&away)["message"].as_str().unwrap().contains("127.0.0.1:1 does not answer"), "{away:?}");
+    assert_eq!(here.run(&["image", "push", "web", "web:1"]).code, 1);
+    let pinned = format!("127.0.0.1:1/web@sha256:{}", "0".repeat(64));
+    assert_eq!(here.run(&["image", "push", "web", &pinned]).code, 2);
+    assert_eq!(here.run(&["image", "push", "nope", "127.0.0.1:1/web:1"]).code, 3);
+}
+
+#[test]
 fn what_cannot_be_pulled_says_why_and_what_to_do() {
     let place = Place::new();
     let registry = Registry::start(&serde_json::Value::Null);

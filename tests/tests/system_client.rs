@@ -117,6 +117,30 @@ fn system_a_full_disk_ends_a_build_and_nothing_of_it_is_kept() {
         disk.free();
     }
     let _ = build().ok();
+
+    // An image on its way out or in finds no room either.
+    let image = |arguments: &[&str]| {
+        let mut command = host.remote_command(&[&["image"], arguments].concat());
+        command.env("XDG_CACHE_HOME", &cache).env("TMPDIR", host.path("cache/tmp"));
+        host.programs.run(command)
+    };
+    let (small, large) = (host.path("cache/app.tar"), host.path("app.tar"));
+    disk.fill_but(2 << 10);
+    let full = image(&["export", "app", small.to_str().unwrap()]).exits(1);
+    assert!(full.stderr.contains("No space left") && full.stderr.contains("nothing was left there"), "{full:?}");
+    let drafts = fs::read_dir(host.path("cache")).unwrap().flatten().filter(|entry| entry.file_name().to_string_lossy().contains("export"));
+    assert!(drafts.count() == 0 && !small.exists());
+    let _ = image(&["export", "app", large.to_str().unwrap()]).ok();
+    disk.free();
+    let _ = image(&["rm", "app", "--local", "-y"]).ok();
+    disk.fill_but(8 << 10);
+    let full = image(&["import", large.to_str().unwrap()]).exits(1);
+    assert!(full.stderr.contains("No space left") && full.stderr.contains("hint: free some space"), "{full:?}");
+    let blocks = fs::read_dir(cache.join("form/blocks")).unwrap().flatten().map(|group| fs::read_dir(group.path()).unwrap().count());
+    assert_eq!((blocks.sum::<usize>(), image(&["ls", "--local", "-q"]).ok().stdout.as_str()), (0, ""));
+    disk.free();
+    let _ = image(&["import", large.to_str().unwrap()]).ok();
+    assert!(image(&["verify", "app", "--local"]).code == Some(0));
 }
 
 #[test]

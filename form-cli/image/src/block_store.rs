@@ -48,13 +48,29 @@ impl BlockStore {
         if path.is_file() {
             return Ok(());
         }
+        let frame = blocks::compress(plain).map_err(|error| BuildError::Cache { path: path.clone(), reason: error.to_string() })?;
+        self.replace(digest, &frame)
+    }
+
+    /// Keeps a frame that was checked, in the place of a damaged one when there is one. It appears whole or not at all.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub fn replace(&self, digest: &Digest, frame: &[u8]) -> Result<(), BuildError> {
+        let path = self.path(digest);
         let directory = path.parent().unwrap_or(&self.directory);
         fs::create_dir_all(directory).during("create", directory)?;
-        let frame = blocks::compress(plain).map_err(|error| BuildError::Cache { path: path.clone(), reason: error.to_string() })?;
         let mut file = tempfile::Builder::new().prefix("tmp-").tempfile_in(directory).during("create", directory)?;
-        file.write_all(&frame).during("write", &path)?;
+        file.write_all(frame).during("write", &path)?;
         file.persist(&path).map_err(|error| error.error).during("rename", &path)?;
         Ok(())
+    }
+
+    /// Removes a block that nothing needs.
+    pub fn remove(&self, digest: &Digest) {
+        if let Err(error) = fs::remove_file(self.path(digest)) {
+            tracing::debug!(%digest, %error, "a block stays until the next prune");
+        }
     }
 
     /// The compressed bytes of a block, as they travel.

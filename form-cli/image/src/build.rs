@@ -50,6 +50,8 @@ pub struct BuildOptions {
     pub cancel: Cancel,
     /// How images of registries are reached.
     pub registries: Registries,
+    /// Which digest the tag of the base was found to have just now: it is not asked for again.
+    pub base: Option<OciDigest>,
 }
 
 /// An image in the store.
@@ -67,6 +69,20 @@ pub struct BuiltImage {
 }
 
 impl BuiltImage {
+    /// Keeps a manifest whose blocks are all there.
+    pub(crate) fn keep(store: &ImageStore, manifest: Manifest) -> Result<Self, BuildError> {
+        let (version, unchanged) = store.add(&manifest)?;
+        Ok(Self {
+            name: manifest.name.clone(),
+            version,
+            digest: manifest.digest()?,
+            spec: manifest.config.clone(),
+            manifest,
+            unchanged,
+            store: store.clone(),
+        })
+    }
+
     /// The plain bytes of a block, checked.
     ///
     /// # Errors
@@ -87,7 +103,7 @@ impl BuiltImage {
 /// Builds images in one cache.
 #[derive(Clone, Debug)]
 pub struct Builder {
-    paths: CachePaths,
+    pub(crate) paths: CachePaths,
 }
 
 /// What one step of a build does.
@@ -217,7 +233,7 @@ impl Builder {
 }
 
 /// Takes the cache's lock; it is free again when the file is dropped, however the process ends.
-fn lock(path: &Path, cancel: &Cancel, observer: &mut dyn BuildObserver) -> Result<File, BuildError> {
+pub(crate) fn lock(path: &Path, cancel: &Cancel, observer: &mut dyn BuildObserver) -> Result<File, BuildError> {
     let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(path).during("open", path)?;
     let mut told = false;
     loop {
@@ -521,7 +537,7 @@ impl<'a> Work<'a> {
         };
         let pinned = match &self.locked {
             Some(lock) => Some(lock.base_of(from)?),
-            None => reference.digest,
+            None => options.base.or(reference.digest),
         };
         let digest = match pinned {
             Some(digest) => digest,

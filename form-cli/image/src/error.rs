@@ -22,6 +22,14 @@ pub enum BuildError {
     Base { from: String, reason: String },
     #[error("`FROM {from}`: {source}")]
     Registry { from: String, source: OciError },
+    #[error("{from} cannot be taken in: {reason}")]
+    Artifact { from: String, reason: String },
+    #[error("{to} does not take the image")]
+    Push { to: String, source: OciError },
+    #[error("{path} is there already")]
+    Exists { path: PathBuf },
+    #[error("interrupted: nothing was left of it")]
+    Interrupted,
     #[error("line {line}: `COPY`: {reason}")]
     Copy { line: u32, reason: String },
     #[error("line {line}: `INSTALL`: {reason}")]

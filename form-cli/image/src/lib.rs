@@ -8,6 +8,7 @@
 
 mod accounts;
 mod apt;
+mod artifact;
 mod base;
 mod block_store;
 mod build;
@@ -30,12 +31,15 @@ mod steps;
 mod store;
 mod tarball;
 mod tools;
+mod travel;
 mod tree_path;
 
+pub use artifact::layout::Exported;
 pub use build::{BuildOptions, Builder, BuiltImage};
 pub use error::BuildError;
 pub use kernel::KernelBundle;
 pub use observer::{BuildEvent, BuildObserver, Cancel};
-pub use oci::{OciDigest, OciDigestError, OciError, OciReference, Registries};
+pub use oci::{OciDigest, OciDigestError, OciError, OciReference, Pushed, Registries};
 pub use paths::CachePaths;
 pub use store::{ImageRecord, ImageStore, StoreError, VerifyReport};
+pub use travel::Pulled;

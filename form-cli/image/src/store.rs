@@ -96,6 +96,14 @@ impl ImageStore {
     /// # Errors
     /// When there is none, or its manifest is damaged.
     pub fn get(&self, image: &ImageReference) -> Result<(ImageRecord, Manifest), StoreError> {
+        self.text(image).map(|(record, _, manifest)| (record, manifest))
+    }
+
+    /// An image with the text of its manifest, which its digest is of.
+    ///
+    /// # Errors
+    /// As [`ImageStore::get`].
+    pub(crate) fn text(&self, image: &ImageReference) -> Result<(ImageRecord, Vec<u8>, Manifest), StoreError> {
         let not_found = || StoreError::NotFound(image.clone());
         let version = match image.version {
             Some(version) => version,
@@ -118,7 +126,7 @@ impl ImageStore {
             size: manifest.rootfs.blocks.size(),
             stored_bytes: manifest.rootfs.blocks.stored_bytes(),
         };
-        Ok((record, manifest))
+        Ok((record, bytes, manifest))
     }
 
     /// Keeps a manifest under the next version of its name, unless the newest is the same. Gives the version, and whether it was there.
@@ -184,6 +192,16 @@ impl ImageStore {
     /// When it is missing.
     pub fn read_frame(&self, digest: &Digest) -> Result<Vec<u8>, BuildError> {
         self.blocks.read_frame(digest)
+    }
+
+    /// As [`ImageStore::read_frame`], checked.
+    ///
+    /// # Errors
+    /// When it is missing or damaged.
+    pub(crate) fn read_sound_frame(&self, digest: &Digest) -> Result<Vec<u8>, BuildError> {
+        let frame = self.blocks.read_frame(digest)?;
+        form_bundle::blocks::open(digest, &frame).map_err(|_| BuildError::Block(*digest))?;
+        Ok(frame)
     }
 
     /// Writes the root file system of an image as a sparse file.

@@ -12,7 +12,9 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use form_image::{BuildError, BuildEvent, BuildOptions, Builder, BuiltImage, CachePaths, OciError, Registries};
+use form_image::{
+    BuildError, BuildEvent, BuildOptions, Builder, BuiltImage, CachePaths, Cancel, OciError, OciReference, Pulled, Registries,
+};
 use form_types::{
     Spec,
     spec::{Command, Step, StepAction},
@@ -453,4 +455,130 @@ fn system_a_login_comes_from_the_configuration_of_docker() {
     fs::write(&docker, auths("ada:correct horse")).unwrap();
     project.build();
     assert_eq!(project.show("/etc/release"), "secret");
+}
+
+/// Packs and other blobs that a registry has.
+fn blobs_of(registry: &Registry) -> usize {
+    let blobs = registry.directory.path().join("store/docker/registry/v2/blobs/sha256");
+    let Ok(groups) = fs::read_dir(blobs) else { return 0 };
+    groups.map(|group| fs::read_dir(group.unwrap().path()).unwrap().count()).sum()
+}
+
+/// An image of files, not of a registry.
+fn local(project: &mut Project, text: &str) -> BuiltImage {
+    project.spec.from = "./files".to_owned();
+    let files = project.directory.path().join("files");
+    fs::create_dir_all(files.join("etc")).unwrap();
+    fs::write(files.join("etc/release"), text).unwrap();
+    project.build()
+}
+
+fn push(project: &Project, image: &str, to: &str) -> Result<form_image::Pushed, BuildError> {
+    let reference = OciReference::parse(to, None).unwrap();
+    project.builder().push(&image.parse().unwrap(), &reference, &project.options.registries, &Cancel::new(), &mut |_: BuildEvent<'_>| {})
+}
+
+fn pull(project: &Project, from: &str, name: Option<&str>) -> Result<Pulled, BuildError> {
+    let reference = OciReference::parse(from, None).unwrap();
+    let name = name.map(|name| name.parse().unwrap());
+    let registries = &project.options.registries;
+    project.builder().pull(&reference, name.as_ref(), registries, &Cancel::new(), &mut |_: BuildEvent<'_>| {})
+}
+
+fn pulled(project: &Project, from: &str, name: Option<&str>) -> BuiltImage {
+    match pull(project, from, name).unwrap() {
+        Pulled::Image(image) => *image,
+        Pulled::Another(digest) => panic!("{digest} is none of ours"),
+    }
+}
+
+#[test]
+fn system_an_image_of_ours_goes_by_a_registry_to_another_machine() {
+    let registry = Registry::start(None);
+    let to = registry.reference("team/app:1");
+    let (mut here, there) = (Project::new("scratch"), Project::new("scratch"));
+    let image = local(&mut here, "one");
+    let first = push(&here, "app", &to).unwrap();
+    assert!(first.digest == image.digest && first.version == 1 && first.kept_blobs == 0 && first.sent_blobs >= 2, "{first:?}");
+    let all = blobs_of(&registry);
+    assert_eq!(all, first.sent_blobs + 1, "and the manifest of the artifact");
+
+    // The same again sends nothing; of the next version only what changed is sent.
+    let again = push(&here, "app:1", &to).unwrap();
+    assert_eq!((again.sent_blobs, again.sent_bytes, again.kept_blobs), (0, 0, first.sent_blobs));
+    assert_eq!((again.artifact, blobs_of(&registry)), (first.artifact, all));
+    let second = local(&mut here, "two");
+    let next = push(&here, "app", &registry.reference("team/app:2")).unwrap();
+    assert!(next.version == 2 && next.sent_blobs < first.sent_blobs && next.kept_blobs > 0, "{next:?}");
+
+    let image_there = pulled(&there, &to, None);
+    assert_eq!((image_there.digest, image_there.version, image_there.name.as_str()), (image.digest, 1, "app"));
+    assert!(there.builder().store().verify(&"app".parse().unwrap()).unwrap().bad.is_empty());
+    assert_eq!((there.show("/etc/release").as_str(), there.blobs()), ("one", 0));
+    assert!(pulled(&there, &to, None).unchanged);
+    // By its digest, under another name.
+    let by_digest = format!("{}@{}", registry.reference("team/app"), next.artifact);
+    assert_eq!(pulled(&there, &by_digest, None).digest, second.digest);
+    assert_eq!(pulled(&there, &by_digest, Some("shop")).name.as_str(), "shop");
+
+    // What others push is told apart.
+    registry.push_image("team/app", "other", &[Layer::new(GZIP, &[("etc/release", b"x")])], &json!({}));
+    assert!(matches!(pull(&there, &registry.reference("team/app:other"), None), Ok(Pulled::Another(_))));
+    let error = Project::new(&to).fails();
+    assert!(error.to_string().contains("an image of Formation"), "{error}");
+}
+
+#[test]
+fn system_an_image_of_ours_that_a_registry_has_damaged_leaves_nothing() {
+    let mut registry = Registry::start(None);
+    let to = registry.reference("app:1");
+    let (mut here, there) = (Project::new("scratch"), Project::new("scratch"));
+    let image = local(&mut here, "one");
+    push(&here, "app", &to).unwrap();
+    let groups = fs::read_dir(registry.directory.path().join("store/docker/registry/v2/blobs/sha256")).unwrap();
+    let blobs = groups.flat_map(|group| fs::read_dir(group.unwrap().path()).unwrap()).map(|blob| blob.unwrap().path().join("data"));
+    let largest = blobs.max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap();
+    let sound = fs::read(&largest).unwrap();
+    let leaves_nothing = || {
+        let blocks = there.directory.path().join("cache/blocks");
+        let groups = fs::read_dir(blocks).into_iter().flatten();
+        groups.map(|group| fs::read_dir(group.unwrap().path()).unwrap().count()).sum::<usize>() == 0
+            && there.builder().store().list().unwrap().is_empty()
+    };
+    let mut bytes = sound.clone();
+    bytes[sound.len() / 2] ^= 1;
+    for wrong in [bytes, sound[..sound.len() - 1].to_vec(), [sound.as_slice(), b"x"].concat()] {
+        fs::write(&largest, wrong).unwrap();
+        let error = pull(&there, &to, None).unwrap_err();
+        assert!(matches!(&error, BuildError::Registry { source: OciError::Digest { .. } | OciError::Size { .. }, .. }), "{error:?}");
+        assert!(leaves_nothing());
+    }
+    fs::write(&largest, &sound).unwrap();
+    assert_eq!(pulled(&there, &to, None).digest, image.digest);
+    registry.stop();
+    let away = push(&here, "app", &to).unwrap_err();
+    assert!(matches!(&away, BuildError::Push { source: OciError::Unreachable { .. }, .. }), "{away:?}");
+    assert!(matches!(pull(&there, &to, None), Err(BuildError::Registry { source: OciError::Unreachable { .. }, .. })));
+}
+
+#[test]
+fn system_a_push_needs_the_login_that_a_pull_needs() {
+    let registry = Registry::start(Some("ada:correct horse"));
+    let to = registry.reference("app:1");
+    let mut project = Project::new("scratch");
+    let image = local(&mut project, "one");
+    let denied = |project: &Project, expected: bool| match push(project, "app", &to) {
+        Err(BuildError::Push { source: OciError::Denied { known, .. }, .. }) => assert_eq!(known, expected),
+        other => panic!("{other:?}"),
+    };
+    denied(&project, false);
+    let docker = project.directory.path().join("docker.json");
+    let auths =
+        |login: &str| json!({"auths": BTreeMap::from([(registry.address.clone(), json!({"auth": STANDARD.encode(login)}))])}).to_string();
+    fs::write(&docker, auths("ada:battery staple")).unwrap();
+    denied(&project, true);
+    assert_eq!(blobs_of(&registry), 0);
+    fs::write(&docker, auths("ada:correct horse")).unwrap();
+    push(&project, "app", &to).unwrap();
+    assert_eq!(pulled(&project, &to, Some("copy")).manifest.rootfs, image.manifest.rootfs);
 }

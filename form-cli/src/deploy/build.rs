@@ -111,6 +111,7 @@ pub async fn image(session: &Session, args: &BuildArgs, source: &Source, spec: &
         lock_file: lock_file(source),
         cancel: Cancel::new(),
         registries: registries()?,
+        base: None,
     };
     image_of(session, spec, source.context(), options).await
 }
@@ -150,7 +151,10 @@ pub async fn kernel(session: &Session) -> Result<KernelBundle, Failure> {
 }
 
 /// Runs `work` on a thread for blocking work and shows its events. Ctrl-C cancels it and waits until it has cleaned up.
-async fn observed<T: Send + 'static>(
+///
+/// # Errors
+/// Those of the work.
+pub async fn observed<T: Send + 'static>(
     session: &Session,
     cancel: &Cancel,
     work: impl FnOnce(&mut dyn BuildObserver) -> Result<T, BuildError> + Send + 'static,
@@ -276,7 +280,9 @@ pub fn failure(error: &BuildError) -> Failure {
             failure.tail("last lines of the step", tail.clone()).hint("mend the step and build again: what came before it is cached")
         }
         BuildError::Cancelled => failure.hint("what was finished is cached: the next build goes on from there"),
-        BuildError::Registry { source, .. } => {
+        BuildError::Artifact { .. } => failure.hint("nothing of it was kept; write it again with `form image export`, or copy it again"),
+        BuildError::Exists { .. } => Failure::new(ErrorCode::Conflict, failure.error.message).hint("remove it, or choose another name"),
+        BuildError::Registry { source, .. } | BuildError::Push { source, .. } => {
             let failure = Failure::new(code(source), failure.error.message);
             if let Some(hint) = source.hint() { failure.hint(hint) } else { failure }
         }

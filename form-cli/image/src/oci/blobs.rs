@@ -98,6 +98,13 @@ impl BlobStore {
         }
     }
 
+    /// Removes one that is needed no more.
+    pub fn remove(&self, digest: &OciDigest) {
+        if let Err(error) = fs::remove_file(self.path(digest)) {
+            tracing::debug!(%digest, %error, "a blob stays until the next prune");
+        }
+    }
+
     /// Removes every blob: a base that is wanted is in the layers. Gives back the bytes that went.
     ///
     /// # Errors

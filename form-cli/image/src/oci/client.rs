@@ -1,4 +1,7 @@
-//! The reading half of the OCI distribution specification 1.1: manifests and blobs over HTTP, with logins by Basic and Bearer.
+//! The OCI distribution specification 1.1: manifests and blobs over HTTP, with logins by Basic and Bearer. Here is the reading half, in
+//! `upload` the writing one.
+
+mod upload;
 
 use std::{
     io::{self, Read},
@@ -50,6 +53,8 @@ pub(crate) struct Client<'a> {
     plain: bool,
     repository: String,
     login: Option<Login>,
+    /// Whether a login has to be one that may write.
+    writes: bool,
     /// The `Authorization` header that the registry asked for.
     authorization: Option<String>,
     registries: &'a Registries,
@@ -74,6 +79,7 @@ impl<'a> Client<'a> {
             plain,
             repository: reference.repository.clone(),
             login,
+            writes: false,
             authorization: None,
             registries,
             cancel,
@@ -248,7 +254,11 @@ impl<'a> Client<'a> {
         if uri.scheme_str() != Some("https") && !plain_fits {
             return Err(refuse(format!("its place for tokens, {authority}, has no TLS")));
         }
-        let scope = challenge.get("scope").map(str::to_owned).unwrap_or_else(|| format!("repository:{}:pull", self.repository));
+        // What is read first would lead to a login for reading alone.
+        let scope = match challenge.get("scope") {
+            Some(scope) if !self.writes => scope.to_owned(),
+            _ => format!("repository:{}:{}", self.repository, if self.writes { "pull,push" } else { "pull" }),
+        };
         let agent = if plain_fits { self.agent.clone() } else { agent(false, is_loopback(authority))? };
         let mut builder = agent.get(realm).query("scope", scope);
         if let Some(service) = challenge.get("service") {

@@ -12,8 +12,11 @@ pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
 /// No image has more: the file systems that layers are made for stop long before.
 const MAX_LAYERS: usize = 500;
 
-const INDEX_TYPES: [&str; 2] = ["application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"];
-const MANIFEST_TYPES: [&str; 2] = ["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
+pub(crate) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+const INDEX_TYPES: [&str; 2] = [OCI_INDEX, "application/vnd.docker.distribution.manifest.list.v2+json"];
+const MANIFEST_TYPES: [&str; 2] = [OCI_MANIFEST, "application/vnd.docker.distribution.manifest.v2+json"];
 const CONFIG_TYPES: [&str; 2] = ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
 
 /// What a registry is told that we read.
@@ -134,6 +137,10 @@ fn choose(manifests: Vec<Descriptor>) -> Result<Descriptor, OciError> {
 
 impl ImageManifest {
     fn checked(self) -> Result<Self, OciError> {
+        if self.config.media_type == form_bundle::manifest::MEDIA_TYPE {
+            let what = "an image of Formation, whose files no Formfile can begin with yet: `form image pull` takes it as it is".to_owned();
+            return Err(OciError::Unsupported { what });
+        }
         if !CONFIG_TYPES.contains(&self.config.media_type.as_str()) {
             return Err(OciError::Unsupported {
                 what: format!("an artifact with a configuration of type `{}`, not an image", shown(&self.config.media_type)),

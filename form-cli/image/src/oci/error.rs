@@ -82,7 +82,7 @@ impl OciError {
             Self::Denied { known: false, .. } => {
                 "the image does not exist, or needs a login: put one into ~/.docker/config.json (`auths`), as `docker login` does"
             }
-            Self::Denied { known: true, .. } => "log in anew, with a user who may pull the image: the login is in ~/.docker/config.json",
+            Self::Denied { known: true, .. } => "log in anew, with a user who may do that: the login is in ~/.docker/config.json",
             Self::Digest { .. } | Self::Size { .. } => {
                 "the registry, or something on the way to it, damages images: try again, then push the image anew"
             }

@@ -1,8 +1,9 @@
 //! Bases from OCI registries.
 //!
 //! `reference` what is asked for · `client` asks · `document` what comes back · `blobs` keeps it · `merge` makes one tree of its layers ·
-//! `defaults` what its configuration means for a Formfile. Which registry is asked, and how, says [`Registries`]: none is written here.
+//! `defaults` what its configuration means for a Formfile · `artifact` images of ours, both ways. Which registry is asked, and how, says [`Registries`]: none is written here.
 
+pub(crate) mod artifact;
 mod blobs;
 mod challenge;
 mod client;
@@ -21,16 +22,19 @@ use std::{
     path::PathBuf,
 };
 
-pub(crate) use self::{
-    blobs::BlobStore,
-    defaults::Defaults,
-    pull::{Fetched, fetch, resolve},
-    unpack::{UnpackError, unpack},
-};
 pub use self::{
+    artifact::Pushed,
     digest::{OciDigest, OciDigestError},
     error::OciError,
     reference::OciReference,
+};
+pub(crate) use self::{
+    blobs::BlobStore,
+    defaults::Defaults,
+    digest::HashingReader,
+    document::{MAX_DOCUMENT, OCI_INDEX, OCI_MANIFEST},
+    pull::{Fetched, fetch, resolve},
+    unpack::{UnpackError, unpack},
 };
 
 /// How this machine's user reaches registries.

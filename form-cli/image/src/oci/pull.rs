@@ -141,7 +141,7 @@ impl Pull<'_> {
 }
 
 /// A size for people.
-fn bytes(size: u64) -> String {
+pub(super) fn bytes(size: u64) -> String {
     if size < 1 << 20 { format!("{} KiB", size.div_ceil(1 << 10)) } else { format!("{:.1} MiB", size as f64 / f64::from(1 << 20)) }
 }
 
@@ -152,7 +152,7 @@ enum Message<T> {
 
 /// Runs `work` on a thread of its own: a registry that keeps silent must not keep a cancelled build. A thread that is left behind ends at
 /// its next time-out, and what it had is dropped.
-fn on_thread<T: Send + 'static>(
+pub(super) fn on_thread<T: Send + 'static>(
     cancel: &Cancel,
     each_line: &mut dyn FnMut(&str),
     work: impl FnOnce(&dyn Fn(String)) -> Result<T, OciError> + Send + 'static,

@@ -1,9 +1,12 @@
 //! `form image …`
 
+pub mod export;
 pub mod history;
+pub mod import;
 pub mod ls;
 pub mod prune;
 pub mod pull;
+pub mod push;
 pub mod rm;
 pub mod show;
 pub mod verify;
@@ -25,6 +28,9 @@ pub enum Verb {
     Rm(rm::Args),
     Prune(prune::Args),
     Pull(pull::Args),
+    Push(push::Args),
+    Export(export::Args),
+    Import(import::Args),
     Verify(verify::Args),
 }
 
@@ -37,6 +43,9 @@ impl Verb {
             Self::Rm(args) => rm::run(args, session).await,
             Self::Prune(args) => prune::run(args, session).await,
             Self::Pull(args) => pull::run(args, session).await,
+            Self::Push(args) => push::run(args, session).await,
+            Self::Export(args) => export::run(args, session).await,
+            Self::Import(args) => import::run(args, session).await,
             Self::Verify(args) => verify::run(&args, session).await,
         }
     }
