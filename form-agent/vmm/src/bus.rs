@@ -5,19 +5,22 @@ use std::sync::Arc;
 use crate::control::ExitReason;
 use crate::layout::{ECAM_SIZE, ECAM_START};
 use crate::pci::bus::PciBus;
+use crate::platform::hotplug::Hotplug;
 use crate::platform::power::{Power, PowerRequest};
 use crate::platform::serial::SerialPort;
-use crate::platform::{I8042_COMMAND, PCI_CONFIG_PORT, POWER_PORT, POWER_PORTS, SERIAL_PORT, i8042};
+use crate::platform::{HOTPLUG_PORT, HOTPLUG_PORTS, I8042_COMMAND, PCI_CONFIG_PORT, POWER_PORT, POWER_PORTS, SERIAL_PORT, i8042};
 
 const ECAM_END: u64 = ECAM_START + ECAM_SIZE;
 const SERIAL_END: u16 = SERIAL_PORT + 8;
 const PCI_CONFIG_END: u16 = PCI_CONFIG_PORT + 8;
 const POWER_END: u16 = POWER_PORT + POWER_PORTS;
+const HOTPLUG_END: u16 = HOTPLUG_PORT + HOTPLUG_PORTS;
 
 pub struct Bus {
     pub serial: Arc<SerialPort>,
     pub power: Arc<Power>,
     pub pci: Arc<PciBus>,
+    pub hotplug: Arc<Hotplug>,
 }
 
 impl Bus {
@@ -38,6 +41,12 @@ impl Bus {
                     PowerRequest::Reset => ExitReason::Reset,
                 });
             }
+            HOTPLUG_PORT..HOTPLUG_END => {
+                for slot in self.hotplug.write(port - HOTPLUG_PORT, data) {
+                    self.pci.remove(slot);
+                    self.hotplug.gone(slot);
+                }
+            }
             I8042_COMMAND if i8042::is_reset(data) => return Some(ExitReason::Reset),
             _ => {}
         }
@@ -53,6 +62,7 @@ impl Bus {
             }
             PCI_CONFIG_PORT..PCI_CONFIG_END => self.pci.read_port(port - PCI_CONFIG_PORT, data),
             POWER_PORT..POWER_END => self.power.read(port - POWER_PORT, data),
+            HOTPLUG_PORT..HOTPLUG_END => self.hotplug.read(port - HOTPLUG_PORT, data),
             I8042_COMMAND => data.fill(i8042::STATUS),
             // Nobody there: the bus floats high.
             _ => data.fill(0xFF),
@@ -91,6 +101,7 @@ mod tests {
             serial: Arc::new(SerialPort::new(Sink::Stdout, event()).unwrap()),
             power: Arc::new(Power::new(event())),
             pci: Arc::new(PciBus::default()),
+            hotplug: Arc::new(Hotplug::new().unwrap()),
         }
     }
 

@@ -10,7 +10,7 @@ pub use client::{Client, ClientError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Fd, RestoreConfig, VmConfig};
+use crate::config::{DiskConfig, Fd, RestoreConfig, VmConfig};
 
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 256 * 1024;
@@ -51,6 +51,21 @@ pub enum ControlRequest {
         mib: u64,
     },
     Metrics,
+    /// Puts a disk into the running VM and tells its guest.
+    Plug {
+        disk: Box<DiskConfig>,
+    },
+    /// Asks the guest for the device `id`. What is written to `gone` is nothing: it is closed when the guest has let the device go and
+    /// its files are closed. Asking again is fine.
+    Unplug {
+        id: String,
+        gone: Fd,
+    },
+    /// Makes the disk `id` larger, and tells the guest of the running VM.
+    Grow {
+        id: String,
+        size_bytes: u64,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -69,6 +84,8 @@ pub enum ErrorKind {
     WrongState,
     /// Malformed, or a value out of range.
     Invalid,
+    /// There is no such device.
+    NotFound,
     /// Nothing listens on that vsock port (yet).
     Refused,
     /// KVM or the operating system said no.

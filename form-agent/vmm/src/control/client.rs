@@ -1,14 +1,14 @@
 //! The daemon's end of the control socket.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::channel::Channel;
 use super::{ControlReply, ControlRequest, ErrorKind, Metrics, VmState};
-use crate::config::{Fd, RestoreConfig, VmConfig};
+use crate::config::{DiskConfig, Fd, RestoreConfig, VmConfig};
 
 /// How long a VM process may take to answer. Booting reads a kernel and an initramfs, which may come from a slow disk.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -161,6 +161,32 @@ impl Client {
         }
     }
 
+    /// Puts a disk into the running VM. Each `Fd` in `disk` is an index into `fds`.
+    ///
+    /// # Errors
+    /// When the VM does not run, has a device of this id or no free slot, or the disk cannot be opened.
+    pub fn plug(&self, disk: &DiskConfig, fds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        self.done(&ControlRequest::Plug { disk: Box::new(disk.clone()) }, fds, self.timeout)
+    }
+
+    /// Asks the guest for the disk `id`. The result is at its end when the disk is gone, or the VM process is.
+    ///
+    /// # Errors
+    /// When the VM does not run; [`ErrorKind::NotFound`] when there is no such disk.
+    pub fn unplug(&self, id: &str) -> Result<OwnedFd, ClientError> {
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| ClientError::Io(error.into()))?;
+        self.done(&ControlRequest::Unplug { id: id.to_owned(), gone: Fd(0) }, &[write.as_fd()], self.timeout)?;
+        Ok(read)
+    }
+
+    /// Makes the disk `id` of the running VM `size_bytes` large.
+    ///
+    /// # Errors
+    /// When the VM does not run, or the disk is larger already; [`ErrorKind::NotFound`] when there is no such disk.
+    pub fn grow(&self, id: &str, size_bytes: u64) -> Result<(), ClientError> {
+        self.done(&ControlRequest::Grow { id: id.to_owned(), size_bytes }, &[], self.timeout)
+    }
+
     fn done(&self, request: &ControlRequest, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<(), ClientError> {
         match self.ask(request, fds, timeout)? {
             (ControlReply::Done, _) => Ok(()),
@@ -208,7 +234,6 @@ fn unexpected(reply: &ControlReply) -> ClientError {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
     use std::thread;
 
     use super::*;

@@ -217,6 +217,12 @@ impl Runner {
         }
     }
 
+    /// Where the guest met it: one that crashed so can be told from one that chose this way to restart.
+    fn triple_fault(&self) -> String {
+        let place = self.vcpu.get_regs().map_or_else(|error| error.to_string(), |regs| format!("{:#x}", regs.rip));
+        format!("vCPU {} met a triple fault at {place}", self.id)
+    }
+
     fn turn(&mut self) -> Turn {
         let bus = &self.around.bus;
         let ended = match self.vcpu.run() {
@@ -234,7 +240,7 @@ impl Runner {
                 None
             }
             // A triple fault is how many systems restart.
-            Ok(VcpuExit::Shutdown) => Some(ExitReason::Reset),
+            Ok(VcpuExit::Shutdown) => return Turn::Ended(ExitReason::Reset, Some(self.triple_fault())),
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => None,
             Ok(other) => {
                 let message = format!("vCPU {} stopped: {other:?}", self.id);

@@ -20,6 +20,7 @@ use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS, Layout};
 use crate::memory::image;
 use crate::pci::bus::PciBus;
 use crate::pci::interrupts::{Interrupts, Router, io_error};
+use crate::platform::hotplug::Hotplug;
 use crate::platform::power::Power;
 use crate::platform::serial::{SerialPort, Sink};
 use crate::platform::{EVENT_IRQ, SERIAL_IRQ};
@@ -37,8 +38,40 @@ pub struct Prepared {
     pub(super) msr_indices: Vec<u32>,
     pub(super) bus: Bus,
     pub(super) devices: Vec<Device>,
-    pub(super) activations: Arc<Activations>,
+    pub(super) surroundings: DeviceSurroundings,
     pub(super) handles: Handles,
+}
+
+/// What every device is connected to.
+pub struct DeviceSurroundings {
+    memory: GuestMemory,
+    router: Arc<dyn Router>,
+    doorbells: Arc<dyn Doorbells>,
+    pub(super) activations: Arc<Activations>,
+    /// Where the memory of devices begins.
+    mmio64_start: u64,
+}
+
+impl DeviceSurroundings {
+    /// Puts a device into a free slot of the bus.
+    ///
+    /// # Errors
+    /// When the slot is taken, or the operating system has no eventfd left.
+    pub(super) fn place(&self, pci: &PciBus, slot: usize, device: Box<dyn VirtioDevice>) -> Result<Device, MachineError> {
+        let id = device.id().to_owned();
+        let host = Host {
+            memory: self.memory.clone(),
+            router: Arc::clone(&self.router),
+            doorbells: Arc::clone(&self.doorbells),
+            activations: Arc::clone(&self.activations),
+        };
+        // Slot 0 is the host bridge's, which has no memory.
+        let address = self.mmio64_start + slot.saturating_sub(1) as u64 * BAR_SIZE;
+        let device = VirtioPci::new(slot, device, address, host).map_err(|source| MachineError::Device { id, source })?;
+        let device = Arc::new(Mutex::new(device));
+        pci.add(slot, Arc::clone(&device) as _).ok_or(MachineError::Slots)?;
+        Ok(Device { slot, device })
+    }
 }
 
 fn kvm(context: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
@@ -93,29 +126,32 @@ impl Empty {
         interrupts.edge(line).map_err(io("connect an interrupt line"))
     }
 
-    /// Puts the devices on the bus, in order.
-    fn finish(self, layout: &Layout, memory: GuestMemoryMmap, vcpus: Vec<VcpuFd>, parts: Parts) -> Result<Prepared, MachineError> {
+    /// Puts the devices on the bus, in order; into `slots`, when these are given.
+    fn finish(
+        self,
+        layout: &Layout,
+        memory: GuestMemoryMmap,
+        vcpus: Vec<VcpuFd>,
+        parts: Parts,
+        slots: Option<&[usize]>,
+    ) -> Result<Prepared, MachineError> {
         let Parts { interrupts, bus, backends, handles } = parts;
         let msr_indices = self.hypervisor.get_msr_index_list().map_err(kvm("list the model-specific registers"))?.as_slice().to_vec();
-        let activations = Arc::new(Activations::new().map_err(io("make an eventfd"))?);
-        let doorbells: Arc<dyn Doorbells> = Arc::new(KvmDoorbells(Arc::clone(&self.vm)));
         let memory = GuestMemory::new(memory);
+        let surroundings = DeviceSurroundings {
+            memory: memory.clone(),
+            router: interrupts,
+            doorbells: Arc::new(KvmDoorbells(Arc::clone(&self.vm))),
+            activations: Arc::new(Activations::new().map_err(io("make an eventfd"))?),
+            mmio64_start: layout.mmio64_start,
+        };
         let mut devices = Vec::with_capacity(backends.len());
         for (index, device) in backends.into_iter().enumerate() {
-            let id = device.id().to_owned();
-            let host = Host {
-                memory: memory.clone(),
-                router: Arc::clone(&interrupts) as Arc<dyn Router>,
-                doorbells: Arc::clone(&doorbells),
-                activations: Arc::clone(&activations),
-            };
-            let address = layout.mmio64_start + index as u64 * BAR_SIZE;
-            let device = VirtioPci::new(index, device, address, host).map_err(|source| MachineError::Device { id, source })?;
-            let device = Arc::new(Mutex::new(device));
-            let slot = bus.pci.add(Arc::clone(&device) as _).ok_or(MachineError::Slots)?;
-            devices.push(Device { slot, device });
+            let given = slots.and_then(|slots| slots.get(index).copied());
+            let slot = given.or_else(|| bus.pci.free_slot()).ok_or(MachineError::Slots)?;
+            devices.push(surroundings.place(&bus.pci, slot, device)?);
         }
-        Ok(Prepared { vm: self.vm, memory, vcpus, msr_indices, bus, devices, activations, handles })
+        Ok(Prepared { vm: self.vm, memory, vcpus, msr_indices, bus, devices, surroundings, handles })
     }
 }
 
@@ -156,9 +192,10 @@ impl Prepared {
             serial: Arc::new(serial.map_err(io("make the serial port"))?),
             power: Arc::new(Power::new(empty.edge(&interrupts, EVENT_IRQ)?)),
             pci: Arc::new(PciBus::default()),
+            hotplug: Arc::new(Hotplug::new().map_err(io("make an eventfd"))?),
         };
         let (backends, handles) = devices::build(&config.into(), fds)?;
-        empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles })
+        empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles }, None)
     }
 
     /// Builds the VM that was saved, up to the instruction where it stood.
@@ -192,10 +229,14 @@ impl Prepared {
             serial: Arc::new(serial.map_err(io("restore the serial port"))?),
             power: Arc::new(power.map_err(io("restore the power registers"))?),
             pci: Arc::new(PciBus::default()),
+            hotplug: Arc::new(Hotplug::new().map_err(io("make an eventfd"))?),
         };
         bus.pci.set_address(state.pci_address);
         let (backends, handles) = devices::build(&config.into(), fds)?;
-        let prepared = empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles })?;
+        check_devices(&backends, &state.devices)?;
+        // Not the first free ones: a disk that was taken away before the save has left its slot empty.
+        let slots: Vec<usize> = state.devices.iter().map(|device| device.slot).collect();
+        let prepared = empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles }, Some(&slots))?;
         restore_devices(&prepared, &state.devices)?;
         state.clock.restore(&prepared.vm, away)?;
         Ok(prepared)
@@ -237,16 +278,14 @@ fn check_host(host: &CpuId, state: &MachineState) -> Result<(), MachineError> {
     Ok(())
 }
 
+/// The configuration names the devices that were saved, in the same order.
+fn check_devices(given: &[Box<dyn VirtioDevice>], saved: &[DeviceState]) -> Result<(), MachineError> {
+    let given: Vec<&str> = given.iter().map(|device| device.id()).collect();
+    let saved: Vec<&str> = saved.iter().map(|device| device.id.as_str()).collect();
+    if given == saved { Ok(()) } else { Err(MachineError::OtherDevices { saved: saved.join(", "), given: given.join(", ") }) }
+}
+
 fn restore_devices(prepared: &Prepared, saved: &[DeviceState]) -> Result<(), MachineError> {
-    let ours: Vec<(String, usize)> =
-        prepared.devices.iter().map(|device| (super::lock(&device.device).id().to_owned(), device.slot)).collect();
-    if !ours.iter().map(|(id, slot)| (id, slot)).eq(saved.iter().map(|device| (&device.id, &device.slot))) {
-        let name = |(id, slot): (&str, usize)| format!("{id} in slot {slot}");
-        return Err(MachineError::OtherDevices {
-            saved: saved.iter().map(|device| name((&device.id, device.slot))).collect::<Vec<_>>().join(", "),
-            given: ours.iter().map(|(id, slot)| name((id, *slot))).collect::<Vec<_>>().join(", "),
-        });
-    }
     for (device, saved) in prepared.devices.iter().zip(saved) {
         super::lock(&device.device).restore(&saved.state).map_err(|source| MachineError::DeviceState { id: saved.id.clone(), source })?;
         // Its memory may lie elsewhere than where it was made.

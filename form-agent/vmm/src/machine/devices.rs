@@ -26,6 +26,18 @@ pub struct Handles {
 }
 
 impl Handles {
+    pub fn add_disk(&mut self, disk: &Block) {
+        self.disks.push((disk.id().to_owned(), disk.counters()));
+    }
+
+    pub fn remove_disk(&mut self, id: &str) {
+        self.disks.retain(|(known, _)| known != id);
+    }
+
+    pub fn has_disk(&self, id: &str) -> bool {
+        self.disks.iter().any(|(known, _)| known == id)
+    }
+
     pub fn metrics(&self) -> Metrics {
         Metrics {
             disks: self.disks.iter().map(|(id, counters)| counters.metrics(id)).collect(),
@@ -64,15 +76,8 @@ pub fn build(config: &Devices<'_>, fds: &mut Descriptors) -> Result<(Vec<Box<dyn
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     let mut handles = Handles::default();
     for disk in config.disks {
-        if disk.serial.len() > SERIAL_MAX {
-            return Err(MachineError::Invalid {
-                what: "a disk serial with a length",
-                value: disk.serial.len() as u64,
-                allowed: "at most 20 bytes",
-            });
-        }
-        let block = Block::new(disk.id.clone(), &disk.serial, backend(disk, fds)?, disk.read_only);
-        handles.disks.push((disk.id.clone(), block.counters()));
+        let block = self::disk(disk, fds)?;
+        handles.add_disk(&block);
         devices.push(Box::new(block));
     }
     for network in config.networks {
@@ -95,6 +100,18 @@ pub fn build(config: &Devices<'_>, fds: &mut Descriptors) -> Result<(Vec<Box<dyn
         devices.push(Box::new(balloon));
     }
     Ok((devices, handles))
+}
+
+/// One disk, whose files are among `fds`.
+pub fn disk(disk: &DiskConfig, fds: &mut Descriptors) -> Result<Block, MachineError> {
+    if disk.serial.len() > SERIAL_MAX {
+        return Err(MachineError::Invalid {
+            what: "a disk serial with a length",
+            value: disk.serial.len() as u64,
+            allowed: "at most 20 bytes",
+        });
+    }
+    Ok(Block::new(disk.id.clone(), &disk.serial, backend(disk, fds)?, disk.read_only))
 }
 
 fn device(id: &str) -> impl FnOnce(std::io::Error) -> MachineError {

@@ -2,17 +2,21 @@
 
 mod build;
 mod devices;
+mod plug;
 pub mod saved;
 pub mod state;
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kvm_ioctls::VmFd;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
 
+use self::build::DeviceSurroundings;
 pub use self::build::{Prepared, SavedSize, check_saved};
 use self::devices::Handles;
 use self::state::{ClockState, DeviceState, MachineState};
@@ -23,6 +27,7 @@ use crate::exit::ExitSlot;
 use crate::layout::MIB;
 use crate::memory::image;
 use crate::pci::bus::PciBus;
+use crate::platform::hotplug::Hotplug;
 use crate::platform::power::Power;
 use crate::platform::serial::SerialPort;
 use crate::virtio::GuestMemory;
@@ -65,6 +70,10 @@ pub enum MachineError {
     },
     #[error("there are more devices than the PCI bus has slots")]
     Slots,
+    #[error("there is a device {0} already")]
+    Exists(String),
+    #[error("there is no disk {0}")]
+    NoDisk(String),
     #[error("cannot use the console log")]
     ConsoleLog(#[from] crate::log_ring::LogRingError),
     #[error("cannot give up privileges")]
@@ -79,6 +88,12 @@ pub enum MachineError {
     OtherDevices { saved: String, given: String },
     #[error("cannot restore device {id}")]
     DeviceState {
+        id: String,
+        #[source]
+        source: crate::virtio::DeviceError,
+    },
+    #[error("cannot make {id} larger")]
+    Grow {
         id: String,
         #[source]
         source: crate::virtio::DeviceError,
@@ -116,7 +131,10 @@ pub struct Machine {
     memory: GuestMemory,
     devices: Vec<Device>,
     pci: Arc<PciBus>,
-    activations: Arc<Activations>,
+    surroundings: DeviceSurroundings,
+    hotplug: Arc<Hotplug>,
+    /// Disks that the guest was asked for, and who waits for that.
+    leaving: Vec<(usize, OwnedFd)>,
     exit: Arc<ExitSlot>,
     serial: Arc<SerialPort>,
     power: Arc<Power>,
@@ -131,9 +149,10 @@ impl Machine {
     /// # Errors
     /// When a thread cannot be made.
     pub fn start(prepared: Prepared) -> Result<Self, MachineError> {
-        let Prepared { vm, memory, vcpus, msr_indices, bus, devices, activations, handles } = prepared;
+        let Prepared { vm, memory, vcpus, msr_indices, bus, devices, surroundings, handles } = prepared;
         let exit = Arc::new(ExitSlot::new().map_err(|source| MachineError::Io { context: "make an eventfd", source })?);
-        let (serial, power, pci) = (Arc::clone(&bus.serial), Arc::clone(&bus.power), Arc::clone(&bus.pci));
+        let (serial, power, pci, hotplug) =
+            (Arc::clone(&bus.serial), Arc::clone(&bus.power), Arc::clone(&bus.pci), Arc::clone(&bus.hotplug));
         let around = Surroundings { bus: Arc::new(bus), exit: Arc::clone(&exit) };
         let vcpus =
             Vcpus::start(vcpus, msr_indices, &around).map_err(|source| MachineError::Io { context: "start the vCPU threads", source })?;
@@ -143,7 +162,9 @@ impl Machine {
             memory,
             devices,
             pci,
-            activations,
+            surroundings,
+            hotplug,
+            leaving: Vec::new(),
             exit,
             serial,
             power,
@@ -169,7 +190,13 @@ impl Machine {
 
     #[must_use]
     pub fn activations(&self) -> &Arc<Activations> {
-        &self.activations
+        &self.surroundings.activations
+    }
+
+    /// Readable when [`Machine::end_ejected`] has something to do.
+    #[must_use]
+    pub fn ejected(&self) -> &EventFd {
+        &self.hotplug.event
     }
 
     #[must_use]
@@ -179,8 +206,9 @@ impl Machine {
 
     /// Starts the devices whose drivers have become ready. Main thread only. While paused they wait for the resume.
     pub fn activate_devices(&self) {
-        for index in self.activations.take() {
-            if let Some(device) = self.devices.get(index).filter(|_| !self.paused.load(Ordering::Acquire)) {
+        for slot in self.surroundings.activations.take() {
+            let device = self.devices.iter().find(|device| device.slot == slot);
+            if let Some(device) = device.filter(|_| !self.paused.load(Ordering::Acquire)) {
                 lock(&device.device).activate();
             }
         }

@@ -56,14 +56,29 @@ impl Default for PciBus {
 }
 
 impl PciBus {
-    /// Puts `device` into the first free slot; `None` when all are taken.
-    pub fn add(&self, device: Device) -> Option<usize> {
+    /// The first free slot; `None` when all are taken.
+    #[must_use]
+    pub fn free_slot(&self) -> Option<usize> {
+        self.slots.read().unwrap_or_else(PoisonError::into_inner).iter().position(Option::is_none)
+    }
+
+    /// Puts `device` into `slot`; `None` when there is no such slot, or it is taken.
+    #[must_use]
+    pub fn add(&self, slot: usize, device: Device) -> Option<()> {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let slot = slots.iter().position(Option::is_none)?;
-        slots[slot] = Some(device);
+        let place = slots.get_mut(slot).filter(|place| place.is_none())?;
+        *place = Some(device);
         drop(slots);
         self.refresh(slot);
-        Some(slot)
+        Some(())
+    }
+
+    /// From now on the slot is empty. An access that has begun goes on to its end.
+    pub fn remove(&self, slot: usize) {
+        if let Some(place) = self.slots.write().unwrap_or_else(PoisonError::into_inner).get_mut(slot) {
+            *place = None;
+        }
+        self.refresh(slot);
     }
 
     /// The address port, to be saved.
@@ -246,8 +261,8 @@ mod tests {
         let mut config = ConfigSpace::new(Identity { device: 7, ..HOST_BRIDGE });
         config.set_bar(0x10_0000, 0x1000);
         let written = Arc::new(Mutex::new(Vec::new()));
-        let slot = bus.add(Arc::new(Mutex::new(Probe { config, written: Arc::clone(&written) })));
-        assert_eq!(slot, Some(1));
+        assert_eq!(bus.free_slot(), Some(1));
+        bus.add(1, Arc::new(Mutex::new(Probe { config, written: Arc::clone(&written) }))).unwrap();
         (bus, written)
     }
 
@@ -304,6 +319,27 @@ mod tests {
         assert_eq!(*written.lock().unwrap(), [(0xFFF, vec![1])]);
         bus.write_ecam(ecam(1, 4), &[0, 0]);
         assert!(!bus.write_memory(0x20_0000, &[1]));
+    }
+
+    #[test]
+    fn a_device_that_is_removed_is_reached_no_more_and_leaves_its_slot() {
+        let (bus, written) = bus();
+        let probe = || Arc::new(Mutex::new(Probe { config: ConfigSpace::new(HOST_BRIDGE), written: Arc::clone(&written) }));
+        assert!(bus.add(1, probe()).is_none(), "taken");
+        assert!(bus.add(SLOTS, probe()).is_none(), "no such slot");
+        bus.write_ecam(ecam(1, 4), &[2, 0]);
+        assert!(bus.write_memory(0x10_0000, &[1]));
+        bus.remove(1);
+        bus.remove(SLOTS);
+        assert!(!bus.write_memory(0x10_0000, &[1]));
+        let mut data = [0u8; 4];
+        bus.read_ecam(ecam(1, 0), &mut data);
+        assert_eq!(data, [0xFF; 4]);
+        assert_eq!(bus.free_slot(), Some(1));
+        bus.add(5, probe()).unwrap();
+        bus.read_ecam(ecam(5, 0), &mut data);
+        assert_ne!(data, [0xFF; 4]);
+        assert_eq!(bus.free_slot(), Some(1));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The few devices that are not on PCI, their ports and their interrupt lines.
 
+pub mod hotplug;
 pub mod i8042;
 pub mod power;
 pub mod serial;
@@ -10,6 +11,9 @@ pub const SERIAL_IRQ: u32 = 4;
 /// The power registers: see [`power`].
 pub const POWER_PORT: u16 = 0x600;
 pub const POWER_PORTS: u16 = 0x10;
+/// The registers of PCI hotplug: see [`hotplug`].
+pub const HOTPLUG_PORT: u16 = 0x610;
+pub const HOTPLUG_PORTS: u16 = 0x10;
 /// The generic event device raises this line (edge).
 pub const EVENT_IRQ: u32 = 9;
 pub const I8042_DATA: u16 = 0x60;

@@ -19,8 +19,10 @@ pub const RESET_VALUE: u8 = 1;
 /// `SLP_TYP` of the state S5 (soft off), as `\_S5` says.
 pub const SLEEP_TYPE_S5: u8 = 5;
 const SLEEP_ENABLE: u8 = 1 << 5;
-/// Bits of `EVENTS`; reading clears them. Others are free for hotplug.
+/// Bits of `EVENTS`; reading clears them.
 pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
+/// The registers of PCI hotplug have something new.
+pub const EVENT_PCI: u8 = 1 << 1;
 /// ACPI 6.5, section 4.8.2.1.
 const TIMER_HZ: u128 = 3_579_545;
 
@@ -81,7 +83,15 @@ impl Power {
     /// # Errors
     /// When the interrupt cannot be raised.
     pub fn press_button(&self) -> std::io::Result<()> {
-        self.events.fetch_or(EVENT_POWER_BUTTON, Ordering::AcqRel);
+        self.raise(EVENT_POWER_BUTTON)
+    }
+
+    /// Has the event device tell the guest of an event.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn raise(&self, event: u8) -> std::io::Result<()> {
+        self.events.fetch_or(event, Ordering::AcqRel);
         self.interrupt.write(1)
     }
 

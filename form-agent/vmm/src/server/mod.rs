@@ -37,6 +37,7 @@ enum Source {
     Connection(usize),
     Exit,
     Activations,
+    Ejected,
     Printed,
     Console(usize),
     Stdin,
@@ -171,6 +172,11 @@ impl Server {
                         machine.activate_devices();
                     }
                 }
+                Source::Ejected => {
+                    if let Some(machine) = &mut self.machine {
+                        machine.end_ejected();
+                    }
+                }
                 Source::Printed => self.print(),
                 Source::Console(index) => {
                     if let Some(machine) = &self.machine {
@@ -201,6 +207,7 @@ impl Server {
         if let Some(machine) = &self.machine {
             watch(borrow(&machine.exit().event), PollFlags::IN, Source::Exit);
             watch(borrow(&machine.activations().event), PollFlags::IN, Source::Activations);
+            watch(borrow(machine.ejected()), PollFlags::IN, Source::Ejected);
         }
         if let Some(attached) = &attached {
             watch(borrow(&attached.ready), PollFlags::IN, Source::Printed);

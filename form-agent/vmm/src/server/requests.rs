@@ -27,7 +27,7 @@ static WAITING: AtomicUsize = AtomicUsize::new(0);
 impl Server {
     pub(super) fn handle(&mut self, channel: &Arc<Channel>, request: ControlRequest, fds: Vec<OwnedFd>) -> Served {
         let state = self.machine.as_ref().map_or(VmState::Empty, Machine::state);
-        match (request, &self.machine) {
+        match (request, &mut self.machine) {
             (ControlRequest::Boot { config }, None) => {
                 let started = self.boot(&config, fds);
                 self.started(channel, started)
@@ -78,6 +78,10 @@ impl Server {
                     Err(problem) => reply(channel, &error(kind_of_machine(&problem), explain(&problem)), &[]),
                 },
                 (ControlRequest::Save { .. }, _) => refuse(channel, state),
+                (ControlRequest::Plug { disk }, VmState::Running) => changed(channel, machine.plug(&disk, &mut Descriptors::new(fds))),
+                (ControlRequest::Unplug { id, gone }, VmState::Running) => changed(channel, unplug(machine, &id, gone, fds)),
+                (ControlRequest::Grow { id, size_bytes }, VmState::Running) => changed(channel, machine.grow(&id, size_bytes)),
+                (ControlRequest::Plug { .. } | ControlRequest::Unplug { .. } | ControlRequest::Grow { .. }, _) => refuse(channel, state),
                 (ControlRequest::Boot { .. } | ControlRequest::Restore { .. } | ControlRequest::Status | ControlRequest::Stop, _) => {
                     refuse(channel, state)
                 }
@@ -101,10 +105,25 @@ fn save(machine: &Machine, state: Fd, memory: Fd, fds: Vec<OwnedFd>) -> Result<(
     machine.save_to(&state, &memory)
 }
 
+fn unplug(machine: &mut Machine, id: &str, gone: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
+    let gone = Descriptors::new(fds).take(gone, "pipe")?;
+    machine.unplug(id, gone)
+}
+
+fn changed(channel: &Channel, result: Result<(), MachineError>) -> Served {
+    match result {
+        Ok(()) => reply(channel, &DONE, &[]),
+        Err(problem) => reply(channel, &error(kind_of_machine(&problem), explain(&problem)), &[]),
+    }
+}
+
 fn kind_of_machine(problem: &MachineError) -> ErrorKind {
     match problem {
+        MachineError::NoDisk(_) => ErrorKind::NotFound,
         MachineError::Kvm { .. }
         | MachineError::Io { .. }
+        | MachineError::Device { .. }
+        | MachineError::Grow { .. }
         | MachineError::Saved(SavedStateError::Write(_) | SavedStateError::Read(_))
         | MachineError::Memory(MemoryError::Image(ImageError::Write(_) | ImageError::Read(_))) => ErrorKind::System,
         _ => ErrorKind::Invalid,

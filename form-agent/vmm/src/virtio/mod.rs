@@ -81,6 +81,14 @@ pub trait VirtioDevice: Send {
     /// Finish what is in flight, stop the worker and give the queues back as they stand (driver reset, pause, save). Empty when
     /// the device is not active. After it the device can be activated again.
     fn stop(&mut self) -> Vec<(u16, Queue, EventFd)>;
+    /// Makes a disk larger. Called only between `stop` and `activate`; the transport then tells the driver.
+    ///
+    /// # Errors
+    /// When the device has no size, is larger already, or its storage cannot grow.
+    fn grow(&mut self, _size_bytes: u64) -> Result<(), DeviceError> {
+        let source = std::io::ErrorKind::Unsupported.into();
+        Err(DeviceError::Io { device: "virtio", context: "only disks can grow", source })
+    }
     /// The device's own state beside its queues, as versioned JSON. Called only between `stop` and `activate`.
     fn save(&self) -> serde_json::Value;
     /// # Errors

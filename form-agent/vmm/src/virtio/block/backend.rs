@@ -71,8 +71,14 @@ impl<'a> Payload<'a> {
 /// A disk's content. The device has checked that every range lies inside [`DiskBackend::size`] and, for a read-only disk, that
 /// nothing writes. Calls come from one thread at a time.
 pub trait DiskBackend: Send {
-    /// In bytes. It stays the same as long as the backend is in use.
+    /// In bytes. Only [`DiskBackend::grow`] changes it.
     fn size(&self) -> u64;
+
+    /// Makes it this large; what is new reads as zeros.
+    ///
+    /// # Errors
+    /// When it is larger already, or the storage cannot grow.
+    fn grow(&mut self, size: u64) -> io::Result<()>;
 
     /// Whether [`DiskBackend::discard`] can free anything: otherwise the feature is not offered to the guest.
     fn can_discard(&self) -> bool;

@@ -219,6 +219,19 @@ impl VirtioDevice for Block {
         vec![worker.ring.into_parts()]
     }
 
+    fn grow(&mut self, size_bytes: u64) -> Result<(), DeviceError> {
+        let failed = |source| DeviceError::Io { device: "block", context: "cannot make the disk larger", source };
+        if self.limits.read_only {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "it is read-only")));
+        }
+        let Some(backend) = &mut self.backend else {
+            return Err(failed(io::Error::other("an earlier failure took the disk's storage")));
+        };
+        backend.grow(size_bytes).map_err(failed)?;
+        self.limits.sectors = backend.size() / SECTOR;
+        Ok(())
+    }
+
     fn save(&self) -> serde_json::Value {
         serde_json::to_value(self.state()).unwrap_or_default()
     }

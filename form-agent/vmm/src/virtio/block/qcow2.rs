@@ -6,7 +6,10 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, file::File as Storage, qcow2::Qcow2, raw::Raw};
+use imago::{
+    DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, file::File as Storage, format::PreallocateMode, qcow2::Qcow2,
+    raw::Raw,
+};
 
 use super::{DiskBackend, Payload, lock, raw};
 use crate::config::DiskFormat;
@@ -100,6 +103,17 @@ fn invalid(reason: &'static str) -> io::Error {
 impl DiskBackend for Qcow2Image {
     fn size(&self) -> u64 {
         self.image.size()
+    }
+
+    fn grow(&mut self, size: u64) -> io::Result<()> {
+        if size < self.image.size() {
+            return Err(invalid("a disk is never made smaller"));
+        }
+        if size > self.image.size() {
+            self.image.resize_grow(size, PreallocateMode::None)?;
+            self.image.flush()?;
+        }
+        Ok(())
     }
 
     fn can_discard(&self) -> bool {

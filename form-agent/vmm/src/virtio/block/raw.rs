@@ -79,6 +79,18 @@ impl DiskBackend for RawFile {
         self.size
     }
 
+    fn grow(&mut self, size: u64) -> io::Result<()> {
+        if size < self.size {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a disk is never made smaller"));
+        }
+        // An earlier try may have come so far. A block device is as large as it is: it refuses.
+        if self.file.seek(SeekFrom::End(0))? < size {
+            self.file.set_len(size)?;
+        }
+        self.size = size;
+        Ok(())
+    }
+
     fn can_discard(&self) -> bool {
         true
     }

@@ -70,7 +70,7 @@ impl Activations {
         Ok(Activations { requests: Mutex::new(Vec::new()), event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)? })
     }
 
-    /// The devices to activate, by the index that [`VirtioPci::new`] was given.
+    /// The devices to activate, by the slot that [`VirtioPci::new`] was given.
     #[must_use]
     pub fn take(&self) -> Vec<usize> {
         let _ = self.event.read();
@@ -103,7 +103,7 @@ enum Phase {
 }
 
 pub struct VirtioPci {
-    index: usize,
+    slot: usize,
     device: Box<dyn VirtioDevice>,
     host: Host,
     config: ConfigSpace,
@@ -121,11 +121,11 @@ pub struct VirtioPci {
 }
 
 impl VirtioPci {
-    /// Wraps `device`, whose BAR lies at `address`. `index` names it in [`Activations`].
+    /// Wraps `device`, whose BAR lies at `address`. `slot` names it in [`Activations`].
     ///
     /// # Errors
     /// When the operating system has no eventfd left.
-    pub fn new(index: usize, device: Box<dyn VirtioDevice>, address: u64, host: Host) -> io::Result<Self> {
+    pub fn new(slot: usize, device: Box<dyn VirtioDevice>, address: u64, host: Host) -> io::Result<Self> {
         let kind = device.device_type();
         let queues = device.queue_sizes().to_vec();
         let kicks = queues.iter().map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)).collect::<io::Result<Vec<_>>>()?;
@@ -148,7 +148,7 @@ impl VirtioPci {
         let interrupt = Arc::new(PciInterrupt::new(msix, queues.len()));
         let common = Common::new(device.features(), &queues, Arc::clone(&interrupt));
         Ok(VirtioPci {
-            index,
+            slot,
             device,
             host,
             config,
@@ -247,6 +247,18 @@ impl VirtioPci {
         }
     }
 
+    /// Makes a disk larger, and tells its driver. Call only while the VM runs.
+    ///
+    /// # Errors
+    /// When the device has no size, is larger already, or its storage cannot grow; it goes on as it was.
+    pub fn grow(&mut self, size_bytes: u64) -> Result<(), DeviceError> {
+        self.pause();
+        let grown = self.device.grow(size_bytes);
+        self.activate();
+        grown?;
+        self.interrupt.config().map_err(|source| DeviceError::Io { device: "virtio-pci", context: "cannot tell the driver", source })
+    }
+
     /// State to go on from elsewhere. Call only while paused.
     #[must_use]
     pub fn save(&self) -> VirtioPciState {
@@ -328,7 +340,18 @@ impl VirtioPci {
             Written::Reset => self.reset(),
             Written::DriverOk => {
                 self.phase = Phase::Ready;
-                self.host.activations.request(self.index);
+                self.host.activations.request(self.slot);
+            }
+        }
+    }
+}
+
+impl Drop for VirtioPci {
+    /// A device that is taken away leaves nothing in KVM; its vectors go with [`Msix`].
+    fn drop(&mut self) {
+        if let Some(start) = self.attached.take() {
+            for (index, kick) in self.kicks.iter().enumerate() {
+                self.host.doorbells.detach(doorbell(start, index), kick);
             }
         }
     }
