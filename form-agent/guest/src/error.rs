@@ -22,6 +22,10 @@ pub enum Error {
     NotBlank { device: String },
     #[error("{device} holds no file system, and none is made on a volume that is attached read-only: attach it for writing once")]
     BlankReadOnly { device: String },
+    #[error("{device} is in use: {users}")]
+    InUse { device: String, users: String },
+    #[error("{device} has {has} bytes after {waited_ms} ms, not {wanted}")]
+    SizeMissing { device: String, has: u64, wanted: u64, waited_ms: u128 },
     #[error("{path} is not an absolute path without `..`")]
     BadPath { path: String },
     #[error("the settings cannot be read: {source}. The host's agent and form-guest must be of one version")]

@@ -1,5 +1,7 @@
 //! Block devices by serial: never by name, index or timing.
 
+pub mod in_use;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -78,6 +80,26 @@ pub fn wait_for(serial: &str, limit: Duration) -> Result<BlockDevice, Error> {
         }
         if start.elapsed() >= limit {
             return Err(missing(serial, start.elapsed(), &devices));
+        }
+        wait_for_event(events.as_ref(), Duration::from_millis(100));
+    }
+}
+
+/// Waits until the device with this serial has at least this size.
+///
+/// # Errors
+/// [`Error::DeviceMissing`] when there is none, [`Error::SizeMissing`] when it is smaller after `limit`.
+pub fn wait_for_size(serial: &str, size_bytes: u64, limit: Duration) -> Result<BlockDevice, Error> {
+    let start = Instant::now();
+    let events = uevents().ok();
+    loop {
+        let device = wait_for(serial, Duration::ZERO)?;
+        if device.size_bytes >= size_bytes {
+            return Ok(device);
+        }
+        if start.elapsed() >= limit {
+            let (has, waited_ms) = (device.size_bytes, start.elapsed().as_millis());
+            return Err(Error::SizeMissing { device: device.path().display().to_string(), has, wanted: size_bytes, waited_ms });
         }
         wait_for_event(events.as_ref(), Duration::from_millis(100));
     }

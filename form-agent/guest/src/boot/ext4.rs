@@ -78,11 +78,29 @@ pub fn mount_device(device: &BlockDevice, target: &Path, read_only: bool, grow: 
         .ok_or_else(|| Error::NotExt4 { device: path.display().to_string() })?;
     let flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     mount(&path, target, "ext4", flags | MountFlags::RELATIME, None).doing(format!("mount {} on {}", path.display(), target.display()))?;
-    let Some(blocks) = superblock.growth(device.size_bytes).filter(|_| grow && !read_only) else { return Ok(None) };
-    Ok(File::open(target)
-        .and_then(|directory| Ok(sys::ext4_resize(&directory, blocks)?))
-        .doing(format!("grow the file system of {} from {} to {blocks} blocks", path.display(), superblock.blocks))
-        .err())
+    Ok(if grow && !read_only { grow_from(device, &superblock, target).err() } else { None })
+}
+
+/// Makes the file system of `device`, which is mounted on `target` for writing, as large as the device.
+///
+/// # Errors
+/// When it cannot grow; it works on as it is.
+pub fn grow(device: &BlockDevice, target: &Path) -> Result<(), Error> {
+    let path = device.path();
+    // What is mounted is read through the same cache.
+    match File::open(&path).and_then(|file| Superblock::read(&file)).at("read", &path)? {
+        Some(superblock) => grow_from(device, &superblock, target),
+        None => Err(Error::NotExt4 { device: path.display().to_string() }),
+    }
+}
+
+fn grow_from(device: &BlockDevice, superblock: &Superblock, target: &Path) -> Result<(), Error> {
+    let Some(blocks) = superblock.growth(device.size_bytes) else { return Ok(()) };
+    File::open(target).and_then(|directory| Ok(sys::ext4_resize(&directory, blocks)?)).doing(format!(
+        "grow the file system of {} from {} to {blocks} blocks",
+        device.path().display(),
+        superblock.blocks
+    ))
 }
 
 #[cfg(test)]

@@ -131,13 +131,14 @@ fn identity(target: &Path) -> io::Result<ext4::Identity> {
     Ok(ext4::Identity { uuid, hash_seed, now, owner: place.uid(), group: place.gid(), mode })
 }
 
-/// Unmounts what is mounted on `path`.
+/// Waits until the volume is as large as the host says, and makes the file system that is mounted at `path` as large.
 ///
 /// # Errors
-/// When it is in use, or nothing is mounted there.
-pub fn unmount(path: &str) -> Result<(), Error> {
-    let target: &Path = files::absolute(path)?;
-    rustix::mount::unmount(target, rustix::mount::UnmountFlags::NOFOLLOW).doing(format!("unmount {path} (end the programs that use it)"))
+/// When there is no such volume, or it stays smaller. That its file system could not grow is given back beside.
+pub fn grow(serial: &str, size_bytes: u64, path: Option<&str>) -> Result<(DeviceReport, Option<Error>), Error> {
+    let device = devices::wait_for_size(serial, size_bytes, VOLUME_LIMIT)?;
+    let warning = path.and_then(|path| ext4::grow(&device, Path::new(path)).err());
+    Ok((device.report(path), warning))
 }
 
 #[cfg(test)]

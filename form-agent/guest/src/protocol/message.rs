@@ -3,7 +3,10 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use form_types::{settings::Interface, spec::Restart};
+use form_types::{
+    settings::{Interface, VolumeMount},
+    spec::Restart,
+};
 use serde::{Deserialize, Serialize};
 
 use super::ExitStatus;
@@ -82,15 +85,18 @@ pub enum Request {
     Pack {
         path: String,
     },
-    /// Mounts a volume that was attached while the machine runs; answered with [`Reply::Mounted`].
-    Mount {
-        serial: String,
-        path: String,
-        read_only: bool,
-    },
-    /// Unmounts it, so that it can be detached.
+    /// Waits for a volume that was attached while the machine runs, and mounts it; answered with [`Reply::Mounted`].
+    Mount(VolumeMount),
+    /// Unmounts a volume, so that it can be taken away; [`ErrorKind::InUse`] when something uses it, unless with `force`. One that is not
+    /// there or not mounted is fine.
     Unmount {
-        path: String,
+        serial: String,
+        force: bool,
+    },
+    /// Waits until the volume has this size, and makes its file system as large; answered with [`Reply::Mounted`].
+    Grow {
+        serial: String,
+        size_bytes: u64,
     },
     /// Answered with [`Reply::Synced`]: see [`super::synced_bytes`].
     Sync {
@@ -196,6 +202,8 @@ pub enum ErrorKind {
     Busy,
     /// The attempt failed.
     Failed,
+    /// Something in the machine uses it.
+    InUse,
     /// The machine's file system is full.
     NoRoom,
 }

@@ -17,12 +17,11 @@ use std::{
     time::Duration,
 };
 
-use form_guest::protocol::{ErrorKind, FrameKind, LogsRequest, Phase, Reply, Request, VSOCK_PORT};
-use form_types::settings::VolumeMount;
+use form_guest::protocol::{DeviceReport, ErrorKind, FrameKind, LogsRequest, Phase, Reply, Request, VSOCK_PORT};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::{
-    boot::volumes,
+    boot::{devices, volumes},
     error::{Context, Error},
     freeze,
     machine::{Machine, Power},
@@ -150,15 +149,11 @@ fn serve(machine: &Arc<Machine>, channel: &Channel, request: Result<Request, ser
         Request::CopyOut { path } => copy::copy_out(channel, &path),
         Request::Unpack { path, contents, owner, keep_owner } => archive::unpack(channel, &path, contents, owner.as_deref(), keep_owner),
         Request::Pack { path } => archive::pack(channel, &path),
-        Request::Mount { serial, path, read_only } => {
-            mount(machine, channel, &VolumeMount { serial, path: Some(path), read_only, is_blank: false })
-        }
-        Request::Unmount { path } => {
-            let result = volumes::unmount(&path);
-            if result.is_ok() {
-                lock(&machine.report).devices.retain(|device| device.mounted.as_ref() != Some(&path));
-            }
-            done(channel, result)
+        Request::Mount(volume) => mounted(machine, channel, volumes::attach(&volume)),
+        Request::Unmount { serial, force } => unmount(machine, channel, &serial, force),
+        Request::Grow { serial, size_bytes } => {
+            let path = mounted_at(machine, &serial);
+            mounted(machine, channel, volumes::grow(&serial, size_bytes, path.as_deref()))
         }
         Request::Sync { token } => channel.reply(&Reply::Synced { token }),
     }
@@ -225,18 +220,35 @@ pub fn set_time(unix_ns: u64) -> Result<(), Error> {
     clock_settime(ClockId::Realtime, time).doing("set the clock")
 }
 
-fn mount(machine: &Machine, channel: &Channel, volume: &VolumeMount) -> io::Result<()> {
-    match volumes::attach(volume) {
+/// Notes what a volume is now.
+fn mounted(machine: &Machine, channel: &Channel, done: Result<(DeviceReport, Option<Error>), Error>) -> io::Result<()> {
+    match done {
         Ok((device, warning)) => {
             let mut report = lock(&machine.report);
             if let Some(warning) = warning {
                 report.warn("volumes", warning);
             }
+            report.devices.retain(|known| known.serial != device.serial);
             report.devices.push(device.clone());
             drop(report);
             channel.reply(&Reply::Mounted(device))
         }
         Err(error @ Error::DeviceMissing { .. }) => channel.refuse(ErrorKind::NotFound, error),
+        Err(error) => channel.refuse(ErrorKind::Failed, error),
+    }
+}
+
+fn mounted_at(machine: &Machine, serial: &str) -> Option<String> {
+    lock(&machine.report).devices.iter().find(|device| device.serial == serial).and_then(|device| device.mounted.clone())
+}
+
+fn unmount(machine: &Machine, channel: &Channel, serial: &str, force: bool) -> io::Result<()> {
+    match devices::in_use::release(serial, mounted_at(machine, serial).as_deref(), force) {
+        Ok(()) => {
+            lock(&machine.report).devices.retain(|device| device.serial != serial);
+            channel.reply(&Reply::Done)
+        }
+        Err(error @ Error::InUse { .. }) => channel.refuse(ErrorKind::InUse, error),
         Err(error) => channel.refuse(ErrorKind::Failed, error),
     }
 }
