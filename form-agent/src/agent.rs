@@ -81,6 +81,8 @@ pub struct Agent {
     volume_turn: Mutex<()>,
     /// Held of a VM while its disk is copied, and while a start of it opens it.
     disk_turns: Mutex<BTreeMap<VmId, Arc<Mutex<()>>>>,
+    /// Of VMs that volumes come to and leave while they run.
+    volume_turns: Mutex<BTreeMap<VmId, Arc<Mutex<()>>>>,
     /// Being made: on the disk and not in the state yet.
     made: Mutex<BTreeSet<VmId>>,
     /// Held while the firewall is replaced.
@@ -116,6 +118,7 @@ impl Agent {
             starting: Mutex::default(),
             volume_turn: Mutex::default(),
             disk_turns: Mutex::default(),
+            volume_turns: Mutex::default(),
             made: Mutex::default(),
             rules: tokio::sync::Mutex::default(),
             log_changes: Mutex::default(),
@@ -166,6 +169,11 @@ impl Agent {
     /// Whoever opens or copies the disk of a VM holds this meanwhile.
     pub fn disk_turn(&self, vm: &VmId) -> Arc<Mutex<()>> {
         Arc::clone(self.disk_turns.lock().unwrap_or_else(PoisonError::into_inner).entry(*vm).or_default())
+    }
+
+    /// Whoever gives a volume to this VM while it runs, or takes one from it, holds this meanwhile. Taken before [`Agent::volume_turn`].
+    pub fn volumes_of(&self, vm: &VmId) -> Arc<Mutex<()>> {
+        Arc::clone(self.volume_turns.lock().unwrap_or_else(PoisonError::into_inner).entry(*vm).or_default())
     }
 
     /// The VMs of which something is on the disk before they are in the state: nobody's leftovers.
@@ -224,6 +232,7 @@ impl Agent {
     /// The VM is gone for good.
     pub fn forget_disk_turn(&self, vm: &VmId) {
         self.disk_turns.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
+        self.volume_turns.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
     }
 
     pub fn forget_log(&self, vm: &VmId) {

@@ -126,6 +126,24 @@ fn verify(agent: &Agent, parts: &Parts, body: &Bytes, is_claim: bool) -> Result<
     })
 }
 
+/// A change that the agent makes by itself, signed by its own key.
+///
+/// # Errors
+/// When it cannot be signed.
+pub fn own(agent: &Agent, method: &str, path: &str, body: &str) -> Result<SignedRequest, ApiError> {
+    let failed = |error: &dyn std::fmt::Display| ApiError::new(ErrorCode::Internal, format!("cannot sign: {error}"));
+    let to_sign = ToSign {
+        cluster: Some(agent.cluster()),
+        host: agent.key().public(),
+        method,
+        path,
+        body: body.as_bytes(),
+        idempotency_key: IdempotencyKey::random().map_err(|error| failed(&error))?,
+    };
+    let header = sign::sign_request(&to_sign, agent.key(), Timestamp::now()).map_err(|error| failed(&error))?;
+    Ok(SignedRequest { header, body: body.to_owned() })
+}
+
 fn local_key(parts: &Parts) -> Result<IdempotencyKey, ApiError> {
     match parts.headers.get(IDEMPOTENCY_HEADER) {
         Some(value) => value

@@ -151,6 +151,20 @@ pub struct VolumeDisk {
     pub read_only: bool,
 }
 
+impl VolumeDisk {
+    /// The disk, whose descriptor is `file`.
+    pub fn config(&self, file: Fd) -> DiskConfig {
+        DiskConfig {
+            id: format!("volume/{}", self.name),
+            serial: self.serial.clone(),
+            format: self.format,
+            file,
+            backing: Vec::new(),
+            read_only: self.read_only,
+        }
+    }
+}
+
 /// The root disk at descriptor `first`, its backing files behind it, then the volumes.
 fn disks(id: &VmId, first: u16, disk: Disk, volumes: &[VolumeDisk]) -> Vec<DiskConfig> {
     let root = DiskConfig {
@@ -161,14 +175,7 @@ fn disks(id: &VmId, first: u16, disk: Disk, volumes: &[VolumeDisk]) -> Vec<DiskC
         backing: (0..disk.backing).map(|index| BackingFile { file: Fd(first + 1 + index), format: DiskFormat::Raw }).collect(),
         read_only: false,
     };
-    let of_volumes = (first + 1 + disk.backing..).zip(volumes).map(|(file, volume)| DiskConfig {
-        id: format!("volume/{}", volume.name),
-        serial: volume.serial.clone(),
-        format: volume.format,
-        file: Fd(file),
-        backing: Vec::new(),
-        read_only: volume.read_only,
-    });
+    let of_volumes = (first + 1 + disk.backing..).zip(volumes).map(|(file, volume)| volume.config(Fd(file)));
     std::iter::once(root).chain(of_volumes).collect()
 }
 

@@ -29,6 +29,8 @@ enum Way {
     Clone,
     /// Only with a guest that runs.
     Guest,
+    /// A volume that comes to a guest that runs, or leaves it: `kvm_volumes` walks these.
+    Hotplug,
     /// A command about snapshots, also only with such a guest: `kvm_snapshots` walks these.
     Snapshot,
 }
@@ -46,6 +48,7 @@ const fn way(point: Failpoint) -> Way {
         CleanTapRemoved | CleanDirectoryRemoved | CleanCgroupRemoved => Way::Destroy,
         RemoveDiskRemoved | RemoveDirectoryRemoved | RemoveLogRemoved => Way::Destroy,
         VolumeDrafted | VolumeNamed | VolumeMade | VolumeSubmitted | VolumeGrown | VolumeForgotten => Way::Volume,
+        VolumePlugged | VolumeUnplugged => Way::Hotplug,
         SnapshotPaused | SnapshotSaved | SnapshotDrafted | SnapshotNamed | SnapshotRetired => Way::Snapshot,
         ForkShared | ForkTold => Way::Snapshot,
         RestoreDrafted | RestoreEnded | RestoreHeld | RestoreSwapped | RestoreRecorded => Way::Snapshot,
@@ -115,7 +118,7 @@ fn survives(host: &mut Host, point: Failpoint) {
             deploys(host, &file, &name);
             host.kill_agent();
         }
-        Way::Volume | Way::Clone | Way::Guest | Way::Snapshot => unreachable!("not walked here"),
+        Way::Volume | Way::Clone | Way::Guest | Way::Snapshot | Way::Hotplug => unreachable!("not walked here"),
     }
     if way(point) == Way::Destroy {
         dies_of(host, point, &["destroy", &name, "-y"]);

@@ -82,7 +82,7 @@ fn kill(pid: u32) {
 #[test]
 #[ignore = "needs a KVM that runs guests: tests/kvm-host"]
 fn kvm_volumes_outlive_everything_and_are_never_mistaken() {
-    let mut host = Host::start();
+    let host = Host::start();
     let web = formfile(&host, "web", 18091, &VOLUMES);
     let deployed = host.form(&["deploy", &web, "-y"]).ok();
     assert!(format!("{}{}", deployed.stdout, deployed.stderr).contains("new, 37 GiB"), "the plan says so: {deployed:?}");
@@ -93,13 +93,16 @@ fn kvm_volumes_outlive_everything_and_are_never_mistaken() {
     assert!(size > 36 << 10, "the file system was grown to its volume: {size} MiB");
 
     one_vm_at_a_time(&host);
+    let mut host = come_grow_and_go(host);
 
     // The agent is killed: the VM goes on, and the new agent knows its volumes.
     host.kill_agent();
     host.start_agent();
     is_ready_again(&host, "web");
     all_in_place(&host, "web", 4);
-    let _ = host.form(&["volume", "detach", "one"]).exits(5);
+    let _ = host.form(&["volume", "detach", "one"]).ok();
+    let _ = host.form(&["volume", "attach", "one", "web", "/v/one"]).ok();
+    all_in_place(&host, "web", 4);
 
     // The host goes down: no process is left, and nothing below /run. Everything that was synced is there, each in its place.
     let (_, pid) = host.process(&host.vm("web"));
@@ -116,7 +119,7 @@ fn kvm_volumes_outlive_everything_and_are_never_mistaken() {
 
 fn one_vm_at_a_time(host: &Host) {
     let other = formfile(host, "other", 18092, &[("data", "/data", "1G")]);
-    for command in [&["deploy", other.as_str(), "-y"][..], &["volume", "rm", "data", "-y"], &["volume", "detach", "data"]] {
+    for command in [&["deploy", other.as_str(), "-y"][..], &["volume", "rm", "data", "-y"]] {
         let refused = host.form(command).exits(5);
         assert!(refused.stderr.contains("data") && refused.stderr.contains("web"), "{}", refused.stderr);
     }
@@ -126,6 +129,74 @@ fn one_vm_at_a_time(host: &Host) {
     let data = file(host, &volume(host, "data"));
     let foreign = Command::new("qemu-io").args(["-f", "raw", "-c", "write 0 4k"]).arg(data).output().unwrap();
     assert!(!foreign.status.success() && String::from_utf8_lossy(&foreign.stderr).contains("lock"), "{foreign:?}");
+}
+
+/// The VM that runs gets volumes, has them grow, and gives them back, whatever its agent does meanwhile. It is the same VM afterwards.
+fn come_grow_and_go(mut host: Host) -> Host {
+    let (_, pid) = host.process(&host.vm("web"));
+    let block_devices = || sh(&host, "web", "busybox ls /sys/block | busybox grep -c vd");
+    let before = block_devices();
+    for (name, format) in [("hot", "raw"), ("warm", "qcow2"), ("bare", "raw")] {
+        let _ = host.form(&["volume", "create", name, "-s", "512M", "--format", format]).ok();
+    }
+    let said = host.form(&["volume", "attach", "hot", "web", "/hot"]).ok().stdout;
+    assert!(said.contains("web has it at /hot (/dev/vd"), "{said}");
+    let said = host.form(&["volume", "attach", "bare", "web"]).ok().stdout;
+    assert!(said.contains("web has it as /dev/vd"), "{said}");
+    let _ = host.form(&["volume", "attach", "warm", "web", "/warm"]).ok();
+    sh(&host, "web", "echo hot > /hot/name; echo warm > /warm/name; busybox sync");
+    all_in_place(&host, "web", 6);
+
+    for name in ["hot", "warm"] {
+        let said = host.form(&["volume", "resize", name, "1G"]).ok().stdout;
+        assert!(said.contains("also in web"), "{said}");
+        let size = file_system_size(&host, "web", &format!("/{name}"));
+        assert!(size > 900, "{name}: {size} MiB");
+    }
+
+    // What somebody works in is not taken away, unless by force.
+    sh(&host, "web", "(cd /hot && exec busybox setsid busybox sleep 1000) >/dev/null 2>&1 &");
+    let refused = host.form(&["volume", "detach", "hot"]).exits(5);
+    assert!(refused.stderr.contains("busybox (process ") || refused.stderr.contains("sleep (process "), "{}", refused.stderr);
+    assert!(refused.stderr.contains("--force"), "{}", refused.stderr);
+    all_in_place(&host, "web", 6);
+    let _ = host.form(&["volume", "detach", "hot", "--force"]).ok();
+    let _ = host.form(&["volume", "detach", "warm", "bare"]).ok();
+    assert_eq!(block_devices(), before, "no device is left in the guest");
+    assert_eq!(volume(&host, "hot")["attachment"], Value::Null);
+    let _ = host.form(&["volume", "detach", "hot"]).exits(5);
+    let checked = Command::new("e2fsck").arg("-fp").arg(file(&host, &volume(&host, "hot"))).output().unwrap();
+    assert!(checked.status.success() || checked.status.code() == Some(1), "{checked:?}");
+
+    // A guest that refuses leaves nothing behind.
+    let odd = host.path("odd.raw");
+    fs::write(&odd, [b"no file system ".repeat(64).as_slice(), &vec![0; 32 << 20]].concat()).unwrap();
+    let _ = host.form(&["volume", "import", "odd", odd.to_str().unwrap()]).ok();
+    let refused = host.form(&["volume", "attach", "odd", "web", "/odd"]).exits(1);
+    assert!(refused.stderr.contains("holds something that is no ext4"), "{}", refused.stderr);
+    assert_eq!((volume(&host, "odd")["attachment"].clone(), block_devices()), (Value::Null, before.clone()));
+
+    // The agent dies in the middle: the next one finishes what the state says.
+    for (point, command) in
+        [("volume.plugged", &["volume", "attach", "hot", "web", "/hot"][..]), ("volume.unplugged", &["volume", "detach", "hot"])]
+    {
+        host.kill_agent();
+        host.start_agent_with(Some(point));
+        is_ready_again(&host, "web");
+        let mut client = host.form_command(command).spawn().unwrap();
+        assert!(host.dies_at(point, |_| false), "{point}");
+        let _ = (client.kill(), client.wait());
+        host.start_agent();
+        is_ready_again(&host, "web");
+        wait("the guest has it", || volume(&host, "hot")["attachment"]["state"] == "attached");
+        all_in_place(&host, "web", 5);
+    }
+    let _ = host.form(&["volume", "detach", "hot"]).ok();
+    assert_eq!(sh(&host, "web", "busybox ls /sys/block | busybox grep -c vd"), before);
+    let _ = host.form(&["volume", "rm", "hot", "warm", "bare", "odd", "-y"]).ok();
+    assert_eq!(host.process(&host.vm("web")).1, pid, "it was never started again");
+    all_in_place(&host, "web", 4);
+    host
 }
 
 /// Another image, the volumes in another order, one of them larger, one no longer there.
@@ -145,10 +216,10 @@ fn redeployed_and_attached_by_hand(host: &Host) {
     let again = host.form(&["deploy", &web, "-y"]).ok();
     assert!(format!("{}{}", again.stdout, again.stderr).contains("unchanged"));
 
-    // By hand, for the next start: the one that was left, and a clone.
+    // By hand: the one that was left, and, for the next start, a clone.
     let said = host.form(&["volume", "attach", "three", "web", "/again"]).ok().stdout;
-    assert!(said.contains("form vm restart web"), "{said}");
-    assert_eq!(volume(host, "three")["attachment"]["state"], "needs-restart");
+    assert!(said.contains("web has it at /again (/dev/vd"), "{said}");
+    all_in_place(host, "web", 4);
     let _ = host.form(&["volume", "create", "late", "-s", "16777728B"]).ok();
     let _ = host.form(&["volume", "attach", "late", "web", "/again"]).exits(5);
     let _ = host.form(&["vm", "stop", "web"]).ok();

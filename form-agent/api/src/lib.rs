@@ -37,7 +37,7 @@
 //! | `GET /v1/volumes/{name}` | | [`volume::Volume`] |
 //! | `POST /v1/volumes` (signed) | [`volume::CreateRequest`] | [`operation::Operation`] |
 //! | `POST /v1/volumes/{name}/attach` (signed) | [`volume::AttachRequest`] | [`operation::Operation`] |
-//! | `POST /v1/volumes/{name}/detach` (signed) | | [`operation::Operation`] |
+//! | `POST /v1/volumes/{name}/detach` (signed) | [`volume::DetachRequest`] | [`operation::Operation`] |
 //! | `POST /v1/volumes/{name}/resize` (signed) | [`volume::ResizeRequest`] | [`operation::Operation`] |
 //! | `POST /v1/volumes/{name}/clone` (signed) | [`volume::CloneRequest`] | [`operation::Operation`] |
 //! | `DELETE /v1/volumes/{name}` (signed) | | [`operation::Operation`] |

@@ -111,6 +111,15 @@ pub struct AttachRequest {
     pub read_only: bool,
 }
 
+/// `POST /v1/volumes/{name}/detach`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DetachRequest {
+    /// Take it away from a guest that uses it, or does not answer: what uses it then gets errors, and what it had not written is lost.
+    #[serde(default)]
+    pub force: bool,
+}
+
 /// `POST /v1/volumes/{name}/resize`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -35,6 +35,7 @@ use crate::{
     desired::{DesiredVm, Run},
     snapshot::restore::due as restore_due,
     vm::SHUTDOWN_TIMEOUT_MS,
+    volume,
 };
 use process::{Process, RuntimeDirectory};
 use session::{Session, Update};
@@ -403,6 +404,9 @@ impl Driver {
                 }
                 if !failed {
                     create::is_itself(&self.agent, &self.id);
+                    // It asks the guest, which answers while this goes on.
+                    let (agent, id) = (Arc::clone(&self.agent), self.id);
+                    tokio::task::spawn_blocking(move || volume::live::reconcile(&agent, &id));
                 }
                 reach(Failpoint::GuestReady);
             }
@@ -475,7 +479,8 @@ impl Driver {
             Some((ExitReason::PowerOff, _)) => {
                 running.service_ended.as_ref().map_or_else(|| "the guest powered itself off".to_owned(), |ending| ending.words.clone())
             }
-            Some((ExitReason::Reset, _)) => "the guest restarted itself".to_owned(),
+            Some((ExitReason::Reset, message)) if message.is_empty() => "the guest restarted itself".to_owned(),
+            Some((ExitReason::Reset, message)) => format!("the guest restarted itself ({message})"),
             Some((ExitReason::Stopped, _)) => "the VM process was told to stop".to_owned(),
             Some((ExitReason::Failed, message)) => format!("the VM process failed: {message}"),
             Some((ExitReason::Panicked, message)) => format!("the VM process panicked: {message}"),

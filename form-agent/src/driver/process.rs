@@ -55,6 +55,14 @@ pub struct Record {
     pub log_from: u64,
 }
 
+/// The volumes of a process since one came or left while it ran.
+#[derive(Debug, Serialize, Deserialize)]
+struct HeldVolumes {
+    pid: i32,
+    start_time: u64,
+    volumes: Vec<VolumeId>,
+}
+
 /// The files of a running VM, in a directory of its own below `/run`.
 #[derive(Clone, Debug)]
 pub struct RuntimeDirectory(PathBuf);
@@ -101,6 +109,28 @@ impl RuntimeDirectory {
     pub fn unmark_saving(&self) {
         // It is not there for most.
         let _ = fs::remove_file(self.saving());
+    }
+
+    fn volumes(&self) -> PathBuf {
+        self.0.join("volumes.json")
+    }
+
+    /// The volumes that the VM process has: those that it was started with, until one came or left.
+    pub fn held_volumes(&self) -> Vec<VolumeId> {
+        let Some(record) = self.read_record() else { return Vec::new() };
+        let changed = fs::read(self.volumes()).ok().and_then(|bytes| serde_json::from_slice::<HeldVolumes>(&bytes).ok());
+        // Of a process that is gone it says nothing.
+        changed.filter(|held| (held.pid, held.start_time) == (record.pid, record.start_time)).map_or(record.volumes, |held| held.volumes)
+    }
+
+    /// Notes that they are others now.
+    ///
+    /// # Errors
+    /// When there is no process, or it cannot be written.
+    pub fn set_held_volumes(&self, volumes: Vec<VolumeId>) -> io::Result<()> {
+        let record = self.read_record().ok_or(io::ErrorKind::NotFound)?;
+        let held = HeldVolumes { pid: record.pid, start_time: record.start_time, volumes };
+        write_atomically(&self.volumes(), 0o600, &serde_json::to_vec(&held)?)
     }
 
     fn output(&self) -> PathBuf {

@@ -18,7 +18,8 @@ use form_api::{
     stats::{DiskRates, DiskStats, HealthReport, NetworkRates, NetworkStats, PartHealth, VmStats},
     vm::{GuestDevice, GuestReport, Health, LogCursor, LogLine, LogStream, PublishedPort, Vm, VmDetail, VmState},
     volume::{
-        AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, ExportRequest, Pool, PoolKind, ResizeRequest, Volume,
+        AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, DetachRequest, ExportRequest, Pool, PoolKind,
+        ResizeRequest, Volume,
     },
 };
 use form_types::{
@@ -96,6 +97,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
     Some(vec![
         ("ApiError", json!(refusal())),
         ("AttachRequest", json!(attach)),
+        ("DetachRequest", json!(DetachRequest { force: false })),
         ("BlocksReply", json!(BlocksReply { stored: 32 })),
         ("CloneRequest", json!(CloneRequest { name: copy })),
         ("CreateRequest", json!(create)),

@@ -66,6 +66,7 @@ fn guest_error(error: &GuestError) -> ApiError {
                 protocol::ErrorKind::Unsupported => ErrorCode::Unsupported,
                 protocol::ErrorKind::Busy => ErrorCode::Unavailable,
                 protocol::ErrorKind::Failed => ErrorCode::Failed,
+                protocol::ErrorKind::InUse => ErrorCode::Conflict,
                 protocol::ErrorKind::NoRoom => ErrorCode::NoRoom,
             };
             ApiError::new(code, reply.message.clone())

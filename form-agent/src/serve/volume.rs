@@ -12,7 +12,7 @@ use form_api::{
     exec::Frame,
     operation::Operation,
     server::{self, read_json},
-    volume::{AttachRequest, CloneRequest, CreateRequest, ExportRequest, ImportQuery, Piece, Pool, ResizeRequest, Volume},
+    volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, Piece, Pool, ResizeRequest, Volume},
 };
 use form_types::Name;
 use serde::de::DeserializeOwned;
@@ -115,9 +115,9 @@ pub async fn create(State(agent): State<Shared>, request: Request) -> Accepted {
     begin(agent, caller, body.name.clone(), Change::Create(body)).await
 }
 
-/// Gives a volume to a VM, which has it from its next start on.
+/// Gives a volume to a VM.
 ///
-/// One VM at a time has a volume.
+/// One that runs has it when the operation is completed; any other from its next start on. One VM at a time has a volume.
 #[utoipa::path(
     post,
     path = "/v1/volumes/{name}/attach",
@@ -132,21 +132,26 @@ pub async fn attach(State(agent): State<Shared>, Segment(name): Segment, request
     change(agent, &name, request, Change::Attach).await
 }
 
-/// Takes a volume from the VM that has it, which must not run with it.
+/// Takes a volume from the VM that has it.
+///
+/// The guest of one that runs unmounts it before; while something there uses it, that is a conflict that names who does.
 #[utoipa::path(
     post,
     path = "/v1/volumes/{name}/detach",
     operation_id = "detach_volume",
     tag = "volumes",
     params(("name" = Name, Path, description = "The volume"), ChangeHeaders),
+    request_body(content = Option<DetachRequest>, description = "How; without a body not by force"),
     responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
     security((), ("key" = [], "signature" = []))
 )]
 pub async fn detach(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
-    bare_change(agent, &name, request, Change::Detach).await
+    let (caller, body) = changing(&agent, request).await?;
+    let body: DetachRequest = if body.is_empty() { DetachRequest::default() } else { read_json(&body)? };
+    begin(agent, caller, parsed(&name)?, Change::Detach(body)).await
 }
 
-/// Makes a volume larger; a VM that runs with it sees that from its next start on.
+/// Makes a volume larger. In a VM that runs with it the disk and its file system grow with it.
 #[utoipa::path(
     post,
     path = "/v1/volumes/{name}/resize",

@@ -36,7 +36,11 @@ pub fn open(agent: &Agent, vm: &DesiredVm) -> Result<Vec<Ready>, AttachError> {
     of_vm(&agent.view(), &vm.id).into_iter().map(|volume| open_one(agent, volume)).collect()
 }
 
-fn open_one(agent: &Agent, volume: DesiredVolume) -> Result<Ready, AttachError> {
+/// Opens one volume for the VM that has it. Under the volumes' turn.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_one(agent: &Agent, volume: DesiredVolume) -> Result<Ready, AttachError> {
     let (read_only, path) = volume.attached.as_ref().map_or((true, None), |attached| (attached.read_only, attached.path.clone()));
     // Both may read.
     if let Some(export) = agent.exports.of(&volume.id).filter(|export| export.writable || !read_only) {

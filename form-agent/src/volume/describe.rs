@@ -17,11 +17,10 @@ pub fn volume_named(agent: &Agent, name: &Name) -> Result<DesiredVolume, ApiErro
     rules::existing(name, &agent.view()).map_err(|fault| fault.into_api())
 }
 
-/// The volumes with which a VM process was started.
+/// The volumes that a VM process has.
 pub fn held_by(agent: &Agent, vm: &VmId) -> Vec<VolumeId> {
     let running = agent.fleet.observed(vm).is_some_and(|observed| observed.state != VmState::Stopped);
-    let record = RuntimeDirectory::new(&agent.paths().vm_runtime(), vm).read_record().filter(|_| running);
-    record.map(|record| record.volumes).unwrap_or_default()
+    if running { RuntimeDirectory::new(&agent.paths().vm_runtime(), vm).held_volumes() } else { Vec::new() }
 }
 
 pub fn volume(agent: &Agent, volume: &DesiredVolume) -> Volume {

@@ -3,6 +3,7 @@
 pub mod attach;
 pub mod describe;
 pub mod export;
+pub mod live;
 pub mod operate;
 pub mod plan;
 pub mod rules;

@@ -1,21 +1,21 @@
 //! Operations on volumes: recorded, done, and after a crash finished or taken back.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use form_api::{
     ApiError, ErrorCode,
     operation::{Operation, OperationKind},
-    volume::{AttachRequest, CloneRequest, CreateRequest, ExportRequest, ResizeRequest},
+    volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ResizeRequest},
 };
 use form_state::Table;
 use form_store::{Hold, Pool, StoreError};
-use form_types::{Failpoint, Name, OperationId, VolumeFormat, VolumeId, failpoint::reach};
+use form_types::{Failpoint, Name, OperationId, VmId, VolumeFormat, VolumeId, failpoint::reach};
 use serde::{Deserialize, Serialize};
 
-use super::{DesiredVolume, describe, export, of_vm, rules};
+use super::{DesiredVolume, describe, export, live, of_vm, rules};
 use crate::{
     agent::{Agent, internal},
-    authorise::{Caller, SignedRequest},
+    authorise::{self, Caller, SignedRequest},
     headroom,
     operation::{Begun, Opening, Record},
     serve::store_error,
@@ -26,7 +26,7 @@ use crate::{
 pub enum Change {
     Create(CreateRequest),
     Attach(AttachRequest),
-    Detach,
+    Detach(DetachRequest),
     Resize(ResizeRequest),
     Clone(CloneRequest),
     /// The new volume, which comes from elsewhere.
@@ -41,7 +41,7 @@ impl Change {
         match self {
             Self::Create(_) => OperationKind::VolumeCreate,
             Self::Attach(_) => OperationKind::VolumeAttach,
-            Self::Detach => OperationKind::VolumeDetach,
+            Self::Detach(_) => OperationKind::VolumeDetach,
             Self::Resize(_) => OperationKind::VolumeResize,
             Self::Clone(_) => OperationKind::VolumeClone,
             Self::Import(_) => OperationKind::VolumeImport,
@@ -106,7 +106,7 @@ pub(super) fn open(agent: &Agent, caller: &Caller, name: &Name, change: Change) 
     };
     match change {
         // These free room.
-        Change::Remove | Change::Detach => agent.use_headroom(),
+        Change::Remove | Change::Detach(_) => agent.use_headroom(),
         _ => agent.keep_headroom(),
     }
     // A repeated request is answered whatever has become of the volume by now.
@@ -175,10 +175,10 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
             not_exported(agent, &volume, "be attached", Whatever)?;
             if describe::held_by(agent, &vm).contains(&volume.id) { Ok(()) } else { not_held(agent, &volume, "be attached") }
         }
-        Change::Detach => {
+        Change::Detach(_) => {
             rules::check_detach(&volume).map_err(fault)?;
             not_exported(agent, &volume, "be detached", Writable)?;
-            not_held(agent, &volume, "be detached")
+            can_be_let_go(agent, &volume)
         }
         Change::Resize(request) => {
             rules::check_resize(&volume, request.size_bytes).map_err(fault)?;
@@ -229,10 +229,54 @@ pub(super) fn not_held(agent: &Agent, volume: &DesiredVolume, what: &str) -> Res
     }
 }
 
+/// Nobody has it open but a VM that runs, whose guest can be asked for it.
+fn can_be_let_go(agent: &Agent, volume: &DesiredVolume) -> Result<(), ApiError> {
+    match &volume.attached {
+        Some(attached) if live::is_possible(agent, &attached.vm) => Ok(()),
+        _ => not_held(agent, volume, "be detached"),
+    }
+}
+
 fn perform(agent: &Agent, name: &Name, progress: &Progress) -> Result<(), ApiError> {
     let pool = agent.store.pool(&progress.pool).map_err(|error| store_error(&error))?;
     make(agent, pool, name, progress)?;
-    complete(agent, pool, name, progress)
+    let Some(vm) = vm_of(agent, name, &progress.change) else { return complete(agent, pool, name, progress) };
+    let turn = agent.volumes_of(&vm);
+    let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Change::Detach(request) = &progress.change
+        && live::is_possible(agent, &vm)
+    {
+        live::unplug(agent, &vm, &describe::volume_named(agent, name)?, request.force)?;
+    }
+    complete(agent, pool, name, progress)?;
+    match &progress.change {
+        Change::Attach(_) if live::is_possible(agent, &vm) => {
+            live::plug(agent, &vm, describe::volume_named(agent, name)?).inspect_err(|_| take_back(agent, name))
+        }
+        Change::Resize(_) if live::is_possible(agent, &vm) => live::grow(agent, &vm, &describe::volume_named(agent, name)?),
+        _ => Ok(()),
+    }
+}
+
+/// The VM whose guest may have to take part.
+fn vm_of(agent: &Agent, name: &Name, change: &Change) -> Option<VmId> {
+    match change {
+        Change::Attach(request) => crate::desired::vm_named(&agent.view(), &request.vm).map(|vm| vm.id),
+        Change::Detach(_) | Change::Resize(_) => describe::volume_named(agent, name).ok()?.attached.map(|attached| attached.vm),
+        _ => None,
+    }
+}
+
+/// What a running VM could not be given is not attached. A VM that has it all the same, or ended meanwhile, keeps it as it is written down.
+fn take_back(agent: &Agent, name: &Name) {
+    let _turn = agent.volume_turn();
+    let taken_back = describe::volume_named(agent, name).and_then(|volume| {
+        not_held(agent, &volume, "be detached")?;
+        agent.submit(&authorise::own(agent, "POST", &format!("/v1/volumes/{name}/detach"), "")?)
+    });
+    if let Err(error) = taken_back {
+        tracing::warn!("volume/{name} stays attached: {error}");
+    }
 }
 
 /// What is left to do when a new volume's bytes are there; they are removed again when it cannot be.
@@ -313,7 +357,7 @@ fn record(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Resul
             return Ok(());
         }
         // They end an export that only reads.
-        Change::Remove | Change::Detach => {
+        Change::Remove | Change::Detach(_) => {
             check(agent, name, &progress.change)?;
             agent.exports.end(&progress.id);
         }
@@ -332,7 +376,7 @@ fn record(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Resul
 /// The volume, when it may be changed only while nobody has it open: the state may be wrong about that, its lock is not.
 fn hold(pool: &Pool, name: &Name, progress: &Progress) -> Result<Option<Hold>, ApiError> {
     match (&progress.change, pool.hold(&progress.id)) {
-        (Change::Remove | Change::Detach, Err(error @ StoreError::VolumeInUse { .. })) => {
+        (Change::Remove | Change::Detach(_), Err(error @ StoreError::VolumeInUse { .. })) => {
             Err(ApiError::new(ErrorCode::Conflict, format!("volume/{name}: {error}")).hint("end what uses it, and try again"))
         }
         (Change::Remove, Err(error)) => {
@@ -340,7 +384,7 @@ fn hold(pool: &Pool, name: &Name, progress: &Progress) -> Result<Option<Hold>, A
             Err(gone.hint("is the file system of its pool mounted? If it is gone for good, make an empty directory in its place"))
         }
         (Change::Remove, Ok(held)) => Ok(Some(held)),
-        (Change::Detach, held) => Ok(held.ok()),
+        (Change::Detach(_), held) => Ok(held.ok()),
         _ => Ok(None),
     }
 }
@@ -353,11 +397,11 @@ fn settle(pool: &Pool, progress: &Progress, held: Option<Hold>) -> Result<(), Ap
             pool.remove(held).map_err(|error| store_error(&error))
         }
         Change::Resize(request) => match pool.grow(&progress.id, request.size_bytes) {
-            // Made, or grown, when the VM starts.
+            // Made when the VM starts, or grown then, unless it can be while it runs.
             Ok(_) | Err(StoreError::NoVolume(_) | StoreError::VolumeInUse { .. }) => Ok(()),
             Err(error) => Err(store_error(&error)),
         },
-        Change::Create(_) | Change::Clone(_) | Change::Import(_) | Change::Attach(_) | Change::Detach => Ok(()),
+        Change::Create(_) | Change::Clone(_) | Change::Import(_) | Change::Attach(_) | Change::Detach(_) => Ok(()),
         Change::Export(_) | Change::Unexport => Ok(()),
     }
 }
@@ -389,7 +433,7 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
             let vm = crate::desired::vm_named(&view, &request.vm);
             vm.is_some_and(|vm| of_vm(&view, &vm.id).iter().any(|volume| volume.id == progress.id))
         }
-        Change::Detach => desired.is_some_and(|volume| volume.attached.is_none()),
+        Change::Detach(_) => desired.is_some_and(|volume| volume.attached.is_none()),
     };
     let _turn = agent.volume_turn();
     let pool = agent.store.pool(&progress.pool).map_err(|error| store_error(&error))?;

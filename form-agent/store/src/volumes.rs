@@ -321,6 +321,21 @@ impl Pool {
         self.volume(id)
     }
 
+    /// Writes down that a volume is larger: whoever has it open has made it so.
+    ///
+    /// # Errors
+    /// When there is no such volume, or the record cannot be written.
+    pub fn note_grown(&self, id: &VolumeId, size_bytes: u64) -> Result<()> {
+        volume::check_size(size_bytes)?;
+        let _turn = hold(&self.turn);
+        let entry = self.volume(id)?;
+        if size_bytes <= entry.size_bytes {
+            return Ok(());
+        }
+        let record = self.place(id).join(RECORD);
+        replace_file(&self.directory, &record, &to_json(&record, &Record { format: entry.format, size_bytes })?, 0o600)
+    }
+
     /// Makes a volume `new` with what `id` holds now: blocks are shared where the file system can, else copied.
     ///
     /// # Errors

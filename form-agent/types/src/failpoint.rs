@@ -66,6 +66,10 @@ failpoints! {
     ForkShared = "fork.shared",
     /// A copy of a VM has been told who it is; the host has not noted that.
     ForkTold = "fork.told",
+    /// A VM that runs has the disk of a volume; its guest has not been told.
+    VolumePlugged = "volume.plugged",
+    /// A VM that runs has given a volume back; neither the record nor the state says so.
+    VolumeUnplugged = "volume.unplugged",
     /// A disk has its name.
     DiskMade = "disk.made",
     /// The old disk is gone and the new one is not there.

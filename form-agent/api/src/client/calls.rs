@@ -21,7 +21,7 @@ use crate::{
     snapshot::{RestoreRequest, Snapshot, SnapshotRequest},
     stats::{HealthReport, StatsQuery, VmStats},
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail},
-    volume::{AttachRequest, CloneRequest, CreateRequest, ExportRequest, ImportQuery, Pool, ResizeRequest, Volume},
+    volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, Pool, ResizeRequest, Volume},
 };
 
 /// An import writes and hashes the whole image: on a host in software emulation that takes a minute, on a busy one several.
@@ -289,8 +289,8 @@ impl Client {
         self.read(&Call::post(format!("/v1/volumes/{name}/attach")).json(request)?.signed(fresh_key()?)).await
     }
 
-    pub async fn detach_volume(&self, name: &Name) -> Result<Operation, ClientError> {
-        self.read(&Call::post(format!("/v1/volumes/{name}/detach")).signed(fresh_key()?)).await
+    pub async fn detach_volume(&self, name: &Name, request: &DetachRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/volumes/{name}/detach")).json(request)?.signed(fresh_key()?)).await
     }
 
     pub async fn resize_volume(&self, name: &Name, request: &ResizeRequest) -> Result<Operation, ClientError> {

@@ -10,7 +10,7 @@ use crate::{
     session::Session,
 };
 
-/// Give a volume to a VM, which has it from its next start on
+/// Give a volume to a VM: at once when it runs, else from its next start on
 ///
 /// One VM at a time has a volume. A volume that never held anything gets a file system when it is first mounted; one that holds
 /// anything is never changed.
@@ -33,12 +33,12 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     let client = session.client()?;
     let request = AttachRequest { vm: args.vm.clone(), path: args.path, read_only: args.read_only };
     let operation = settle(session, &client, client.attach_volume(&args.name, &request).await?).await?;
-    let runs = operation.status.is_final()
-        && client.volume(&args.name).await?.attachment.is_some_and(|attachment| attachment.state == AttachmentState::NeedsRestart);
-    let when = if runs {
-        format!("{0} runs without it, and has it after `form vm restart {0}`", args.vm)
-    } else {
-        format!("{} has it from its next start on", args.vm)
+    let attachment = if operation.status.is_final() { client.volume(&args.name).await?.attachment } else { None };
+    let when = match attachment.map(|attachment| (attachment.state, attachment.device, attachment.path)) {
+        Some((AttachmentState::Attached, Some(device), Some(path))) => format!("{} has it at {path} ({device})", args.vm),
+        Some((AttachmentState::Attached, Some(device), None)) => format!("{} has it as {device}", args.vm),
+        Some((AttachmentState::NeedsRestart, ..)) => format!("{0} runs without it, and has it after `form vm restart {0}`", args.vm),
+        _ => format!("{} has it from its next start on", args.vm),
     };
     session.terminal.done(&operation, args.name.as_str(), &format!("{}: attached; {when}", args.name))?;
     Ok(0)

@@ -7,7 +7,7 @@ use crate::{args::volume_name, complete, failure::Outcome, operation::settle, se
 
 /// Make a volume larger
 ///
-/// A VM that runs with it sees the new size, and its file system grows, at the VM's next start. A volume is never made smaller.
+/// In a VM that runs with it the disk and its file system grow at once. A volume is never made smaller.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The volume
@@ -22,9 +22,10 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
     let client = session.client()?;
     let operation = settle(session, &client, client.resize_volume(&args.name, &ResizeRequest { size_bytes: args.size.0 }).await?).await?;
     let holder = if operation.status.is_final() { client.volume(&args.name).await?.attachment } else { None };
-    let when = match holder.filter(|holder| matches!(holder.state, AttachmentState::Attached | AttachmentState::Starting)) {
-        Some(holder) => format!("; {0} sees it after `form vm restart {0}`", holder.vm),
-        None => String::new(),
+    let when = match holder.map(|holder| (holder.state, holder.read_only, holder.vm)) {
+        Some((AttachmentState::Attached, false, vm)) => format!(", also in {vm}, which runs with it"),
+        Some((AttachmentState::Attached | AttachmentState::Starting, _, vm)) => format!("; {vm} sees it after `form vm restart {vm}`"),
+        _ => String::new(),
     };
     session.terminal.done(&operation, args.name.as_str(), &format!("{}: {}{when}", args.name, args.size))?;
     Ok(0)
