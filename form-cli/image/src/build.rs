@@ -1,5 +1,7 @@
 //! The build itself: one layer after the other, each from the cache when what goes into it is unchanged.
 
+mod adopt;
+
 use std::{
     collections::BTreeMap,
     ffi::OsString,
@@ -29,7 +31,7 @@ use crate::{
     index::{Change, Index},
     layer::{Layer, LayerStore, RECIPE, TREE, read_json, write_json},
     lockfile::{Lock, installed_packages},
-    oci::{self, BlobStore, Defaults, OciDigest, OciError, OciReference, Registries, UnpackError},
+    oci::{self, BlobStore, Defaults, OciDigest, OciError, OciReference, Registries, UnpackError, artifact::Found},
     sandbox::{Finished, Input, Job, Sandbox, args},
     steps::{self, Program},
     tarball::{self, Origin, Spool},
@@ -455,7 +457,7 @@ impl<'a> Work<'a> {
         let from = self.spec.from.clone();
         let base = Base::parse(&from, self.context, self.options.registries.default.as_deref())?;
         match base {
-            Base::Image(reference) => self.image_base(&from, &reference),
+            Base::Image(reference) => self.image_base(&from, &reference, text),
             Base::Registry(reference) => self.registry_base(&from, &reference, text, observer),
             Base::Release { distribution, codename } => {
                 let sources = base::release_sources(&from, codename)?;
@@ -511,14 +513,19 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Starts from the layers of an image that was built here.
-    fn image_base(&mut self, from: &str, reference: &ImageReference) -> Result<bool, BuildError> {
+    /// Starts from the layers of an image that is here; without them from its file system.
+    fn image_base(&mut self, from: &str, reference: &ImageReference, text: &str) -> Result<bool, BuildError> {
         let (_, manifest) = self.store.get(reference)?;
-        let refuse = |reason: &str| BuildError::Base { from: from.to_owned(), reason: reason.to_owned() };
-        let top = manifest.history.last().ok_or_else(|| refuse("the image has no layers"))?;
-        let chain = self.layers.chain(&top.layer).filter(|chain| chain.iter().all(|layer| self.blocks.has_all(&layer.blocks)));
-        self.chain = chain.ok_or_else(|| refuse("its layers are no longer in the cache: build it again"))?;
-        Ok(true)
+        let chain = manifest.history.last().and_then(|top| self.layers.chain(&top.layer));
+        if let Some(chain) = chain.filter(|chain| chain.iter().all(|layer| self.blocks.has_all(&layer.blocks))) {
+            self.chain = chain;
+            return Ok(true);
+        }
+        if !self.blocks.has_all(&manifest.rootfs.blocks) {
+            let reason = "blocks of it are no longer in the cache: build, pull or import it again".to_owned();
+            return Err(BuildError::Base { from: from.to_owned(), reason });
+        }
+        self.adopt(text, &manifest)
     }
 
     /// Starts from an image of a registry. A tag is asked for at each build; what its digest names is fetched and unpacked once.
@@ -554,6 +561,10 @@ impl<'a> Work<'a> {
         }
         let mut line = |line: &str| observer.event(BuildEvent::Output { line });
         line(&digest.to_string());
+        let exactly = OciReference { digest: Some(digest), ..reference.clone() };
+        if let Found::Ours(artifact) = oci::artifact::fetch(&exactly, registries, &oci, cancel, &mut line).map_err(fail)? {
+            return self.artifact_base((from, text), &artifact, &alias_path, observer);
+        }
         let fetched = oci::fetch(reference, digest, registries, &oci, limit, cancel, &mut line).map_err(fail)?;
         if !fetched.defaults.ports.is_empty() {
             line(&format!("the base listens on {}: publish what you want with EXPOSE", fetched.defaults.ports.join(", ")));
@@ -621,12 +632,7 @@ impl<'a> Work<'a> {
     /// Writes a layer into the file system, keeps its blocks, and publishes it.
     fn finish(&mut self, key: Digest, text: &str, diff: &Diff, spool: &Spool) -> Result<(), BuildError> {
         let workspace = self.workspace()?;
-        if !workspace.join(TREE).exists() {
-            self.sandbox.create_dir(&workspace.join(TREE))?;
-            let script = "exec tar --extract --xattrs --xattrs-include='*' --numeric-owner --same-permissions --directory=tree --file=-";
-            let job = Job { directory: &workspace, script, args: &args::<&str>([]), env: &[], input: Input::Pipe };
-            self.sandbox.write(job, &self.options.cancel, |stream| tarball::write(diff, spool, stream))?;
-        }
+        self.plant(&workspace, diff, spool)?;
         self.index()?;
         let disk = self.take_disk(&workspace)?;
         let changes: Vec<Change> = self.index.as_mut().map(|index| index.apply(diff)).unwrap_or_default();
@@ -646,18 +652,7 @@ impl<'a> Work<'a> {
             passwd: text_of(diff, spool, b"etc/passwd")?.unwrap_or_else(|| parent.map(|layer| layer.passwd.clone()).unwrap_or_default()),
             group: text_of(diff, spool, b"etc/group")?.unwrap_or_else(|| parent.map(|layer| layer.group.clone()).unwrap_or_default()),
         };
-        // The disk goes on to the next layer; everything else in the workspace but the tree is done with.
-        let next = self.layers.workspace()?;
-        let moved = next.join("disk");
-        fs::rename(disk.path(), &moved).during("move", &moved)?;
-        self.disk = Some(Ext4::open(moved));
-        self.workspace = None;
-        fs::remove_dir_all(spool.directory()).during("remove", spool.directory())?;
-        self.remove_scaffold(&workspace)?;
-        self.layers.publish(&workspace, &layer, diff, &self.sandbox)?;
-        self.workspace = Some(next);
-        self.chain.push(layer);
-        Ok(())
+        self.publish(&workspace, &disk, layer, diff, spool)
     }
 
     /// The overlay's work directory holds one of root's own.

@@ -3,6 +3,8 @@
 //! Everything is deterministic: identifiers are fixed, every time is [`EPOCH`] or older, and blocks are given out in the order of the
 //! paths. Files are laid out so that a change moves few 64 KiB blocks: see [`Layout`].
 
+pub(crate) mod read;
+
 use std::{
     fs::{File, OpenOptions},
     io::{self, BufRead, BufReader, BufWriter, Read, Write},

@@ -524,8 +524,28 @@ fn system_an_image_of_ours_goes_by_a_registry_to_another_machine() {
     // What others push is told apart.
     registry.push_image("team/app", "other", &[Layer::new(GZIP, &[("etc/release", b"x")])], &json!({}));
     assert!(matches!(pull(&there, &registry.reference("team/app:other"), None), Ok(Pulled::Another(_))));
-    let error = Project::new(&to).fails();
-    assert!(error.to_string().contains("an image of Formation"), "{error}");
+
+    // A Formfile begins with its files; what is built upon it has the blocks that it has where the image is from.
+    let on_top = |project: &mut Project| {
+        let command = Command::Shell("echo three > /etc/more".to_owned());
+        project.spec.steps = vec![Step { action: StepAction::Run { command, env: vec![], workdir: None }, line: 2 }];
+        fs::remove_file(project.directory.path().join("Formfile.lock")).ok();
+        project.build()
+    };
+    let mut elsewhere = Project::new(&registry.reference("team/base:1"));
+    here.spec.from = "./files".to_owned();
+    fs::create_dir_all(here.directory.path().join("files/bin")).unwrap();
+    fs::copy("/bin/busybox", here.directory.path().join("files/bin/sh")).expect("the package busybox-static is installed");
+    here.build();
+    let base = push(&here, "app", &registry.reference("team/base:1")).unwrap();
+    here.spec.from = "image:app".to_owned();
+    let (ours, theirs) = (on_top(&mut here), on_top(&mut elsewhere));
+    assert_eq!((elsewhere.show("/etc/release"), elsewhere.show("/etc/more")), ("two".into(), "three\n".into()));
+    assert!(ours.manifest.rootfs == theirs.manifest.rootfs);
+    let lock = fs::read_to_string(elsewhere.directory.path().join("Formfile.lock")).unwrap();
+    assert!(lock.contains(&base.artifact.to_string()), "{lock}");
+    // Once it is here, the registry is asked for the tag alone.
+    assert_eq!((elsewhere.try_build().1, elsewhere.blobs()), (2, 0));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use form_bundle::manifest::MEDIA_TYPE;
+use form_bundle::{Manifest, manifest::MEDIA_TYPE};
 use form_types::{Digest, ImageReference, Name};
 use serde::{Deserialize, Serialize};
 
@@ -324,6 +324,27 @@ pub(crate) fn take(
     taking: &Taking<'_>,
     observer: &mut dyn BuildObserver,
 ) -> Result<BuiltImage, BuildError> {
+    let (manifest, taken) = take_blocks(blocks, artifact, source, taking, observer)?;
+    let manifest = match name {
+        Some(name) => renamed(manifest, name)?,
+        None => manifest,
+    };
+    let image = BuiltImage::keep(store, manifest)?;
+    taken.keep();
+    Ok(image)
+}
+
+/// Takes the blocks of an image alone. They go again unless they are kept.
+///
+/// # Errors
+/// As [`import`].
+pub(crate) fn take_blocks<'b>(
+    blocks: &'b BlockStore,
+    artifact: &Artifact,
+    source: &dyn Source,
+    taking: &Taking<'_>,
+    observer: &mut dyn BuildObserver,
+) -> Result<(Manifest, Taken<'b>), BuildError> {
     let manifest = taking.manifest(artifact, source)?;
     let mut taken = Taken::new(blocks, &manifest.rootfs.blocks);
     let count = artifact.layers.len();
@@ -332,11 +353,5 @@ pub(crate) fn take(
         observer.event(BuildEvent::Output { line: &format!("pack {} of {count}: checked", index + 1) });
     }
     taken.check(taking)?;
-    let manifest = match name {
-        Some(name) => renamed(manifest, name)?,
-        None => manifest,
-    };
-    let image = BuiltImage::keep(store, manifest)?;
-    taken.keep();
-    Ok(image)
+    Ok((manifest, taken))
 }

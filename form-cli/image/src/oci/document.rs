@@ -138,7 +138,7 @@ fn choose(manifests: Vec<Descriptor>) -> Result<Descriptor, OciError> {
 impl ImageManifest {
     fn checked(self) -> Result<Self, OciError> {
         if self.config.media_type == form_bundle::manifest::MEDIA_TYPE {
-            let what = "an image of Formation, whose files no Formfile can begin with yet: `form image pull` takes it as it is".to_owned();
+            let what = "an image of Formation inside of an index: ask for it by a tag or digest of its own".to_owned();
             return Err(OciError::Unsupported { what });
         }
         if !CONFIG_TYPES.contains(&self.config.media_type.as_str()) {
