@@ -114,6 +114,13 @@ enum Step {
     Save {
         slot: u8,
     },
+    /// Taken from the bus, or put there again, as hotplug does it.
+    Unplug {
+        slot: u8,
+    },
+    Plug {
+        slot: u8,
+    },
 }
 
 fn width(choice: u8) -> usize {
@@ -142,16 +149,16 @@ impl Machine {
         ];
         let router = Arc::new(Lines::default());
         let mut devices = Vec::new();
-        for (index, device) in kinds.into_iter().enumerate() {
+        for (slot, device) in (1..).zip(kinds) {
             let host = Host {
                 memory: GuestMemory::new(memory.memory()),
                 router: Arc::clone(&router) as _,
                 doorbells: Arc::new(Bells::default()),
                 activations: Arc::clone(&activations),
             };
-            let device = VirtioPci::new(index, device, BARS + index as u64 * BAR_SIZE, host).expect("eventfds");
+            let device = VirtioPci::new(slot, device, BARS + (slot as u64 - 1) * BAR_SIZE, host).expect("eventfds");
             let device = Arc::new(Mutex::new(device));
-            bus.add(Arc::clone(&device) as _);
+            bus.add(slot, Arc::clone(&device) as _).expect("a free slot");
             devices.push(device);
         }
         Self { bus, devices, activations, _wire: wire }
@@ -207,8 +214,8 @@ impl Machine {
                 self.write(Self::bar(slot) + u64::from(offset % 64), &value.to_le_bytes().repeat(8)[..width(choice)]);
             }
             Step::Activate => {
-                for index in self.activations.take() {
-                    self.device(index as u8, VirtioPci::activate);
+                for slot in self.activations.take() {
+                    self.device(slot as u8 - 1, VirtioPci::activate);
                 }
             }
             Step::Pause { slot } => self.device(slot, |device| {
@@ -221,6 +228,12 @@ impl Machine {
                 assert!(serde_json::from_str::<form_vmm::virtio::pci::VirtioPciState>(&state).is_ok());
                 device.activate();
             }),
+            Step::Unplug { slot } => self.bus.remove(usize::from(slot) % self.devices.len() + 1),
+            Step::Plug { slot } => {
+                let index = usize::from(slot) % self.devices.len();
+                // It may be there.
+                let _ = self.bus.add(index + 1, Arc::clone(&self.devices[index]) as _);
+            }
         }
     }
 }

@@ -1,9 +1,9 @@
 //! The devices that are not on PCI, by their ports: the serial console with input from the host's side, the power registers, the
-//! keyboard controller; and every other port.
+//! keyboard controller, the registers of PCI hotplug; and every other port.
 
 #![no_main]
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use arbitrary::Arbitrary;
 use form_vmm::{
@@ -11,7 +11,8 @@ use form_vmm::{
     log_ring,
     pci::bus::PciBus,
     platform::{
-        I8042_COMMAND, PCI_CONFIG_PORT, POWER_PORT, SERIAL_PORT,
+        HOTPLUG_PORT, I8042_COMMAND, PCI_CONFIG_PORT, POWER_PORT, SERIAL_PORT,
+        hotplug::Hotplug,
         power::Power,
         serial::{SerialPort, SerialPortState, Sink},
     },
@@ -27,6 +28,7 @@ enum Port {
     Keyboard,
     Pci(u8),
     Any(u16),
+    Hotplug(u8),
 }
 
 impl Port {
@@ -37,6 +39,7 @@ impl Port {
             Self::Keyboard => I8042_COMMAND,
             Self::Pci(offset) => PCI_CONFIG_PORT + u16::from(offset % 9),
             Self::Any(port) => port,
+            Self::Hotplug(register) => HOTPLUG_PORT + u16::from(register % 17),
         }
     }
 }
@@ -62,6 +65,9 @@ enum Step {
     Save,
     /// Another state than any that was saved.
     Restore(State),
+    /// A device came, or is wanted back.
+    Announce(u8),
+    Ask(u8),
 }
 
 #[derive(Arbitrary, Debug)]
@@ -87,7 +93,14 @@ fn width(choice: u8) -> usize {
 
 fuzz_target!(|steps: Vec<Step>| {
     let serial = SerialPort::new(ring(), event()).expect("an eventfd");
-    let mut bus = Bus { serial: Arc::new(serial), power: Arc::new(Power::new(event())), pci: Arc::new(PciBus::default()) };
+    let hotplug = Hotplug::new().expect("an eventfd");
+    let mut bus = Bus {
+        serial: Arc::new(serial),
+        power: Arc::new(Power::new(event())),
+        pci: Arc::new(PciBus::default()),
+        hotplug: Arc::new(hotplug),
+    };
+    let mut asked = BTreeSet::new();
     for step in steps.into_iter().take(64) {
         match step {
             Step::Read { port, width: choice } => bus.read_port(port.number(), &mut vec![0; width(choice)]),
@@ -98,6 +111,11 @@ fuzz_target!(|steps: Vec<Step>| {
             Step::Type(bytes) => _ = bus.serial.input(&bytes),
             Step::Attach(active) => bus.serial.attached().set_active(active),
             Step::Take => _ = bus.serial.attached().take(),
+            Step::Announce(slot) => bus.hotplug.announce(usize::from(slot % 32)),
+            Step::Ask(slot) => {
+                asked.insert(usize::from(slot % 32));
+                bus.hotplug.ask(usize::from(slot % 32));
+            }
             Step::Button => _ = bus.power.press_button(),
             Step::Save => {
                 let state = bus.serial.save();
@@ -126,6 +144,9 @@ fuzz_target!(|steps: Vec<Step>| {
                     bus.serial = Arc::new(restored);
                 }
             }
+        }
+        for slot in bus.hotplug.take_gone() {
+            assert!(asked.remove(&slot), "slot {slot} was let go, and nobody had asked for it");
         }
     }
 });
