@@ -39,6 +39,9 @@ impl Server {
                     let line = line.trim_end();
                     lines.push(if lines.is_empty() { line.trim_end_matches(" HTTP/1.1").to_owned() } else { line.to_ascii_lowercase() });
                 }
+                let length = lines.iter().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok()).unwrap_or(0);
+                // A body that nobody reads would break the connection off.
+                let _ = reader.read_exact(&mut vec![0; length]);
                 sender.send(lines).unwrap();
                 let _ = reader.get_mut().write_all(answer.replace("ADDRESS", &own).as_bytes());
             }
@@ -237,4 +240,98 @@ fn a_registry_elsewhere_is_spoken_to_with_tls() {
     let registries = Registries { insecure: BTreeSet::from(["registry.example".to_owned()]), ..Registries::default() };
     let client = Client::new(&reference, &registries, &cancel).unwrap();
     assert!(client.base.starts_with("http://registry.example/v2/app") && client.plain);
+}
+
+#[test]
+fn a_push_asks_for_a_login_that_may_write() {
+    let challenge = r#"WWW-Authenticate: Bearer realm="http://ADDRESS/token",service="r",scope="repository:team/app:pull""#;
+    let (blob, manifest) = (OciDigest::of(b"blob"), OciDigest::of(b"manifest"));
+    let server = Server::start(vec![
+        answer("401 Unauthorized", &[challenge], ""),
+        answer("200 OK", &[], r#"{"token":"abc"}"#),
+        answer("404 Not Found", &[], ""),
+        answer("202 Accepted", &["Location: /v2/team/app/blobs/uploads/1?state=2"], ""),
+        answer("201 Created", &[], ""),
+        answer("201 Created", &[&format!("Docker-Content-Digest: {manifest}")], ""),
+    ]);
+    let reference = OciReference::parse(&format!("{}/team/app:1", server.address), None).unwrap();
+    let (registries, cancel) = (Registries::default(), Cancel::new());
+    let mut client = Client::new(&reference, &registries, &cancel).unwrap().for_writing();
+    assert!(!client.has_blob(&blob).unwrap());
+    client.put_blob(&blob, b"blob").unwrap();
+    client.put_manifest("1", "application/json", b"manifest").unwrap();
+
+    assert_eq!(server.asked()[0], format!("HEAD /v2/team/app/blobs/{blob}"));
+    let token = server.asked().remove(0);
+    assert!(token.starts_with("GET /token?") && token.contains("pull") && token.contains("push"), "{token}");
+    let authorised = |request: &[String]| request.iter().any(|line| line == "authorization: bearer abc");
+    let asked: Vec<Vec<String>> = (0..4).map(|_| server.asked()).collect();
+    assert!(asked.iter().all(|request| authorised(request)), "{asked:?}");
+    let lines: Vec<&str> = asked.iter().map(|request| request[0].as_str()).collect();
+    let put = format!("PUT /v2/team/app/blobs/uploads/1?state=2&digest={blob}");
+    assert_eq!(lines[1..], ["POST /v2/team/app/blobs/uploads/", put.as_str(), "PUT /v2/team/app/manifests/1"]);
+    assert!(asked[3].contains(&"content-type: application/json".to_owned()), "{:?}", asked[3]);
+    server.finish();
+}
+
+#[test]
+fn an_upload_elsewhere_gets_no_login_and_is_as_safe() {
+    let put = |location: &str| {
+        let basic = "WWW-Authenticate: Basic realm=x";
+        let second = TcpListener::bind("127.0.0.1:0").unwrap();
+        let elsewhere = second.local_addr().unwrap().to_string();
+        let location = format!("Location: {}", location.replace("ELSEWHERE", &elsewhere));
+        let server = Server::start(vec![answer("401 Unauthorized", &[basic], ""), answer("202 Accepted", &[&location], "")]);
+        let directory = tempfile::tempdir().unwrap();
+        let docker = directory.path().join("docker.json");
+        let auths = format!(r#"{{"auths":{{"{}":{{"auth":"{}"}}}}}}"#, server.address, STANDARD.encode("ada:secret"));
+        std::fs::write(&docker, auths).unwrap();
+        let registries = Registries { credentials: Some(docker), ..Registries::default() };
+        let taker = thread::spawn(move || {
+            second.set_nonblocking(true).unwrap();
+            for _ in 0..30 {
+                if let Ok((stream, _)) = second.accept() {
+                    stream.set_nonblocking(false).unwrap();
+                    let mut reader = BufReader::new(stream);
+                    let mut lines = Vec::new();
+                    let mut line = String::new();
+                    while reader.read_line(&mut line).unwrap_or(0) > 2 {
+                        lines.push(line.trim_end().to_ascii_lowercase());
+                        line.clear();
+                    }
+                    let _ = reader.read_exact(&mut [0; 4]);
+                    let _ = reader.get_mut().write_all(answer("201 Created", &[], "").as_bytes());
+                    return lines;
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+            Vec::new()
+        });
+        let result = with(&server, &registries, |client| client.put_blob(&OciDigest::of(b"blob"), b"blob"));
+        assert!(!server.asked().iter().any(|line| line.starts_with("authorization")));
+        assert!(server.asked().iter().any(|line| line.starts_with("authorization: basic")));
+        server.finish();
+        (result, taker.join().unwrap())
+    };
+    let (result, asked) = put("http://ELSEWHERE/store?key=1");
+    result.unwrap();
+    assert!(asked[0].starts_with("put /store?key=1&digest=sha256:"), "{asked:?}");
+    assert!(!asked.iter().any(|line| line.starts_with("authorization")), "{asked:?}");
+    for unsafe_place in ["http://store.example/x", "ftp://ELSEWHERE/x", "http://ada@ELSEWHERE/x", "//ELSEWHERE/x"] {
+        let (result, asked) = put(unsafe_place);
+        assert!(matches!(&result, Err(OciError::Unsupported { .. })) && asked.is_empty(), "{unsafe_place}: {result:?} {asked:?}");
+    }
+}
+
+#[test]
+fn a_registry_that_keeps_another_manifest_is_found_out() {
+    let other = format!("Docker-Content-Digest: {}", OciDigest::of(b"other"));
+    let server = Server::start(vec![answer("201 Created", &[&other], ""), answer("403 Forbidden", &[], "")]);
+    with(&server, &Registries::default(), |client| {
+        let kept = client.put_manifest("1", "application/json", b"manifest");
+        assert!(matches!(kept, Err(OciError::Digest { .. })), "{kept:?}");
+        let denied = client.put_manifest("1", "application/json", b"manifest");
+        assert!(matches!(denied, Err(OciError::Denied { known: false, .. })), "{denied:?}");
+    });
+    server.finish();
 }
