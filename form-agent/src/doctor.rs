@@ -51,6 +51,17 @@ fn machine_checks(agent: &Agent) -> Vec<Check> {
     for (name, fault) in volume::describe::faults(agent) {
         checks.push(bad(CheckStatus::Problem, &name, fault, "see `form volume ls` and `form pool ls`"));
     }
+    for (vm, found) in drifted(agent) {
+        let name = format!("vm/{}", volume::describe::vm_name(agent, &vm));
+        let hint = Some("form doctor --fix mends it".to_owned());
+        checks.extend(found.into_iter().map(|message| Check {
+            name: name.clone(),
+            status: CheckStatus::Problem,
+            message,
+            hint: hint.clone(),
+            fixable: true,
+        }));
+    }
     checks.extend(agent.store.pools().filter_map(pool_check));
     if agent.identity().owner().is_none() {
         let hint = "form host add ADDRESS --token TOKEN, with the token that `form-agent init` prints";
@@ -126,6 +137,12 @@ enum Leftover {
     PartialSnapshot(PathBuf),
 }
 
+/// VMs that run with other volumes than the state says, and how.
+fn drifted(agent: &Agent) -> Vec<(VmId, Vec<String>)> {
+    let all = agent.vms_on_disk().into_iter().map(|vm| (vm, volume::live::drift(agent, &vm)));
+    all.filter(|(_, found)| !found.is_empty()).collect()
+}
+
 impl Leftover {
     fn check(&self) -> Check {
         let (name, what) = match self {
@@ -188,7 +205,7 @@ async fn leftovers(agent: &Arc<Agent>) -> Vec<Leftover> {
     found
 }
 
-/// Removes what is left over.
+/// Removes what is left over, and brings VMs in line with the volumes that they should have.
 ///
 /// # Errors
 /// What could not be removed, the rest is.
@@ -209,5 +226,16 @@ pub async fn fix(agent: &Arc<Agent>) -> Result<(), ApiError> {
             failed.push(format!("{}: {error}", leftover.check().name));
         }
     }
+    let task_agent = Arc::clone(agent);
+    let still_drifted = tokio::task::spawn_blocking(move || {
+        for (vm, _) in drifted(&task_agent) {
+            volume::live::reconcile(&task_agent, &vm);
+        }
+        drifted(&task_agent)
+            .into_iter()
+            .map(|(vm, found)| format!("vm/{}: {}", volume::describe::vm_name(&task_agent, &vm), found.join(", ")))
+            .collect::<Vec<_>>()
+    });
+    failed.extend(still_drifted.await.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?);
     if failed.is_empty() { Ok(()) } else { Err(ApiError::new(ErrorCode::Failed, failed.join("; "))) }
 }

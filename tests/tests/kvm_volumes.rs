@@ -154,6 +154,16 @@ fn come_grow_and_go(mut host: Host) -> Host {
         assert!(size > 900, "{name}: {size} MiB");
     }
 
+    // One that stands still gets it when it goes on.
+    let _ = host.form(&["volume", "detach", "bare"]).ok();
+    let _ = host.form(&["vm", "pause", "web"]).ok();
+    let said = host.form(&["volume", "attach", "bare", "web"]).ok().stdout;
+    assert!(said.contains("runs without it"), "{said}");
+    let refused = host.form(&["volume", "detach", "hot"]).exits(5);
+    assert!(refused.stderr.contains("hot"), "{}", refused.stderr);
+    let _ = host.form(&["vm", "resume", "web"]).ok();
+    wait("it has the volume", || volume(&host, "bare")["attachment"]["state"] == "attached");
+
     // What somebody works in is not taken away, unless by force.
     sh(&host, "web", "(cd /hot && exec busybox setsid busybox sleep 1000) >/dev/null 2>&1 &");
     let refused = host.form(&["volume", "detach", "hot"]).exits(5);
@@ -191,6 +201,17 @@ fn come_grow_and_go(mut host: Host) -> Host {
         wait("the guest has it", || volume(&host, "hot")["attachment"]["state"] == "attached");
         all_in_place(&host, "web", 5);
     }
+    // The record of what it has is lost by somebody's hand: `form doctor` sees that, and mends it.
+    let runtime = host.root().join("run/form-vm").join(host.vm("web")["id"].as_str().unwrap());
+    fs::remove_file(runtime.join("volumes.json")).unwrap();
+    assert_eq!(volume(&host, "hot")["attachment"]["state"], "needs-restart");
+    let found = host.form(&["doctor", "-o", "json"]);
+    assert!(found.stdout.contains("the record of the volumes that it has is not true"), "{found:?}");
+    let _ = host.form(&["doctor", "--fix"]);
+    all_in_place(&host, "web", 5);
+    let found = host.form(&["doctor", "-o", "json"]);
+    assert!(!found.stdout.contains("vm/web"), "{found:?}");
+
     let _ = host.form(&["volume", "detach", "hot"]).ok();
     assert_eq!(sh(&host, "web", "busybox ls /sys/block | busybox grep -c vd"), before);
     let _ = host.form(&["volume", "rm", "hot", "warm", "bare", "odd", "-y"]).ok();

@@ -54,7 +54,7 @@ pub struct Attachment {
 pub enum AttachmentState {
     /// The VM does not run; it has the volume when it starts.
     Waiting,
-    /// The VM runs without it: it has to be started again.
+    /// The VM runs without it: it gets it when its guest answers, or it is started again.
     NeedsRestart,
     /// The VM runs with it, and its guest has not reported yet.
     Starting,

@@ -7,7 +7,7 @@ use form_vmm::control::{Client, ClientError, ErrorKind};
 use tokio::time::Instant;
 
 use super::{Driver, Next, Running, live};
-use crate::desired::Run;
+use crate::{desired::Run, volume};
 
 /// Between two tries with a VM process that does not answer.
 const RETRY: Duration = Duration::from_secs(2);
@@ -82,6 +82,10 @@ impl Driver {
         tokio::spawn(async move {
             if let Err(error) = live::resumed(&control, &agent, &id).await {
                 tracing::warn!(vm = %id, "the guest was not told that it stood still: {error}");
+            }
+            // It may have been given volumes meanwhile. One that has yet to say how it is gets them then.
+            if known && was_ready {
+                tokio::task::spawn_blocking(move || volume::live::reconcile(&agent, &id));
             }
         });
     }

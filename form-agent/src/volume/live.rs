@@ -1,6 +1,6 @@
 //! Volumes that come to a VM that runs, grow in it, and leave it. What should be is in the state; this makes it so without a restart.
 
-use std::{os::fd::AsFd, path::Path, time::Duration};
+use std::{os::fd::AsFd, path::Path, sync::PoisonError, time::Duration};
 
 use form_api::{
     ApiError, ErrorCode,
@@ -207,45 +207,82 @@ fn finish(agent: &Agent, vm: &VmId, volume: &DesiredVolume) -> Result<(), ApiErr
     }
 }
 
-/// Brings a VM whose guest has just said that it is ready in line with the state: an agent that was killed may have left it with a volume
-/// that it should not have, or without one that it should. Blocks.
+/// What a running VM really has.
+struct Really {
+    /// The volumes whose disks its process has.
+    held: Vec<DesiredVolume>,
+    on_record: Vec<VolumeId>,
+    /// Those that it should have.
+    desired: Vec<DesiredVolume>,
+}
+
+impl Really {
+    /// None of one that does not run, or does not answer.
+    fn look(agent: &Agent, vm: &VmId) -> Option<Self> {
+        let directory = directory(agent, vm);
+        let metrics = Client::connect(&directory.control()).and_then(|client| client.metrics()).ok()?;
+        let has = |volume: &DesiredVolume| metrics.disks.iter().any(|disk| disk.id == disk_id(volume));
+        let view = agent.view();
+        let held = super::volumes(&view).into_values().filter(has).collect();
+        Some(Self { held, on_record: directory.held_volumes(), desired: of_vm(&view, vm) })
+    }
+
+    fn holds(&self, volume: &DesiredVolume) -> bool {
+        self.held.iter().any(|held| held.id == volume.id)
+    }
+
+    fn wrongly_recorded(&self) -> bool {
+        self.held.len() != self.on_record.len() || self.held.iter().any(|held| !self.on_record.contains(&held.id))
+    }
+
+    fn too_many(&self, vm: &VmId) -> impl Iterator<Item = &DesiredVolume> {
+        self.held.iter().filter(move |volume| !volume.is_of(vm))
+    }
+
+    fn missing(&self) -> impl Iterator<Item = &DesiredVolume> {
+        self.desired.iter().filter(|volume| !self.holds(volume))
+    }
+}
+
+/// Where a VM that runs and the state do not agree, in words. Nothing is said of one whose volumes are being changed.
+pub fn drift(agent: &Agent, vm: &VmId) -> Vec<String> {
+    let turn = agent.volumes_of(vm);
+    let Ok(_turn) = turn.try_lock() else { return Vec::new() };
+    let Some(really) = Really::look(agent, vm).filter(|_| is_possible(agent, vm)) else { return Vec::new() };
+    let devices = agent.fleet.observed(vm).and_then(|observed| observed.guest).map(|guest| guest.devices).unwrap_or_default();
+    let unseen = |volume: &&DesiredVolume| really.holds(volume) && !devices.iter().any(|device| device.serial == volume.id.serial());
+    let mut found: Vec<String> =
+        really.missing().map(|volume| format!("it runs without volume/{}, which it should have", volume.name)).collect();
+    found.extend(really.too_many(vm).map(|volume| format!("it has volume/{}, which it should not have", volume.name)));
+    found.extend(really.desired.iter().filter(unseen).map(|volume| format!("its guest has not found volume/{}", volume.name)));
+    if really.wrongly_recorded() {
+        found.push("the record of the volumes that it has is not true".to_owned());
+    }
+    found
+}
+
+/// Brings a VM whose guest answers in line with the state: an agent that was killed may have left it with a volume that it should not
+/// have, or without one that it should, and so may somebody's hand. What cannot be done is logged, and `form doctor` shows it. Blocks.
 pub fn reconcile(agent: &Agent, vm: &VmId) {
     let turn = agent.volumes_of(vm);
-    let _turn = turn.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let directory = directory(agent, vm);
-    let Ok(metrics) = Client::connect(&directory.control()).and_then(|client| client.metrics()) else { return };
-    let all = super::volumes(&agent.view());
-    // What is on record may never have come so far.
-    let is_there = |id: &VolumeId| {
-        let volume = all.values().find(|volume| volume.id == *id);
-        volume.is_none_or(|volume| metrics.disks.iter().any(|disk| disk.id == disk_id(volume)))
-    };
-    let (held, on_record) = {
-        let on_record = directory.held_volumes();
-        (on_record.iter().copied().filter(is_there).collect::<Vec<_>>(), on_record)
-    };
-    if held != on_record
-        && let Err(error) = directory.set_held_volumes(held.clone())
+    let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(really) = Really::look(agent, vm) else { return };
+    if really.wrongly_recorded()
+        && let Err(error) = directory(agent, vm).set_held_volumes(really.held.iter().map(|volume| volume.id).collect())
     {
         tracing::warn!(%vm, "its record of volumes is not true: {error}");
         return;
     }
-    let desired = of_vm(&agent.view(), vm);
-    for volume in desired.iter().filter(|volume| held.contains(&volume.id)) {
-        if let Err(error) = finish(agent, vm, volume) {
-            tracing::warn!(%vm, "{error}");
-        }
-    }
-    for volume in all.values().filter(|volume| held.contains(&volume.id) && !volume.is_of(vm)) {
+    let taken = really.too_many(vm).map(|volume| {
         tracing::info!(%vm, "volume/{} is left over in it, and taken away", volume.name);
-        if let Err(error) = unplug(agent, vm, volume, false) {
-            tracing::warn!(%vm, "{error}");
-        }
-    }
-    for volume in desired.into_iter().filter(|volume| !held.contains(&volume.id)) {
+        unplug(agent, vm, volume, false)
+    });
+    let finished = really.desired.iter().filter(|volume| really.holds(volume)).map(|volume| finish(agent, vm, volume));
+    let given = really.missing().map(|volume| {
         tracing::info!(%vm, "volume/{} is missing in it, and given to it", volume.name);
-        if let Err(error) = plug(agent, vm, volume) {
-            tracing::warn!(%vm, "{error}");
-        }
+        plug(agent, vm, volume.clone())
+    });
+    for error in taken.chain(finished).chain(given).filter_map(Result::err) {
+        tracing::warn!(%vm, "{error}");
     }
 }

@@ -37,7 +37,9 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     let when = match attachment.map(|attachment| (attachment.state, attachment.device, attachment.path)) {
         Some((AttachmentState::Attached, Some(device), Some(path))) => format!("{} has it at {path} ({device})", args.vm),
         Some((AttachmentState::Attached, Some(device), None)) => format!("{} has it as {device}", args.vm),
-        Some((AttachmentState::NeedsRestart, ..)) => format!("{0} runs without it, and has it after `form vm restart {0}`", args.vm),
+        Some((AttachmentState::NeedsRestart, ..)) => {
+            format!("{0} runs without it until its guest answers, or `form vm restart {0}`", args.vm)
+        }
         _ => format!("{} has it from its next start on", args.vm),
     };
     session.terminal.done(&operation, args.name.as_str(), &format!("{}: attached; {when}", args.name))?;
