@@ -21,7 +21,7 @@ use crate::{
     report::{BootReport, say},
     serve,
     service::log,
-    settings, sys,
+    settings, sshd, sys,
 };
 
 /// How long to wait when the image's init does not answer yet.
@@ -49,6 +49,7 @@ pub fn run() -> Result<Infallible, Error> {
         thread::spawn(move || watch_signals(&machine, &signals));
     }
     serve::start(&machine);
+    sshd::Keeper::start(&machine);
     if role == Role::BesideSystemd {
         let follower = Arc::clone(&machine);
         thread::spawn(move || follow_journal(&follower));

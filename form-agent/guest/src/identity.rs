@@ -28,6 +28,12 @@ impl Identity {
         Self::resolve(who.unwrap_or("0"), &read("/etc/passwd"), &read("/etc/group"))
     }
 
+    /// The account of exactly this name, which somebody outside gave: no number, and no group with it.
+    pub fn named(name: &str, passwd: &Table, group: &Table) -> Option<Self> {
+        let row = passwd.get(name).filter(|row| !name.is_empty() && row.number(2).is_some() && row.number(3).is_some())?;
+        Self::resolve(row.field(0), passwd, group).ok().filter(|identity| identity.name.as_deref() == Some(name))
+    }
+
     fn resolve(who: &str, passwd: &Table, group: &Table) -> Result<Self, Error> {
         let (user, wanted_group) = match who.split_once(':') {
             Some((user, group)) => (user, Some(group)),
@@ -105,5 +111,14 @@ mod tests {
         assert!(resolve("nobody").expect_err("missing").to_string().contains("`nobody`"));
         assert!(resolve("web:nogroup").is_err());
         assert!(resolve("").is_err());
+    }
+
+    #[test]
+    fn a_name_from_outside_is_only_a_name() {
+        let named = |name| Identity::named(name, &Table::parse("0:x:5:5::/:\nweb:x:1000:1001::/home/web:\nbad:x:::/:\n"), &Table::parse(GROUP));
+        assert_eq!(named("web"), Some(resolve("web").expect("there")));
+        for other in ["1000", "0", "web:video", "web:0", "bad", "", "nobody"] {
+            assert_eq!(named(other), None, "{other}");
+        }
     }
 }

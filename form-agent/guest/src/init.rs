@@ -22,7 +22,7 @@ use crate::{
     report::{BootReport, say},
     serve,
     service::{self, log},
-    settings, sys,
+    settings, sshd, sys,
 };
 
 /// How long the host has to learn why the machine cannot start.
@@ -110,6 +110,7 @@ fn supervise(settings: Settings, report: BootReport) -> ! {
         thread::spawn(move || drop(network::power_button_events(|| machine.end(Power::Off))));
     }
     serve::start(&machine);
+    sshd::Keeper::start(&machine);
     start_service(&machine);
     let how = powers.recv().unwrap_or(Power::Off);
     power::end(&machine, how)

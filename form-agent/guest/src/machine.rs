@@ -19,6 +19,7 @@ use crate::{
     process::{Children, lock},
     report::BootReport,
     service::log::Log,
+    sshd::Keeper,
 };
 
 /// Who we are.
@@ -61,6 +62,7 @@ pub struct Machine {
     pub restart: Mutex<Option<Restart>>,
     /// What it has instead of those of the settings, since it became another machine.
     pub interfaces: Mutex<Option<Vec<Interface>>>,
+    pub sshd: Keeper,
     power: Sender<Power>,
     state: Mutex<(State, u64)>,
     changed: Condvar,
@@ -88,6 +90,7 @@ impl Machine {
             children: Children::default(),
             restart: Mutex::default(),
             interfaces: Mutex::default(),
+            sshd: Keeper::default(),
             power,
             resumes: AtomicU64::new(0),
             state: Mutex::new((state, 0)),

@@ -20,7 +20,9 @@ mod report;
 mod serve;
 mod service;
 mod settings;
+mod sshd;
 mod sys;
+mod terminal;
 
 use std::process::ExitCode;
 
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
+        Some("sshd") => sshd::run(),
         Some("--version") => {
             println!("form-guest {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

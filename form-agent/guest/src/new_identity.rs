@@ -95,6 +95,7 @@ pub fn become_another(machine: &Machine, identity: &NewIdentity) -> Result<(), E
     if had_keys {
         host_keys()?;
     }
+    machine.sshd.renew();
     keep(machine, identity)?;
     for device in &mut lock(&machine.report).devices {
         if device.mounted.as_deref() == Some("/")

@@ -5,5 +5,12 @@ mod apply;
 mod database;
 mod table;
 
+pub use access::key_lines;
 pub use apply::apply;
+pub use database::password_usable;
 pub use table::{Row, Table};
+
+#[cfg(test)]
+pub mod tests {
+    pub use super::database::tests::user;
+}

@@ -102,6 +102,8 @@ pub enum Request {
     Sync {
         token: u64,
     },
+    /// Answered with [`Reply::Ssh`], when a server that is about to be started listens.
+    Ssh,
 }
 
 /// Who a copy is from now on.
@@ -180,6 +182,7 @@ pub enum Reply {
     Synced {
         token: u64,
     },
+    Ssh(SshReport),
 }
 
 /// Why a request was not done. `message` says what to do.
@@ -351,6 +354,30 @@ pub struct TreeInfo {
     pub bytes: Option<u64>,
 }
 
+/// What there is to connect to over SSH.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SshReport {
+    pub server: SshServer,
+    /// Whether anything listens on port 22.
+    pub listening: bool,
+    /// Public host keys as in known_hosts: algorithm and key.
+    pub host_keys: Vec<String>,
+    /// Users of the image that have a shell.
+    pub accounts: Vec<String>,
+}
+
+/// Whose the SSH server of a machine is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum SshServer {
+    /// That of `form-guest`.
+    Ours,
+    /// The image's own; whether it runs is the image's matter.
+    Image { path: String },
+    /// None: no user of the settings could log in.
+    None,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -363,6 +390,7 @@ mod tests {
             (Request::Logs(LogsRequest::default()), r#"{"request":"logs","from_sequence":null,"tail":null,"follow":false}"#),
             (Request::Freeze { limit_ms: 9 }, r#"{"request":"freeze","limit_ms":9}"#),
             (Request::Thaw, r#"{"request":"thaw"}"#),
+            (Request::Ssh, r#"{"request":"ssh"}"#),
             (Request::Shutdown { reboot: false }, r#"{"request":"shutdown","reboot":false}"#),
         ];
         for (request, text) in cases {

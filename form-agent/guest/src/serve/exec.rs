@@ -3,7 +3,6 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::unix::fs::fchown,
     process::{Command, Stdio},
     sync::{
         Arc,
@@ -18,7 +17,6 @@ use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
     fd::{AsFd, OwnedFd},
     process::{Pid, Signal},
-    pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt},
     termios::{Winsize, tcgetpgrp, tcsetwinsize},
 };
 
@@ -28,6 +26,7 @@ use crate::{
     machine::Machine,
     process::{Child, start_failure},
     sys,
+    terminal::{self, Terminal},
 };
 
 const CHUNK: usize = 32 << 10;
@@ -35,9 +34,6 @@ const CHUNK: usize = 32 << 10;
 const AFTER_END: Duration = Duration::from_millis(50);
 /// Between the hang-up and the kill.
 const HANG_UP_GRACE: Duration = Duration::from_secs(2);
-
-/// The group id that Unix systems give to terminals (Debian's base-passwd; devpts is mounted with it).
-const TTY_GROUP: u32 = 5;
 
 /// A command that runs: where its input goes, and where its output comes from.
 struct Running {
@@ -107,13 +103,7 @@ fn start_on_pipes(machine: &Machine, command: &mut Command, identity: &Identity,
 }
 
 fn start_on_terminal(machine: &Machine, command: &mut Command, identity: &Identity, size: &TtySize) -> io::Result<Running> {
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let ours = openpt(flags)?;
-    unlockpt(&ours)?;
-    let theirs = ioctl_tiocgptpeer(&ours, flags)?;
-    // As login does, so that programs which open the terminal again by its name may. Without root it is ours and stays so.
-    let _ = fchown(&theirs, Some(identity.uid), Some(TTY_GROUP));
-    tcsetwinsize(&ours, window(size))?;
+    let Terminal { ours, theirs } = terminal::open(identity.uid, window(size))?;
     command.stdin(theirs.try_clone()?).stdout(theirs.try_clone()?).stderr(theirs);
     sys::prepare(command, &identity.launch(true));
     let child = machine.children.spawn(command)?;

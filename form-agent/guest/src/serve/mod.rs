@@ -5,6 +5,7 @@ mod channel;
 mod copy;
 mod exec;
 mod forward;
+mod ssh;
 mod status;
 
 use std::{
@@ -155,6 +156,7 @@ fn serve(machine: &Arc<Machine>, channel: &Channel, request: Result<Request, ser
             let path = mounted_at(machine, &serial);
             mounted(machine, channel, volumes::grow(&serial, size_bytes, path.as_deref()))
         }
+        Request::Ssh => channel.reply(&Reply::Ssh(ssh::report(machine))),
         Request::Sync { token } => channel.reply(&Reply::Synced { token }),
     }
 }

@@ -7,6 +7,7 @@ mod vsock;
 use std::{fs::File, io};
 
 use rustix::fd::{AsRawFd, OwnedFd};
+use tokio::io::unix::AsyncFd;
 
 pub use child::{Launch, prepare};
 pub use signals::{Signals, block_signals};
@@ -50,6 +51,12 @@ pub fn reseed(random: &File, seed: &[u8; 32]) -> rustix::io::Result<()> {
     unsafe { rustix::ioctl::ioctl(random, rustix::ioctl::Setter::<ADD, PoolInfo>::new(info)) }?;
     // SAFETY: `_IO('R', 0x07)` has no argument.
     unsafe { rustix::ioctl::ioctl(random, rustix::ioctl::NoArg::<RESEED>::new()) }
+}
+
+/// A file that tasks wait for.
+pub fn watched(file: File) -> io::Result<AsyncFd<File>> {
+    // SAFETY: a `File` owns its descriptor and gives the same one for as long as it lives, and it is dropped with the `AsyncFd`.
+    unsafe { AsyncFd::register(file) }.map_err(io::Error::from)
 }
 
 /// Joins a multicast group of a netlink socket (`NETLINK_ADD_MEMBERSHIP`, netlink(7)).
