@@ -9,7 +9,7 @@ use form_api::deploy::DeployRequest;
 use form_types::{
     Name, VmId,
     settings::{File, Interface, Route4, Route6, Service, Settings, UserSettings, VolumeMount},
-    spec::EnvScope,
+    spec::{EnvScope, User},
 };
 use form_vmm::config::{BackingFile, DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, RestoreConfig, VmConfig};
 
@@ -47,6 +47,11 @@ pub fn default_network() -> Name {
 
 pub fn dns_name(name: &Name) -> String {
     format!("{name}.{DEFAULT_NETWORK}.form.internal")
+}
+
+/// Whether root may log in with a password or over SSH.
+pub fn root_login(users: &[User]) -> bool {
+    users.is_empty() || users.iter().any(|user| !user.disable_root)
 }
 
 fn mac_text(mac: &[u8; 6]) -> String {
@@ -98,7 +103,7 @@ pub fn settings(id: &VmId, request: &DeployRequest, link: &Link, mut volumes: Ve
         search_domains: vec![format!("{DEFAULT_NETWORK}.form.internal")],
         hosts: vec![(IpAddr::V4(link.ipv4), vec![dns_name(&spec.name), name.to_owned()])],
         users: users.collect(),
-        root_login: spec.users.is_empty() || spec.users.iter().any(|user| !user.disable_root),
+        root_login: root_login(&spec.users),
         files: unit_environments(request, service.is_some()),
         volumes,
         service,

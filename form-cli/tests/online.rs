@@ -138,6 +138,84 @@ fn exec_gives_the_commands_own_code() {
     assert!(run.code == 2 && run.err.contains("no terminal"), "{run:?}");
 }
 
+/// An `ssh` that says what it was told, and sends something to where it was told to connect.
+const FAKE_SSH: &str = r#"#!/bin/sh
+for word; do
+    case $word in
+    -oProxyCommand=*) proxy=${word#*=} ;;
+    -oUserKnownHostsFile=*) eval "known=${word#*=}" ;;
+    *) echo "[$word]" ;;
+    esac
+done
+cat "$known"; stat -c %a "$known"
+echo through and back | sh -c "$proxy"
+exit 9
+"#;
+
+#[test]
+fn ssh_comes_to_the_vm_that_is_meant_as_the_user_who_can() {
+    let setting = Setting::new();
+    setting.place.write("ssh", FAKE_SSH);
+    fs::set_permissions(setting.place.path("ssh"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", setting.place.path("").display(), std::env::var("PATH").unwrap());
+    let ssh = |args: &[&str]| ran(setting.command(args).env("PATH", &path).output().unwrap());
+    let run = ssh(&["ssh", "web", "-L", "1:localhost:2", "-t", "--", "ls", "-l"]);
+    assert_eq!((run.code, run.err.as_str()), (9, ""));
+    assert_data_eq!(
+        run.out,
+        str![[r#"
+[-oProxyUseFdpass=no]
+[-oHostKeyAlias=00112233445566778899aabbccddeeff]
+[-oGlobalKnownHostsFile=/dev/null]
+[-oKnownHostsCommand=none]
+[-oStrictHostKeyChecking=yes]
+[-oUpdateHostKeys=no]
+[-oCheckHostIP=no]
+[-oControlMaster=no]
+[-oControlPath=none]
+[-l]
+[ada]
+[-L]
+[1:localhost:2]
+[-t]
+[--]
+[web.default.form.internal]
+[ls]
+[-l]
+00112233445566778899aabbccddeeff ssh-ed25519 AAAA
+600
+through and back
+
+"#]]
+    );
+    assert!(ssh(&["vm", "ssh", "bob@web"]).out.contains("\n[bob]\n"));
+    let cases = [
+        ("old", 5, "vm/old is stopped"),
+        ("bad", 7, "nothing listens on port 22 of vm/bad"),
+        ("eve@web", 3, "vm/web has no user `eve` that can log in"),
+        ("root@web", 4, "root may not log in to vm/web"),
+        ("nope", 3, "there is no vm/nope"),
+    ];
+    for (target, code, message) in cases {
+        let run = ssh(&["ssh", target]);
+        assert_eq!((run.code, run.out.as_str()), (code, ""), "{target}: {run:?}");
+        assert!(run.err.starts_with(&format!("error: {message}")) && run.err.contains("\nhint: "), "{target}: {run:?}");
+    }
+    let run = ran(setting.command(&["ssh", "web"]).env("PATH", setting.place.path("empty")).output().unwrap());
+    assert!(run.code == 3 && run.err.contains("there is no program `ssh`"), "{run:?}");
+}
+
+#[test]
+fn a_port_comes_to_standard_input_and_output() {
+    let setting = Setting::new();
+    let mut child = setting.command(&["vm", "port-forward", "--stdio", "web", "22"]);
+    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"through and back").unwrap();
+    let run = ran(child.wait_with_output().unwrap());
+    assert_eq!((run.code, run.out.as_str(), run.err.as_str()), (0, "through and back", ""));
+    assert_eq!(setting.run(&["vm", "port-forward", "--stdio", "web", "22", "80"]).code, 2);
+}
+
 #[test]
 fn exec_on_a_terminal_passes_every_key() {
     let setting = Setting::new();

@@ -232,6 +232,49 @@ pub struct ForwardQuery {
     pub port: u16,
 }
 
+/// What somebody has to know who wants to log in to a VM over SSH.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SshAccess {
+    pub vm: VmId,
+    /// `web.default.form.internal`
+    pub dns_name: String,
+    pub server: SshServer,
+    /// The path of the image's own server, when it has one.
+    #[serde(default)]
+    pub program: Option<String>,
+    /// Whether anything in the VM listens on port 22.
+    pub listening: bool,
+    /// The VM's public host keys, as the guest itself says: algorithm and key, as in known_hosts.
+    pub host_keys: Vec<String>,
+    /// The users of the Formfile.
+    pub users: Vec<SshUser>,
+    /// Users of the guest that have a shell, those of the image and of the Formfile.
+    pub accounts: Vec<String>,
+    /// Whether root may log in (`disable_root` of the Formfile).
+    pub root_login: bool,
+}
+
+/// Whose the SSH server of a VM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SshServer {
+    /// The one that Formation brings for images that have none.
+    Formation,
+    /// The image's own.
+    Image,
+    /// None: no user of the Formfile has a key or a password to log in with.
+    None,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SshUser {
+    pub name: String,
+    /// It has authorised keys.
+    pub key: bool,
+    /// It may log in with its password.
+    pub password: bool,
+}
+
 /// Gives a VM another name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -115,7 +115,8 @@ mod tests {
 
     #[test]
     fn a_name_from_outside_is_only_a_name() {
-        let named = |name| Identity::named(name, &Table::parse("0:x:5:5::/:\nweb:x:1000:1001::/home/web:\nbad:x:::/:\n"), &Table::parse(GROUP));
+        let named =
+            |name| Identity::named(name, &Table::parse("0:x:5:5::/:\nweb:x:1000:1001::/home/web:\nbad:x:::/:\n"), &Table::parse(GROUP));
         assert_eq!(named("web"), Some(resolve("web").expect("there")));
         for other in ["1000", "0", "web:video", "web:0", "bad", "", "nobody"] {
             assert_eq!(named(other), None, "{other}");

@@ -16,7 +16,10 @@ use form_api::{
     operation::{Operation, OperationKind, OperationStatus},
     snapshot::{Consistency, RestoreRequest, Snapshot, SnapshotRequest},
     stats::{DiskRates, DiskStats, HealthReport, NetworkRates, NetworkStats, PartHealth, VmStats},
-    vm::{GuestDevice, GuestReport, Health, LogCursor, LogLine, LogStream, PublishedPort, Vm, VmDetail, VmState},
+    vm::{
+        GuestDevice, GuestReport, Health, LogCursor, LogLine, LogStream, PublishedPort, SshAccess, SshServer, SshUser, Vm, VmDetail,
+        VmState,
+    },
     volume::{
         AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, DetachRequest, ExportRequest, Pool, PoolKind,
         ResizeRequest, Volume,
@@ -128,6 +131,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("Snapshot", json!(snapshot(&before, &vm))),
         ("SnapshotRequest", json!(SnapshotRequest { name: Some(before) })),
         ("Spec", json!(spec(&name))),
+        ("SshAccess", json!(ssh_access(&vm))),
         ("Verification", json!(verification(&name))),
         ("Vm", json!(vm)),
         ("VmDetail", json!(detail)),
@@ -135,6 +139,20 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("VmStats", json!(stats(&vm))),
         ("Volume", json!(volume(&data, &local, &name))),
     ])
+}
+
+fn ssh_access(vm: &Vm) -> SshAccess {
+    SshAccess {
+        vm: vm.id,
+        dns_name: vm.dns_name.clone(),
+        server: SshServer::Formation,
+        program: None,
+        listening: true,
+        host_keys: vec!["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f".to_owned()],
+        users: vec![SshUser { name: "ada".to_owned(), key: true, password: false }],
+        accounts: vec!["root".to_owned(), "ada".to_owned()],
+        root_login: false,
+    }
 }
 
 fn digest(of: &str) -> Digest {

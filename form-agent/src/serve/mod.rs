@@ -9,6 +9,7 @@ mod image;
 mod openapi;
 mod operation;
 mod snapshot;
+mod ssh;
 mod stats;
 mod stream;
 mod vm;
@@ -89,6 +90,7 @@ api! {
     stream::copy,
     stream::console,
     stream::forward,
+    ssh::show,
     volume::list,
     volume::create,
     volume::show,

@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// The control socket of a VM of which this can be asked now.
-fn control_of(agent: &Agent, name: &Name, action: Action) -> Result<std::path::PathBuf, ApiError> {
+pub(super) fn control_of(agent: &Agent, name: &Name, action: Action) -> Result<std::path::PathBuf, ApiError> {
     let vm = agent.vm_named(name)?;
     let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
     action::check(action, state, name)?;
@@ -57,7 +57,7 @@ fn authorised(agent: &Agent, request: Request, name: &str) -> Result<(Request, P
     Ok((request, parts, parsed(name)?))
 }
 
-fn guest_error(error: &GuestError) -> ApiError {
+pub(super) fn guest_error(error: &GuestError) -> ApiError {
     match error {
         GuestError::Refused(reply) => {
             let code = match reply.kind {

@@ -210,6 +210,8 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/vms/{name}/logs", get(logs))
         .route("/v1/vms/{name}/exec", get(exec))
         .route("/v1/vms/{name}/copy", get(copying::copy))
+        .route("/v1/vms/{name}/ssh", get(ssh))
+        .route("/v1/vms/{name}/forward", get(forward))
         .route("/v1/stats", get(|State(vms): Vms| async move { axum::Json(Value::Array(vms.iter().map(stats).collect())) }))
         .route("/v1/vms/{name}/stats", get(show_stats))
         .route("/v1/volumes", get(async || axum::Json(json!([volume("data", Some("web")), volume("spare", None)]))))
@@ -375,6 +377,40 @@ async fn exec(State(vms): Vms, Path(name): Path<String>, mut request: Request<Bo
             }
         }
         let _ = tunnel.write_all(&Frame::Exit { code: 42 }.encode()).await;
+        let _ = tunnel.shutdown().await;
+    });
+    Ok(response)
+}
+
+/// Of one that runs. In the one that failed nobody can log in.
+async fn ssh(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    let state = find(&vms, &name)?["state"].clone();
+    let (server, listening) = match state.as_str() {
+        Some("running") => ("formation", true),
+        Some("failed") => ("none", false),
+        other => {
+            let message = format!("vm/{name} is {}", other.unwrap_or_default());
+            return Err(ApiError::new(ErrorCode::Conflict, message).hint(format!("start it with `form vm start {name}`")));
+        }
+    };
+    let user = |name: &str, key: bool| json!({"name": name, "key": key, "password": !key});
+    Ok(axum::Json(json!({
+        "vm": ID, "dns_name": format!("{name}.default.form.internal"), "server": server, "program": null, "listening": listening,
+        "host_keys": ["ssh-ed25519 AAAA"], "users": [user("ada", true), user("bob", false)], "accounts": ["root", "ada", "bob"],
+        "root_login": false
+    })))
+}
+
+/// Gives everything back.
+async fn forward(State(vms): Vms, Path(name): Path<String>, mut request: Request<Body>) -> Result<Response, ApiError> {
+    find(&vms, &name)?;
+    let (response, upgraded) = server::upgrade(&mut request, "form-forward")?;
+    tokio::spawn(async move {
+        let Ok(mut tunnel) = upgraded.await else { return };
+        let mut buffer = [0; 64];
+        while let Ok(count @ 1..) = tunnel.read(&mut buffer).await {
+            tunnel.write_all(&buffer[..count]).await.unwrap();
+        }
         let _ = tunnel.shutdown().await;
     });
     Ok(response)

@@ -20,7 +20,7 @@ use crate::{
     operation::{Operation, OperationsQuery, WaitQuery},
     snapshot::{RestoreRequest, Snapshot, SnapshotRequest},
     stats::{HealthReport, StatsQuery, VmStats},
-    vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, Vm, VmDetail},
+    vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, SshAccess, Vm, VmDetail},
     volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, Pool, ResizeRequest, Volume},
 };
 
@@ -145,6 +145,11 @@ impl Client {
 
     pub async fn vm(&self, name: &Name) -> Result<VmDetail, ClientError> {
         self.read(&Call::get(format!("/v1/vms/{name}"))).await
+    }
+
+    /// Who can log in to a VM over SSH, and how it is known to be that VM. Waits for a server that is being started.
+    pub async fn ssh_access(&self, name: &Name) -> Result<SshAccess, ClientError> {
+        self.read(&Call::get(format!("/v1/vms/{name}/ssh"))).await
     }
 
     pub async fn start(&self, name: &Name) -> Result<Operation, ClientError> {

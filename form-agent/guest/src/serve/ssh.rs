@@ -85,7 +85,8 @@ mod tests {
 
     #[test]
     fn accounts_are_those_that_somebody_can_use() {
-        let passwd = "root:x:0:0::/root:/bin/bash\ndaemon:x:1:1::/:/usr/sbin/nologin\nada:x:1000:1000::/home/ada:\nbad\nno:x:1:1::/:/bin/false\n";
+        let passwd =
+            "root:x:0:0::/root:/bin/bash\ndaemon:x:1:1::/:/usr/sbin/nologin\nada:x:1000:1000::/home/ada:\nbad\nno:x:1:1::/:/bin/false\n";
         assert_eq!(accounts(passwd), ["root", "ada"]);
     }
 }

@@ -132,7 +132,12 @@ fn parse_options(text: &str) -> Result<KeyOptions, String> {
             ("port-forwarding", None) => options.forwarding = true,
             // What they are about does not exist here.
             (
-                "no-agent-forwarding" | "agent-forwarding" | "no-x11-forwarding" | "x11-forwarding" | "no-user-rc" | "user-rc"
+                "no-agent-forwarding"
+                | "agent-forwarding"
+                | "no-x11-forwarding"
+                | "x11-forwarding"
+                | "no-user-rc"
+                | "user-rc"
                 | "no-touch-required",
                 None,
             ) => {}

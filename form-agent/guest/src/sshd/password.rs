@@ -3,8 +3,7 @@
 use yescrypt::{PasswordVerifier, Yescrypt};
 
 /// What is compared for users who are not there, so that they are not told apart by the time it takes.
-const NOBODYS: &str =
-    "$6$Wq8q2cVbTn3mX1Yd$H5dP/g/I85hpt02Ckb6uvkAMbYYfQD/ie8JSWgE9t0s3a2dlbST.DM0UIJ8XJ6vmXf5uivmanQ2g6ThtA5XRR.";
+const NOBODYS: &str = "$6$Wq8q2cVbTn3mX1Yd$H5dP/g/I85hpt02Ckb6uvkAMbYYfQD/ie8JSWgE9t0s3a2dlbST.DM0UIJ8XJ6vmXf5uivmanQ2g6ThtA5XRR.";
 
 /// The longest password that is looked at, in bytes.
 const LONGEST: usize = 1024;
@@ -32,8 +31,7 @@ mod tests {
     use super::*;
 
     // Made with crypt(3) of Debian.
-    const SHA512: &str =
-        "$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc.eoxqOmSuNp2xS0ktL3nh/";
+    const SHA512: &str = "$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc.eoxqOmSuNp2xS0ktL3nh/";
 
     const SHA256: &str = "$5$saltsalt$gOjOtoMpVhru2uyjeJSEc/JaLQWOXMNmlOnj6T4AtC.";
     const YESCRYPT: &str = "$y$j9T$F5Jx5fExrKuPp53xLKQ..1$tnSYvahCwPBHKZUspmcxMfb0.WiB9W.zEaKlOBL35rC";

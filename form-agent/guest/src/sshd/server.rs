@@ -106,13 +106,7 @@ impl Server {
             keepalive_max: 3,
             ..Config::default()
         };
-        Ok(Arc::new(Self {
-            root: root.to_owned(),
-            rules,
-            hashing: Semaphore::new(1),
-            strangers: Arc::default(),
-            config: Arc::new(config),
-        }))
+        Ok(Arc::new(Self { root: root.to_owned(), rules, hashing: Semaphore::new(1), strangers: Arc::default(), config: Arc::new(config) }))
     }
 
     /// Takes connections for as long as it is not ended.

@@ -20,6 +20,7 @@ pub mod rollback;
 pub mod set;
 pub mod show;
 pub mod snapshot;
+pub mod ssh;
 pub mod start;
 pub mod stats;
 pub mod stop;
@@ -50,6 +51,7 @@ pub enum Verb {
     Prune(prune::Args),
     Logs(logs::Args),
     Exec(exec::Args),
+    Ssh(ssh::Args),
     Console(console::Args),
     Cp(cp::Args),
     Stats(stats::Args),
@@ -79,6 +81,7 @@ impl Verb {
             Self::Prune(args) => prune::run(args, session).await,
             Self::Logs(args) => logs::run(args, session).await,
             Self::Exec(args) => exec::run(args, session).await,
+            Self::Ssh(args) => ssh::run(args, session).await,
             Self::Stats(args) => stats::run(args, session).await,
             Self::Cp(args) => cp::run(args, session).await,
             Self::Console(args) => console::run(&args, session).await,

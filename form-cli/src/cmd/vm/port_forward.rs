@@ -5,6 +5,7 @@ use form_api::{ErrorCode, client::Client, vm::ForwardQuery};
 use form_types::Name;
 use serde::Serialize;
 use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::mpsc,
 };
@@ -25,6 +26,9 @@ pub struct Args {
     /// LOCAL:REMOTE, or one port for both
     #[arg(required = true, value_name = "PORTS")]
     ports: Vec<Forward>,
+    /// Carry standard input and output to one port instead of listening, as ssh's ProxyCommand wants it
+    #[arg(long, conflicts_with = "address")]
+    stdio: bool,
     /// The address to listen on
     #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     address: IpAddr,
@@ -38,6 +42,9 @@ struct Listening {
 }
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
+    if args.stdio {
+        return standard(&args, session).await;
+    }
     let client = session.client()?;
     // A VM that does not exist is said now and not at the first connection.
     client.vm(&args.name).await?;
@@ -60,6 +67,28 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
             _ = tokio::signal::ctrl_c() => return Ok(0),
         }
     }
+}
+
+async fn standard(args: &Args, session: &Session) -> Outcome {
+    let [forward] = args.ports[..] else {
+        return Err(Failure::usage("--stdio goes to one port").hint("name one port, without a local one"));
+    };
+    let tunnel = session.client()?.forward(&args.name, &ForwardQuery { port: forward.remote }).await?;
+    carry_standard(tunnel).await;
+    Ok(0)
+}
+
+/// Carries standard input there and what comes from there to standard output, until nothing more comes.
+pub async fn carry_standard(stream: impl AsyncRead + AsyncWrite + Send + 'static) {
+    let (mut from, mut to) = tokio::io::split(stream);
+    tokio::spawn(async move {
+        let _ = tokio::io::copy(&mut tokio::io::stdin(), &mut to).await;
+        let _ = to.shutdown().await;
+    });
+    let mut stdout = tokio::io::stdout();
+    // How a connection ends is between its two ends.
+    let _ = tokio::io::copy(&mut from, &mut stdout).await;
+    let _ = stdout.flush().await;
 }
 
 async fn accept(listener: TcpListener, client: Client, name: Name, port: u16, troubles: mpsc::Sender<String>) {
