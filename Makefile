@@ -7,6 +7,8 @@ STATIC = x86_64-unknown-linux-gnu
 DIST = $(TARGET)/dist/$(CARGO_PROFILE_DIR)
 # A VM process pays for every library it loads: what is installed loads none. Development builds are spared the second build.
 STATIC_VMM = $(if $(filter release,$(PROFILE)),-p form-vmm --bin form-vmm)
+# The guest's program lies in the memory of each VM, and nothing in it has to be fast but what is assembly: its size counts.
+SMALLEST = CARGO_PROFILE_RELEASE_OPT_LEVEL=s
 # The static programs of a release are small by every means, since each VM process holds one.
 SMALL = RUSTFLAGS="-C target-feature=+crt-static" CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1
 VMM = $(TARGET)/$(if $(STATIC_VMM),$(STATIC)/)$(CARGO_PROFILE_DIR)/form-vmm
@@ -41,7 +43,8 @@ check:
 ## build: the programs, laid out as they are installed, below $(DIST)
 build: packages
 	cargo build --profile $(PROFILE) --workspace --bins
-	$(SMALL) cargo build --profile $(PROFILE) -p form-guest --bin form-guest $(STATIC_VMM) --target $(STATIC)
+	$(SMALL) $(SMALLEST) cargo build --profile $(PROFILE) -p form-guest --bin form-guest --target $(STATIC)
+	$(if $(STATIC_VMM),$(SMALL) cargo build --profile $(PROFILE) $(STATIC_VMM) --target $(STATIC))
 	@install -d $(DIST)/bin $(DIST)/lib/formation
 	@install -C -m 755 $(TARGET)/$(CARGO_PROFILE_DIR)/form $(TARGET)/$(CARGO_PROFILE_DIR)/form-agent $(DIST)/bin/
 	@install -C -m 755 $(VMM) $(DIST)/lib/formation/

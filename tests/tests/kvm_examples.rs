@@ -106,8 +106,15 @@ fn kvm_an_image_from_scratch_has_its_users() {
     let host = Host::start();
     let file = host.app("lonely", r#"["/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/www"]"#, 18086);
     let text = std::fs::read_to_string(&file).unwrap();
-    let users = "USER username:ada passwd:secret shell:/bin/sh groups:operators chpasswd_expire:no\nCOPY --chown=ada:operators index.html /home/ada/\nENTRYPOINT";
-    std::fs::write(&file, text.replacen("ENTRYPOINT", users, 1)).unwrap();
+    let keys = tempfile::tempdir().unwrap();
+    let key = ssh_key(keys.path());
+    let public = std::fs::read_to_string(key.with_extension("pub")).unwrap();
+    let users = format!(
+        "USER username:ada passwd:secret shell:/bin/sh groups:operators chpasswd_expire:no ssh_authorized_keys:\"{}\"\n\
+         COPY --chown=ada:operators index.html /home/ada/\nENTRYPOINT",
+        public.trim()
+    );
+    std::fs::write(&file, text.replacen("ENTRYPOINT", &users, 1)).unwrap();
     let _ = host.form(&["deploy", &file, "-y", "--timeout", "300s"]).ok();
     let run = |user: Option<&str>, command: &str| inside(&host, "lonely", user, command);
     assert_eq!(run(Some("ada"), "busybox id"), "uid=1000(ada) gid=1000(ada) groups=100(operators),1000(ada)");
@@ -117,8 +124,41 @@ fn kvm_an_image_from_scratch_has_its_users() {
     let hash = shadow.split(':').nth(1).unwrap();
     let salt = hash.split('$').nth(2).unwrap();
     assert_eq!(run(None, &format!("busybox mkpasswd -m sha512 -S '{salt}' secret")), hash);
+    logs_in(&host, &key);
     let _ = host.form(&["destroy", "lonely", "-y"]).ok();
     host.is_clean();
+}
+
+/// A key of its own, without a passphrase.
+fn ssh_key(directory: &Path) -> PathBuf {
+    let key = directory.join("key");
+    let mut make = Command::new("ssh-keygen");
+    make.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key);
+    assert!(make.status().unwrap().success());
+    key
+}
+
+/// Through the agent, and straight to the address: the image has no server, so it is ours.
+fn logs_in(host: &Host, key: &Path) {
+    let key = key.to_str().unwrap();
+    let ssh = |words: &[&str]| host.form(&[&["ssh", "lonely", "-i", key][..], words].concat());
+    let session = ssh(&["--", "busybox id; echo $HOME; exit 7"]).exits(7);
+    assert_eq!(session.stdout, "uid=1000(ada) gid=1000(ada) groups=100(operators),1000(ada)\n/home/ada\n");
+    let _ = host.form(&["ssh", "root@lonely", "-i", key, "--", "true"]).exits(4);
+    let _ = host.form(&["ssh", "eve@lonely", "-i", key, "--", "true"]).exits(3);
+    // The key that the guest has is the one that the address shows.
+    let address = host.vm("lonely")["ipv4"].as_str().unwrap().to_owned();
+    let public = inside(host, "lonely", None, "busybox cat /etc/ssh/ssh_host_ed25519_key.pub");
+    let known_hosts = Path::new(key).with_file_name("known_hosts");
+    std::fs::write(&known_hosts, format!("{address} {public}\n")).unwrap();
+    let mut plain = Command::new("ssh");
+    plain.args(["-F", "none", "-i", key, "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", "-o"]);
+    plain.arg(format!("UserKnownHostsFile={}", known_hosts.display())).args(["-l", "ada", &address, "echo straight"]);
+    let plain = plain.output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&plain.stdout), "straight\n", "{}", String::from_utf8_lossy(&plain.stderr));
+    let _ = host.form(&["vm", "stop", "lonely"]).ok();
+    let stopped = ssh(&["--", "true"]).exits(5);
+    assert!(stopped.stderr.contains("vm/lonely is stopped"), "{}", stopped.stderr);
 }
 
 /// It runs as its own user, reports once a minute and is healthy for that reason.
@@ -176,6 +216,12 @@ fn twin(host: &Host) {
         let (one, other) = both(own);
         assert!(!one.is_empty() && !other.is_empty() && one != other, "{own}: {one} {other}");
     }
+    // The server for its users is ours, and comes back with a key of the copy's own.
+    let host_key = "cat /etc/ssh/ssh_host_ed25519_key.pub 2>/dev/null || true";
+    wait("the copy has a host key of its own", || {
+        let (one, other) = both(host_key);
+        one.starts_with("ssh-ed25519 ") && other.starts_with("ssh-ed25519 ") && one != other
+    });
     let since = "systemctl show --property=ActiveState --property=MainPID --property=NRestarts clock.service";
     let (one, other) = both(since);
     assert!(one.contains("ActiveState=active") && one.contains("NRestarts=0"), "{one}");

@@ -1,5 +1,5 @@
 //! `form-guest`: PID 1 and agent inside a VM. As process 1 it starts the machine; as `form-guest agent` it serves the host beside the
-//! image's own init.
+//! image's own init; as `form-guest sshd` it is the SSH server of images that have none.
 
 mod accounts;
 mod agent;
