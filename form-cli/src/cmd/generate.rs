@@ -117,7 +117,7 @@ fn is_switch(argument: &Arg) -> bool {
 
 fn flags<'a>(text: &mut String, arguments: impl Iterator<Item = &'a Arg>) {
     let mut any = false;
-    for argument in arguments {
+    for argument in arguments.filter(|argument| !argument.is_hide_set()) {
         any = true;
         let _ = writeln!(text, "- `{}`: {}", spelling(argument), help(argument));
     }

@@ -63,6 +63,7 @@ fn requests() -> Vec<Value> {
         json!({"request": "mount", "serial": "v1", "path": "/data", "read_only": false}),
         json!({"request": "unmount", "path": "/data"}),
         json!({"request": "sync", "token": 99}),
+        json!({"request": "ssh"}),
     ]
 }
 
@@ -91,6 +92,10 @@ fn replies() -> Vec<Value> {
         json!({"reply": "file", "size_bytes": 9, "mode": 420}),
         json!({"reply": "mounted", "serial": "v1", "path": "/dev/vdb", "size_bytes": 9, "mounted": null}),
         json!({"reply": "synced", "token": 99}),
+        json!({
+            "reply": "ssh", "server": {"kind": "image", "path": "/usr/sbin/sshd"}, "listening": true, "host_keys": ["ssh-ed25519 AAAA"],
+            "accounts": ["root", "ada"],
+        }),
     ]
 }
 
