@@ -167,7 +167,6 @@ fn ssh_comes_to_the_vm_that_is_meant_as_the_user_who_can() {
 [-oProxyUseFdpass=no]
 [-oHostKeyAlias=00112233445566778899aabbccddeeff]
 [-oGlobalKnownHostsFile=/dev/null]
-[-oKnownHostsCommand=none]
 [-oStrictHostKeyChecking=yes]
 [-oUpdateHostKeys=no]
 [-oCheckHostIP=no]

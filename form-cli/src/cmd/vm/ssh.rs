@@ -217,7 +217,6 @@ fn ssh_words(args: &Args, user: &str, access: &SshAccess, known_hosts: &Path, pr
         option("HostKeyAlias", access.vm.to_string().as_ref()),
         option("UserKnownHostsFile", &quoted(known_hosts)),
         option("GlobalKnownHostsFile", "/dev/null".as_ref()),
-        option("KnownHostsCommand", "none".as_ref()),
         option("StrictHostKeyChecking", "yes".as_ref()),
         option("UpdateHostKeys", "no".as_ref()),
         option("CheckHostIP", "no".as_ref()),
