@@ -354,7 +354,7 @@ fn kvm_vms_are_made_of_an_image_and_of_a_stopped_vm() {
     let again = host.form(&create).exits(5);
     assert!(again.stderr.contains("there is a vm/one already") && again.stderr.contains("form vm rm one"), "{}", again.stderr);
     let _ = host.form(&["vm", "create", "none", "--image", "nothing"]).exits(3);
-    let _ = host.form(&["vm", "create", "none", "--image", "web:7"]).exits(3);
+    let _ = host.form(&["vm", "create", "none", "--image", "web:999999"]).exits(3);
 
     let refused = host.form(&["vm", "clone", "one", "two"]).exits(5);
     assert!(refused.stderr.contains("vm/one is running") && refused.stderr.contains("form vm stop one"), "{}", refused.stderr);
