@@ -9,7 +9,10 @@ use std::{
     io,
     os::unix::fs::{FileExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -17,7 +20,7 @@ use form_bundle::{BLOCK_SIZE, BlockMap, blocks};
 use form_types::{Digest, Failpoint, failpoint::reach};
 
 use crate::{
-    durable::{Draft, TEMPORARY, clear_temporary, make_dir},
+    durable::{TEMPORARY, clear_temporary, make_dir},
     error::{Result, StoreError},
 };
 
@@ -34,6 +37,7 @@ impl Incoming {
         let incoming = Self { root: parent.join("incoming") };
         make_dir(&incoming.root)?;
         clear_temporary(&incoming.root)?;
+        make_dir(&incoming.root.join(TEMPORARY))?;
         Ok(incoming)
     }
 
@@ -53,13 +57,24 @@ impl Incoming {
         if path.exists() {
             return Ok(());
         }
-        let draft = Draft::new(&self.root)?;
-        let temporary = draft.path().join("block");
-        fs::write(&temporary, frame).map_err(StoreError::io("keep a block in", &self.root))?;
-        if let Some(parent) = path.parent() {
-            make_dir(parent)?;
+        // A file alone, not a directory for it as a draft has: an image is thousands of blocks.
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let temporary = self.root.join(TEMPORARY).join(NUMBER.fetch_add(1, Ordering::Relaxed).to_string());
+        let keep = || {
+            fs::write(&temporary, frame)?;
+            match fs::rename(&temporary, &path) {
+                // The first block of its directory.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    path.parent().map_or(Ok(()), fs::create_dir_all)?;
+                    fs::rename(&temporary, &path)
+                }
+                renamed => renamed,
+            }
+        };
+        if let Err(error) = keep() {
+            let _ = fs::remove_file(&temporary);
+            return Err(StoreError::io("keep a block in", &self.root)(error));
         }
-        fs::rename(&temporary, &path).map_err(StoreError::io("keep a block in", &self.root))?;
         reach(Failpoint::BlockKept);
         Ok(())
     }
