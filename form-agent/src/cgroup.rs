@@ -38,10 +38,45 @@ pub fn create(mark: &str, vm: &VmId, resources: &Resources) -> io::Result<Option
     }
     let group = parent.join(vm.to_string());
     fs::create_dir_all(&group)?;
-    fs::write(group.join("memory.max"), ((resources.memory_mib << 20) + OVERHEAD).to_string())?;
+    fs::write(group.join("memory.max"), limit(resources).to_string())?;
     fs::write(group.join("pids.max"), (resources.vcpus + THREADS).to_string())?;
     fs::write(group.join("cpu.max"), format!("{} 100000", u64::from(resources.vcpus) * 100_000 + 50_000))?;
     Ok(Some(group))
+}
+
+/// Memory of the VM's processes, in bytes.
+const fn limit(resources: &Resources) -> u64 {
+    (resources.memory_mib << 20) + OVERHEAD
+}
+
+/// As long as this is there, the VM's processes may have its memory twice: a copy of the process writes it while the VM goes on.
+#[derive(Debug)]
+pub struct Twice {
+    file: PathBuf,
+    usual: u64,
+}
+
+impl Twice {
+    /// # Errors
+    /// When the limit cannot be changed.
+    pub fn allow(mark: &str, vm: &VmId, resources: &Resources) -> io::Result<Self> {
+        let file = parent(mark).join(vm.to_string()).join("memory.max");
+        let usual = limit(resources);
+        if file.exists() {
+            fs::write(&file, (usual + (resources.memory_mib << 20)).to_string())?;
+        }
+        Ok(Self { file, usual })
+    }
+}
+
+impl Drop for Twice {
+    fn drop(&mut self) {
+        if self.file.exists()
+            && let Err(error) = fs::write(&self.file, self.usual.to_string())
+        {
+            tracing::warn!(file = %self.file.display(), %error, "a VM may use twice its memory until it is started again");
+        }
+    }
 }
 
 /// Whether the VM has a cgroup.

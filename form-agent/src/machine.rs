@@ -7,10 +7,22 @@ use std::{fs, io};
 /// # Errors
 /// When the kernel does not say.
 pub fn memory_mib() -> io::Result<u64> {
+    meminfo_mib("MemTotal")
+}
+
+/// Memory in MiB that is free, or can be freed at once (`MemAvailable` of `/proc/meminfo`).
+///
+/// # Errors
+/// When the kernel does not say.
+pub fn available_memory_mib() -> io::Result<u64> {
+    meminfo_mib("MemAvailable")
+}
+
+fn meminfo_mib(field: &str) -> io::Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kib.map(|kib| kib / 1024).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/meminfo has no MemTotal"))
+    let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let kib = value.and_then(|value| value.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.map(|kib| kib / 1024).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/meminfo has no {field}")))
 }
 
 pub fn vcpus() -> u32 {

@@ -17,6 +17,10 @@ pub enum Measurement {
     VmmMemory,
     /// Size of the program that every VM process runs.
     VmmProgram,
+    /// A disk that comes to a Linux guest that runs, and leaves it.
+    Hotplug,
+    /// How long a VM stands for its snapshot, and how that grows with its memory.
+    Pause,
     /// A change of the state: signed, checked and on the disk; and reading all of it.
     State,
     /// Memory of an agent, and of one more VM on its record.
@@ -26,8 +30,17 @@ pub enum Measurement {
 }
 
 impl Measurement {
-    pub const ALL: [Self; 7] =
-        [Self::FirstInstruction, Self::GuestInit, Self::VmmMemory, Self::VmmProgram, Self::State, Self::AgentMemory, Self::Ps];
+    pub const ALL: [Self; 9] = [
+        Self::FirstInstruction,
+        Self::GuestInit,
+        Self::VmmMemory,
+        Self::VmmProgram,
+        Self::Hotplug,
+        Self::Pause,
+        Self::State,
+        Self::AgentMemory,
+        Self::Ps,
+    ];
 
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -35,6 +48,8 @@ impl Measurement {
             Self::GuestInit => "guest-init",
             Self::VmmMemory => "vmm-memory",
             Self::VmmProgram => "vmm-program",
+            Self::Hotplug => "hotplug",
+            Self::Pause => "pause",
             Self::State => "state",
             Self::AgentMemory => "agent-memory",
             Self::Ps => "ps",
@@ -86,6 +101,9 @@ pub enum Unit {
     /// A million bytes.
     #[serde(rename = "MB")]
     Megabytes,
+    /// One value divided by another.
+    #[serde(rename = "times")]
+    Times,
 }
 
 impl Unit {
@@ -95,6 +113,7 @@ impl Unit {
             Self::CpuMilliseconds => "ms cpu",
             Self::MillionInstructions => "M instructions",
             Self::Megabytes => "MB",
+            Self::Times => "times",
         }
     }
 
@@ -102,7 +121,7 @@ impl Unit {
     pub const fn is_enforced(self) -> bool {
         match self {
             Self::Milliseconds | Self::CpuMilliseconds => false,
-            Self::MillionInstructions | Self::Megabytes => true,
+            Self::MillionInstructions | Self::Megabytes | Self::Times => true,
         }
     }
 }

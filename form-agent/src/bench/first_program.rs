@@ -1,4 +1,4 @@
-//! The smallest guest: a PVH kernel of fifteen instructions that says one line on the serial port.
+//! The smallest guest: a PVH kernel of fifteen instructions that says one line on the serial port. With five more it uses all its memory first.
 //!
 //! PVH enters it in 32-bit protected mode with flat segments and without paging (Xen: docs/misc/pvh.pandoc). Nobody has to stop
 //! it: half a minute after its line its timer fires, and because it has no interrupt table that resets the VM.
@@ -10,7 +10,7 @@ pub const LINE: &str = "first guest instruction";
 const BASE: u32 = 0x10_0000;
 
 const CODE: &[u8] = &[
-    0xBE, 0x42, 0x00, 0x10, 0x00, // mov esi, MESSAGE (checked by a test)
+    0xBE, 0x00, 0x00, 0x00, 0x00, // mov esi, the message
     0x66, 0xBA, 0xF8, 0x03, // mov dx, 0x3F8          ; the first serial port's data register
     0xAC, // next: lodsb                              ; a character
     0x84, 0xC0, // test al, al
@@ -27,15 +27,40 @@ const CODE: &[u8] = &[
     0xEB, 0xFD, // jmp wait
 ];
 
+/// Writes a word to each page from 2 MiB on, up to the address that follows at [`TOUCH_END`].
+const TOUCH: &[u8] = &[
+    0xBF, 0x00, 0x00, 0x20, 0x00, // mov edi, 0x200000
+    0x89, 0x3F, // next: mov [edi], edi
+    0x81, 0xC7, 0x00, 0x10, 0x00, 0x00, // add edi, 0x1000
+    0x81, 0xFF, 0x00, 0x00, 0x00, 0x00, // cmp edi, the end
+    0x72, 0xF0, // jb next
+];
+const TOUCH_END: usize = 15;
+
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: its descriptor is the address of the entry.
 const ENTRY_NOTE: u32 = 18;
 
 const ELF_HEADER: u64 = 64;
 const PROGRAM_HEADER: u64 = 56;
 
-/// The program as an ELF file (System V ABI, chapters 4 and 5): one segment to load, one note.
-pub fn elf() -> Vec<u8> {
-    let mut content = CODE.to_vec();
+/// The instructions. With `touch` they begin with a write to each page below that address, in bytes.
+fn code(touch: Option<u32>) -> Vec<u8> {
+    let mut code = Vec::new();
+    if let Some(end) = touch {
+        code.extend_from_slice(TOUCH);
+        code[TOUCH_END..TOUCH_END + 4].copy_from_slice(&end.to_le_bytes());
+    }
+    let begin = code.len();
+    code.extend_from_slice(CODE);
+    let message = BASE + u32::try_from(code.len()).unwrap_or(u32::MAX);
+    code[begin + 1..begin + 5].copy_from_slice(&message.to_le_bytes());
+    code
+}
+
+/// The program as an ELF file (System V ABI, chapters 4 and 5): one segment to load, one note. With `touch` it writes to each page of memory
+/// below that address before it says its line.
+pub fn elf(touch: Option<u32>) -> Vec<u8> {
+    let mut content = code(touch);
     content.extend_from_slice(LINE.as_bytes());
     content.extend_from_slice(b"\n\0");
     content.resize(content.len().next_multiple_of(4), 0);
@@ -81,20 +106,27 @@ mod tests {
 
     #[test]
     fn the_code_points_at_its_message() {
-        let address = u32::from_le_bytes([CODE[1], CODE[2], CODE[3], CODE[4]]);
-        assert_eq!((address - BASE) as usize, CODE.len());
-        let file = elf();
-        let at = (ELF_HEADER + 2 * PROGRAM_HEADER) as usize + CODE.len();
-        assert_eq!(&file[at..at + LINE.len() + 2], format!("{LINE}\n\0").as_bytes());
+        for (touch, begin) in [(None, 0), (Some(0x8000_0000), TOUCH.len())] {
+            let code = code(touch);
+            let address = u32::from_le_bytes(code[begin + 1..begin + 5].try_into().unwrap());
+            assert_eq!((address - BASE) as usize, code.len());
+            let file = elf(touch);
+            let at = (ELF_HEADER + 2 * PROGRAM_HEADER) as usize + code.len();
+            assert_eq!(&file[at..at + LINE.len() + 2], format!("{LINE}\n\0").as_bytes());
+        }
+        // The loop ends where it should, and leads back to its first instruction.
+        let touching = code(Some(0x8000_0000));
+        assert_eq!(touching[TOUCH_END - 2..TOUCH_END + 4], [0x81, 0xFF, 0, 0, 0, 0x80]);
+        assert_eq!(TOUCH.len() as i8 + touching[TOUCH.len() - 1] as i8, 5);
     }
 
     #[test]
     fn the_headers_lead_to_code_and_note() {
-        let file = elf();
+        let file = elf(None);
         let word = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
         assert_eq!((word(24), word(32)), (BASE as usize, 64));
         let (load, note) = (64, 64 + 56);
-        assert_eq!(&file[word(load + 8)..][..CODE.len()], CODE);
+        assert_eq!(file[word(load + 8)..][..CODE.len()], code(None));
         assert_eq!((word(load + 16), word(load + 32)), (BASE as usize, word(note + 8) - word(load + 8)));
         assert_eq!(word(note + 8) + word(note + 32), file.len());
         assert_eq!(word(word(note + 8) + 16), BASE as usize);

@@ -11,7 +11,10 @@ use form_bundle::{
     kernel::{MANIFEST_FILE, VMLINUX_FILE, module_path},
 };
 
-use super::{BenchError, first_program, io_error, machine::Guest};
+use super::{
+    BenchError, first_program, io_error,
+    machine::{Guest, MEMORY_MIB},
+};
 
 /// What the Linux guest says when its first process runs.
 pub const LINE: &str = "guest init runs";
@@ -64,8 +67,15 @@ impl Kernel {
 /// The guest that does nothing but say its line.
 pub fn first_program(directory: &Path) -> Result<Guest, BenchError> {
     let kernel = directory.join("first-program");
-    fs::write(&kernel, first_program::elf()).map_err(io_error("write the first program"))?;
-    Ok(Guest { kernel, initramfs: None, devices: false })
+    fs::write(&kernel, first_program::elf(None)).map_err(io_error("write the first program"))?;
+    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: MEMORY_MIB })
+}
+
+/// The guest that has used each page of its `memory_mib` when it says its line.
+pub fn full(directory: &Path, memory_mib: u32) -> Result<Guest, BenchError> {
+    let kernel = directory.join(format!("full-{memory_mib}"));
+    fs::write(&kernel, first_program::elf(Some(memory_mib << 20))).map_err(io_error("write the first program"))?;
+    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: memory_mib.into() })
 }
 
 /// Linux up to its first process. With `devices` the VM has them and that process loads their drivers before it says its line.
@@ -77,7 +87,7 @@ pub fn linux(kernel: &Kernel, directory: &Path, devices: bool) -> Result<Guest, 
     let archive = initramfs(&busybox, &modules).map_err(|error| BenchError::Missing(error.to_string()))?;
     let path = directory.join(if devices { "devices.cpio" } else { "init.cpio" });
     fs::write(&path, archive).map_err(io_error("write the initramfs"))?;
-    Ok(Guest { kernel: kernel.directory.join(VMLINUX_FILE), initramfs: Some(path), devices })
+    Ok(Guest { kernel: kernel.directory.join(VMLINUX_FILE), initramfs: Some(path), devices, memory_mib: MEMORY_MIB })
 }
 
 fn initramfs(busybox: &[u8], modules: &[(String, Vec<u8>)]) -> Result<Vec<u8>, InitramfsError> {

@@ -12,7 +12,7 @@ use std::{
 use form_types::{VmId, spec::Resources};
 use form_vmm::{
     config::{DiskConfig, DiskFormat, Fd, NetworkConfig, VmConfig},
-    control::Client,
+    control::{Client, ClientError},
     log_ring,
 };
 
@@ -23,14 +23,16 @@ use crate::{
     vm,
 };
 
-/// Memory of every measured VM, in MiB.
-const MEMORY_MIB: u64 = 256;
+/// Memory of a measured VM where nothing else is said, in MiB.
+pub const MEMORY_MIB: u64 = 256;
 /// Bytes of the ring for serial output.
 const CONSOLE: u64 = 256 << 10;
 /// Size of the disk, when there is one; nothing is ever in it.
 const DISK: u64 = 1 << 30;
 /// The longest wait for a guest's line. Generous: software emulation is slow.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// The disk that comes and goes.
+const HOTPLUG: &str = "hotplug";
 /// Between two looks at the serial output.
 const LOOK: Duration = Duration::from_micros(200);
 
@@ -51,6 +53,7 @@ pub struct Guest {
     pub initramfs: Option<PathBuf>,
     /// Disk, network, vsock, entropy and balloon, as the agent's VMs have them, or none.
     pub devices: bool,
+    pub memory_mib: u64,
 }
 
 /// A VM process with its guest, ended when dropped.
@@ -83,7 +86,7 @@ impl<'a> Machine<'a> {
         let directory = RuntimeDirectory::new(setup.directory, &id);
         fs::create_dir_all(directory.path()).map_err(io_error("make a directory"))?;
         let files = Files::open(guest, &directory, setup.uid)?;
-        let resources = Resources { vcpus: 1, memory_mib: MEMORY_MIB, disk_gib: 1, gpus: Vec::new() };
+        let resources = Resources { vcpus: 1, memory_mib: guest.memory_mib, disk_gib: 1, gpus: Vec::new() };
         let group = cgroup::create(&mark(), &id, &resources).map_err(io_error("make a cgroup"))?;
         let begun = Instant::now();
         let child = spawn(&setup.program, &directory).map_err(|error| BenchError::Machine(error.to_string()))?;
@@ -128,6 +131,71 @@ impl<'a> Machine<'a> {
             }
             std::thread::sleep(LOOK);
         }
+    }
+
+    /// Gives the guest a disk, and asks for it back. What each took until it was done.
+    ///
+    /// # Errors
+    /// When the VM process refuses, or the guest takes too long.
+    pub fn hotplug(&self) -> Result<(Spent, Spent), BenchError> {
+        let failed = |error: ClientError| self.refused(&error);
+        let path = self.directory.path().join("hotplug");
+        let file = fs::File::options().read(true).write(true).create_new(true).open(&path).map_err(io_error("make a disk"))?;
+        file.set_len(DISK).map_err(io_error("make a disk"))?;
+        let disk = DiskConfig {
+            id: HOTPLUG.to_owned(),
+            serial: HOTPLUG.to_owned(),
+            format: DiskFormat::Raw,
+            file: Fd(0),
+            backing: Vec::new(),
+            read_only: false,
+        };
+        let client = Client::connect(&self.directory.control()).map_err(failed)?;
+        let came = self.spent(|| {
+            client.plug(&disk, &[file.as_fd()]).map_err(failed)?;
+            drop(file);
+            // Its kernel looks for partitions as soon as it has it.
+            let until = Instant::now() + PATIENCE;
+            while !client.metrics().map_err(failed)?.disks.iter().any(|disk| disk.id == HOTPLUG && disk.reads > 0) {
+                if Instant::now() > until {
+                    return Err(BenchError::Guest { what: "did not take a disk", words: self.printed() });
+                }
+                std::thread::sleep(LOOK);
+            }
+            Ok(())
+        })?;
+        let went = self.spent(|| {
+            let gone = client.unplug(HOTPLUG).map_err(failed)?;
+            // Nothing is ever written to it.
+            io::copy(&mut fs::File::from(gone), &mut io::sink()).map(|_| ()).map_err(io_error("wait for a disk to be let go"))
+        })?;
+        Ok((came, went))
+    }
+
+    /// How long the VM stands for its memory and devices to be saved. It is ended afterwards, whatever of its memory is written then.
+    ///
+    /// # Errors
+    /// When the VM process refuses.
+    pub fn pause(&self) -> Result<Spent, BenchError> {
+        let failed = |error: ClientError| self.refused(&error);
+        let create = |name: &str| {
+            let path = self.directory.path().join(name);
+            fs::File::options().read(true).write(true).create_new(true).open(&path).map_err(io_error("make a file"))
+        };
+        let (state, memory) = (create("state")?, create("memory")?);
+        let client = Client::connect(&self.directory.control()).map_err(failed)?;
+        self.spent(|| {
+            client.pause().map_err(failed)?;
+            client.save_aside(state.as_fd(), memory.as_fd()).map_err(failed)?;
+            client.resume().map_err(failed)
+        })
+    }
+
+    fn spent(&self, act: impl FnOnce() -> Result<(), BenchError>) -> Result<Spent, BenchError> {
+        let (begun, before) = (Instant::now(), cpu_time(self.child.id())?);
+        act()?;
+        // The block device's own thread ends with it, and takes its time along.
+        Ok(Spent { time: begun.elapsed(), cpu: cpu_time(self.child.id())?.saturating_sub(before) })
     }
 
     /// What the VM process has in memory beside its guest's.
@@ -196,7 +264,7 @@ impl Files {
         log_ring::create(&ring, CONSOLE).map_err(|error| BenchError::Machine(error.to_string()))?;
         let mut config = VmConfig {
             vcpus: 1,
-            memory_mib: MEMORY_MIB,
+            memory_mib: guest.memory_mib,
             kvm: add(kvm.into()),
             kernel: add(read(&guest.kernel)?.into()),
             initramfs: Vec::new(),

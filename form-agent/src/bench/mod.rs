@@ -41,6 +41,8 @@ const PEER_ANONYMOUS: f64 = 0.3;
 const PEER_PROGRAM: f64 = 3.0;
 /// Starting may cost a tenth more than with the peer.
 const WITHIN: f64 = 1.1;
+/// How many times as long a VM of 2 GiB may stand for its snapshot as one of 256 MiB.
+const PAUSE_GROWTH: f64 = 1.5;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
@@ -89,7 +91,7 @@ pub struct Options {
     /// How often each is repeated
     #[arg(long, default_value_t = form_api::bench::DEFAULT_RUNS, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_RUNS)))]
     pub runs: u32,
-    /// Only this (may be repeated): first-instruction, guest-init, vmm-memory, vmm-program, state, agent-memory, ps
+    /// Only this (may be repeated): first-instruction, guest-init, vmm-memory, vmm-program, hotplug, pause, state, agent-memory, ps
     #[arg(long, value_name = "MEASUREMENT")]
     pub only: Vec<Measurement>,
     /// A kernel bundle's directory (vmlinux, kernel.json, modules); without it the newest of this host
@@ -170,6 +172,8 @@ impl Bench<'_> {
             Measurement::GuestInit => self.guest_init(),
             Measurement::VmmMemory => self.vmm_memory(),
             Measurement::VmmProgram => self.vmm_program(),
+            Measurement::Hotplug => self.hotplug(),
+            Measurement::Pause => self.pause(),
             Measurement::State => self.state(),
             Measurement::AgentMemory => self.agent_memory(),
             Measurement::Ps => self.ps(),
@@ -211,11 +215,20 @@ impl Bench<'_> {
 
     /// The rows of processor time, with what the peer needs on the instruction clock, and of time.
     fn start_rows(&self, names: [&'static str; 2], what: &'static str, peer: f64, spent: Result<Vec<Spent>, BenchError>) -> Vec<BenchRow> {
-        let cpu = if self.options.instruction_clock {
-            Line::new(names[0], what, Unit::MillionInstructions).budget(peer * WITHIN).peer(peer)
-        } else {
-            Line::new(names[0], what, Unit::CpuMilliseconds)
-        };
+        let cpu = self.cpu_line(names[0], what);
+        let cpu = if self.options.instruction_clock { cpu.budget(peer * WITHIN).peer(peer) } else { cpu };
+        self.rows(cpu, names[1], spent)
+    }
+
+    fn cpu_line(&self, name: &'static str, what: &'static str) -> Line {
+        let unit = if self.options.instruction_clock { Unit::MillionInstructions } else { Unit::CpuMilliseconds };
+        Line::new(name, what, unit)
+    }
+
+    /// The row `cpu` of processor time, and one of time with the name `time`.
+    fn rows(&self, cpu: Line, time: &'static str, spent: Result<Vec<Spent>, BenchError>) -> Vec<BenchRow> {
+        let what = cpu.what;
+        let names = [cpu.name, time];
         let time = Line::new(names[1], what, Unit::Milliseconds);
         match spent {
             Ok(spent) => {
@@ -259,6 +272,45 @@ impl Bench<'_> {
             }
             Err(error) => vec![total.failed(error.to_string())],
         }
+    }
+
+    fn hotplug(&self) -> Vec<BenchRow> {
+        let spent = self
+            .kernel()
+            .and_then(|kernel| guests::linux(&kernel, self.directory, true))
+            .and_then(|guest| self.starts(&guest, guests::LINE, |machine, _| machine.hotplug()));
+        let attach = self.cpu_line("attach", "from a disk that is given to a VM to the guest's first read of it");
+        let detach = self.cpu_line("detach", "from asking a guest for a disk to the end of everything that there was of it");
+        match spent {
+            Ok(spent) => {
+                let (came, went) = spent.into_iter().unzip();
+                let mut rows = self.rows(attach, "attach/time", Ok(came));
+                rows.extend(self.rows(detach, "detach/time", Ok(went)));
+                rows
+            }
+            Err(error) => [attach, detach].map(|line| line.failed(error.to_string())).to_vec(),
+        }
+    }
+
+    /// A VM that uses all its memory, small and large: what it stands for a snapshot should not depend on that.
+    fn pause(&self) -> Vec<BenchRow> {
+        let small = self.cpu_line("pause", "how long a VM stands for its snapshot, with 256 MiB in use");
+        let large = self.cpu_line("pause/2g", "the same with 2 GiB in use");
+        let growth = Line::new("pause/growth", "how many times as long that is", Unit::Times);
+        let growth = if self.options.instruction_clock { growth.budget(PAUSE_GROWTH) } else { growth };
+        let stood = |memory_mib| {
+            guests::full(self.directory, memory_mib)
+                .and_then(|guest| self.starts(&guest, first_program::LINE, |machine, _| machine.pause()))
+        };
+        let (few, many) = match (stood(256), stood(2048)) {
+            (Ok(few), Ok(many)) => (few, many),
+            (Err(error), _) | (_, Err(error)) => return vec![small.failed(error.to_string())],
+        };
+        let times: Vec<f64> = few.iter().zip(&many).map(|(few, many)| many.cpu.as_secs_f64() / few.cpu.as_secs_f64()).collect();
+        let mut rows = self.rows(small, "pause/time", Ok(few));
+        rows.extend(self.rows(large, "pause/2g/time", Ok(many)));
+        rows.push(growth.measured(&times));
+        rows
     }
 
     fn vmm_program(&self) -> Vec<BenchRow> {

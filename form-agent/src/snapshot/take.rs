@@ -1,7 +1,7 @@
 //! One snapshot: the guest quiesced, the VM paused, everything written, the VM let go on.
 
 use std::{
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -10,16 +10,17 @@ use std::{
 use form_api::{ApiError, ErrorCode, snapshot::Consistency, vm::VmState};
 use form_guest::protocol::{Reply, Request};
 use form_store::{SnapshotDraft, StoreError};
-use form_types::{Failpoint, Name, OperationId, VmId, failpoint::reach};
-use form_vmm::control::{Client, ClientError, ErrorKind, VmState as ProcessState};
+use form_types::{Failpoint, Name, OperationId, VmId, failpoint::reach, spec::Resources};
+use form_vmm::control::{Aside, Client, ClientError, ErrorKind, VmState as ProcessState};
 use jiff::Timestamp;
 
 use super::{Details, operate::on_disk};
 use crate::{
     agent::{Agent, internal},
+    cgroup::Twice,
     desired::DesiredVm,
     driver::{guest, live, process::RuntimeDirectory},
-    headroom,
+    headroom, machine,
     serve::store_error,
 };
 
@@ -29,6 +30,8 @@ const QUIESCE: Duration = Duration::from_secs(10);
 const FREEZE_LIMIT: Duration = Duration::from_secs(20);
 /// For a short question.
 const ANSWER: Duration = Duration::from_secs(3);
+/// What a host keeps, in MiB, beside the memory that a copy of a VM's process may come to hold.
+const SPARE_MIB: u64 = 256;
 /// Tries to let the VM go on. After these its driver tries.
 const RESUMES: u32 = 3;
 
@@ -57,14 +60,18 @@ pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Na
         let frozen = runs && running.freeze().await;
         details.consistency = if frozen { Consistency::Quiesced } else { Consistency::Crash };
         agent.operations.step(id, "saving memory, devices and disk");
-        let saved = running.save(draft).await;
+        let saved = running.save(draft, details.request.spec.resources.clone()).await;
         if runs {
             running.thaw(frozen).await;
         }
-        let (whole, pause) = saved?;
-        draft = whole;
+        let saved = saved?;
         details.created_at = Timestamp::now();
-        details.pause_ms = Some(u64::try_from(pause.as_millis()).unwrap_or(u64::MAX));
+        details.pause_ms = Some(u64::try_from(saved.pause.as_millis()).unwrap_or(u64::MAX));
+        if let Some(writing) = saved.writing {
+            agent.operations.step(id, "writing memory");
+            on_disk(agent, move |agent| Ok(writing.wait(agent))).await??;
+        }
+        draft = saved.draft;
     } else {
         agent.operations.step(id, "copying the disk");
         draft = on_disk(agent, move |agent| {
@@ -128,19 +135,40 @@ impl Running<'_> {
         });
     }
 
-    /// Pauses it, writes everything, lets it go on if it ran. Gives the draft, and how long it stood still.
-    async fn save(&self, draft: SnapshotDraft) -> Result<(SnapshotDraft, Duration), ApiError> {
+    /// Pauses it, saves it, lets it go on if it ran.
+    async fn save(&self, draft: SnapshotDraft, resources: Resources) -> Result<Saved, ApiError> {
         let (agent, vm, directory) = (Arc::clone(self.agent), *self.vm, self.directory.clone());
         let done = tokio::task::spawn_blocking(move || {
             // An agent that is killed now leaves a VM that stands: the next one finds the mark and lets it go on.
             directory.mark_saving().map_err(|error| internal(&error))?;
-            let result = stand_and_save(&agent, &vm, &directory.control(), draft);
+            let result = stand_and_save(&agent, &vm, &resources, &directory.control(), draft);
             if !matches!(result, Err(Fault::Stands(_))) {
                 directory.unmark_saving();
             }
             result.map_err(Fault::into_api)
         });
         done.await.map_err(|error| internal(&error))?
+    }
+}
+
+struct Saved {
+    draft: SnapshotDraft,
+    /// How long it stood still.
+    pause: Duration,
+    /// What is left to do for the draft to be whole.
+    writing: Option<Writing>,
+}
+
+/// Memory that is being written while its VM goes on.
+struct Writing {
+    aside: Aside,
+    /// Until then it is allowed.
+    _twice: Twice,
+}
+
+impl Writing {
+    fn wait(self, agent: &Agent) -> Result<(), ApiError> {
+        self.aside.wait().map_err(|error| full(agent, process_error(&error)))
     }
 }
 
@@ -159,25 +187,46 @@ impl Fault {
     }
 }
 
-fn stand_and_save(agent: &Agent, vm: &VmId, control: &Path, mut draft: SnapshotDraft) -> Result<(SnapshotDraft, Duration), Fault> {
+fn stand_and_save(agent: &Agent, vm: &VmId, resources: &Resources, control: &Path, mut draft: SnapshotDraft) -> Result<Saved, Fault> {
     let client = Client::connect(control).map_err(|error| Fault::Api(process_error(&error)))?;
     let ran = match client.status() {
         Ok((state, _)) => state == ProcessState::Running,
         Err(error) => return Err(Fault::Api(process_error(&error))),
     };
+    let twice = if ran { room_for_copy(agent, vm, resources) } else { None };
     let begun = Instant::now();
     let saved = pause(&client, ran).and_then(|()| {
         reach(Failpoint::SnapshotPaused);
-        write(agent, vm, &client, &mut draft)?;
+        let aside = write(agent, vm, &client, &mut draft, twice.is_some())?;
         reach(Failpoint::SnapshotSaved);
-        Ok(())
+        Ok(aside)
     });
     let resumed = if ran { go_on(control) } else { Ok(()) };
     let pause = begun.elapsed();
     match (saved, resumed) {
-        (Ok(()), Ok(())) => Ok((draft, pause)),
+        (Ok(aside), Ok(())) => {
+            let writing = aside.zip(twice).map(|(aside, twice)| Writing { aside, _twice: twice });
+            Ok(Saved { draft, pause, writing })
+        }
         (Err(error), Ok(())) => Err(Fault::Api(full(agent, error))),
         (_, Err(error)) => Err(Fault::Stands(error)),
+    }
+}
+
+/// Room for the VM's memory a second time, while a copy of its process writes it and the VM changes it. Without that it stands until all is
+/// written.
+fn room_for_copy(agent: &Agent, vm: &VmId, resources: &Resources) -> Option<Twice> {
+    let available = machine::available_memory_mib().ok()?;
+    if available < resources.memory_mib + SPARE_MIB {
+        tracing::info!(vm = %vm, available, "it stands until its memory is written: the host has too little to hold it twice");
+        return None;
+    }
+    match Twice::allow(&agent.host_id().mark(), vm, resources) {
+        Ok(twice) => Some(twice),
+        Err(error) => {
+            tracing::warn!(vm = %vm, %error, "it stands until its memory is written: its limit cannot be raised");
+            None
+        }
     }
 }
 
@@ -189,13 +238,30 @@ fn pause(client: &Client, ran: bool) -> Result<(), ApiError> {
 }
 
 /// Everything at one instant: nothing of the VM moves.
-fn write(agent: &Agent, vm: &VmId, client: &Client, draft: &mut SnapshotDraft) -> Result<(), ApiError> {
+/// With `aside` the memory may be written later.
+fn write(agent: &Agent, vm: &VmId, client: &Client, draft: &mut SnapshotDraft, aside: bool) -> Result<Option<Aside>, ApiError> {
     let store = |error: StoreError| store_error(&error);
     let (state, memory) = draft.create_saved().map_err(store)?;
-    client.save(state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))?;
+    let aside = if aside { save_aside(client, vm, state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))? } else { None };
+    if aside.is_none() {
+        client.save(state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))?;
+    }
     draft.copy_disk(&agent.store, vm).map_err(store)?;
     // Its process may have been killed meanwhile, and another one started on the disk that was being copied.
-    still_stands(client)
+    still_stands(client)?;
+    Ok(aside)
+}
+
+/// None when the process cannot be copied, or is of a release that does not know how: a longer pause is better than no snapshot.
+fn save_aside(client: &Client, vm: &VmId, state: BorrowedFd<'_>, memory: BorrowedFd<'_>) -> Result<Option<Aside>, ClientError> {
+    match client.save_aside(state, memory) {
+        Ok(aside) => Ok(Some(aside)),
+        Err(ClientError::Refused { kind: ErrorKind::System | ErrorKind::Invalid, message }) => {
+            tracing::info!(vm = %vm, message, "it stands until its memory is written: its process cannot be copied");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Asked of the very process that was saved.

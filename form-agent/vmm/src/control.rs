@@ -6,7 +6,7 @@ pub mod channel;
 mod client;
 pub mod launch;
 
-pub use client::{Client, ClientError};
+pub use client::{Aside, Client, ClientError};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,14 @@ pub enum ControlRequest {
     Save {
         state: Fd,
         memory: Fd,
+    },
+    /// As `Save`, but the memory is written by a copy of the process: when the reply comes only the state is whole, and the VM may go on. How
+    /// the memory ended is written to the pipe `whole`: `errno` in four bytes, little-endian, 0 when it is whole. Nothing is written when
+    /// the VM process ended first.
+    SaveAside {
+        state: Fd,
+        memory: Fd,
+        whole: Fd,
     },
     /// All vCPUs and devices stop at a consistent point.
     Pause,

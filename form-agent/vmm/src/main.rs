@@ -13,10 +13,12 @@ fn main() -> ExitCode {
     form_vmm::exit::catch_panics();
     // One heap for all threads: they allocate little, and each further arena costs memory a VM. Tables of disk images (64 KiB) are
     // mappings of their own, which end with them: in the heap they left holes.
-    // SAFETY: `mallopt` only sets parameters of the allocator; no other thread runs yet.
+    // SAFETY: `mallopt` only sets parameters of the allocator, `signal` ignores a signal; no other thread runs yet.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 10);
+        // The copies of this process that write its memory are waited for by nobody.
+        libc::signal(libc::SIGCHLD, libc::SIG_IGN);
     }
     let command = match arguments::parse(lexopt::Parser::from_env()) {
         Ok(command) => command,

@@ -1,6 +1,7 @@
 //! The daemon's end of the control socket.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -84,6 +85,17 @@ impl Client {
     pub fn save(&self, state: BorrowedFd<'_>, memory: BorrowedFd<'_>) -> Result<(), ClientError> {
         let request = ControlRequest::Save { state: Fd(0), memory: Fd(1) };
         self.done(&request, &[state, memory], self.timeout.max(SAVE_TIMEOUT))
+    }
+
+    /// As [`Client::save`], but the VM may go on before its memory is written. Wait for that with [`Aside::wait`].
+    ///
+    /// # Errors
+    /// As [`Client::save`], and when there is no memory for a copy of the process.
+    pub fn save_aside(&self, state: BorrowedFd<'_>, memory: BorrowedFd<'_>) -> Result<Aside, ClientError> {
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| ClientError::Io(error.into()))?;
+        let request = ControlRequest::SaveAside { state: Fd(0), memory: Fd(1), whole: Fd(2) };
+        self.done(&request, &[state, memory, write.as_fd()], self.timeout.max(SAVE_TIMEOUT))?;
+        Ok(Aside(read))
     }
 
     /// The state of the VM and the process id as the VM process sees it.
@@ -224,6 +236,26 @@ impl Client {
         match reply {
             ControlReply::Error { kind, message } => Err(ClientError::Refused { kind, message }),
             other => Ok((other, fds)),
+        }
+    }
+}
+
+/// Memory that is being written while its VM goes on.
+#[derive(Debug)]
+pub struct Aside(OwnedFd);
+
+impl Aside {
+    /// Waits until it is whole.
+    ///
+    /// # Errors
+    /// [`ClientError::Gone`] when the VM process ended first, [`ClientError::Io`] when the memory could not be written.
+    pub fn wait(self) -> Result<(), ClientError> {
+        let mut errno = [0; 4];
+        match File::from(self.0).read_exact(&mut errno) {
+            Ok(()) if errno == [0; 4] => Ok(()),
+            Ok(()) => Err(ClientError::Io(io::Error::from_raw_os_error(i32::from_le_bytes(errno)))),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(ClientError::Gone),
+            Err(error) => Err(ClientError::Io(error)),
         }
     }
 }

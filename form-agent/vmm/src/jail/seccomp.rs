@@ -115,8 +115,8 @@ const BLOCK: &[i64] = &[
 /// Connected stream sockets.
 const STREAMS: &[i64] = &[libc::SYS_sendto, libc::SYS_sendmsg, libc::SYS_recvfrom, libc::SYS_recvmsg, libc::SYS_shutdown];
 
-/// Connections that come in, and threads.
-const MAIN: &[i64] = &[libc::SYS_accept4, libc::SYS_clone3, libc::SYS_clone, libc::SYS_getsockopt];
+/// Connections that come in, threads, and the copy of the process that writes its memory.
+const MAIN: &[i64] = &[libc::SYS_accept4, libc::SYS_clone3, libc::SYS_clone, libc::SYS_getsockopt, libc::SYS_close_range];
 
 const KVM_RUN: u64 = 0xAE80;
 const KVM_KVMCLOCK_CTRL: u64 = 0xAEAD;
@@ -191,9 +191,17 @@ fn compile(lists: &[&[i64]], ioctls: &[u64], main: bool) -> Result<BpfProgram, B
     if main {
         let unix = SeccompCondition::new(0, Dword, Eq, libc::AF_UNIX as u64)?;
         rules.insert(libc::SYS_socketpair, vec![SeccompRule::new(vec![unix])?]);
-        // A new thread takes its name and enters its own, narrower filter.
+        // A new thread takes its name and enters its own, narrower filter. A copy of the process ends with it.
         let option = |option: libc::c_int| SeccompRule::new(vec![SeccompCondition::new(0, Dword, Eq, option as u64)?]);
-        rules.insert(libc::SYS_prctl, vec![option(libc::PR_SET_NAME)?, option(libc::PR_SET_NO_NEW_PRIVS)?, option(libc::PR_SET_VMA)?]);
+        rules.insert(
+            libc::SYS_prctl,
+            vec![
+                option(libc::PR_SET_NAME)?,
+                option(libc::PR_SET_NO_NEW_PRIVS)?,
+                option(libc::PR_SET_VMA)?,
+                option(libc::PR_SET_PDEATHSIG)?,
+            ],
+        );
         let add_filter = SeccompCondition::new(0, Dword, Eq, u64::from(libc::SECCOMP_SET_MODE_FILTER))?;
         rules.insert(libc::SYS_seccomp, vec![SeccompRule::new(vec![add_filter])?]);
     }

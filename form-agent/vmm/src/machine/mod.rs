@@ -294,6 +294,18 @@ impl Machine {
         saved::write(state, &saved)?;
         Ok(())
     }
+
+    /// As [`Machine::save_to`], but only the state is whole when this has returned; the memory is written by a copy of the process, as
+    /// [`image::save_aside`] says, and the VM can go on.
+    ///
+    /// # Errors
+    /// As [`Machine::save_to`], and when the process cannot be copied.
+    pub fn save_aside(&self, state: &File, memory: &File, whole: &OwnedFd) -> Result<(), MachineError> {
+        let saved = self.save()?;
+        saved::write(state, &saved)?;
+        image::save_aside(&self.memory.memory(), memory, &saved.save, whole)
+            .map_err(|source| MachineError::Io { context: "copy the VM process", source })
+    }
 }
 
 pub(crate) fn lock(device: &Mutex<VirtioPci>) -> std::sync::MutexGuard<'_, VirtioPci> {

@@ -4,8 +4,8 @@ pub mod image;
 
 use std::io;
 
-use vm_memory::mmap::MmapRegionError;
-use vm_memory::{FileOffset, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError};
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap};
 
 use self::image::ImageError;
 use crate::layout::Layout;
@@ -46,7 +46,12 @@ fn map_with(
     let mut regions = Vec::with_capacity(2);
     for (start, bytes) in layout.ram() {
         let size = usize::try_from(bytes).map_err(|_| MemoryError::Overflow { start })?;
-        let region = image::map_range(start, size, flags, source(bytes))?;
+        let mapping = match source(bytes) {
+            None => map_aligned(size, flags),
+            from => MmapRegion::build(from, size, PROTECTION, flags),
+        };
+        let mapping = mapping.map_err(|source| MemoryError::Map { start, bytes, source })?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Overflow { start })?;
         // SAFETY: the range is the mapping just made; MADV_DONTDUMP changes nothing but core dumps.
         if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_DONTDUMP) } != 0 {
             return Err(MemoryError::Advise(io::Error::last_os_error()));
@@ -55,6 +60,32 @@ fn map_with(
         regions.push(region);
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)
+}
+
+const PROTECTION: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+
+/// A huge page of the host. KVM gives a guest one only where guest and host addresses agree below this.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Anonymous memory that begins at a huge page, as each range of RAM does. It stays mapped as long as the process, which has one VM.
+fn map_aligned(size: usize, flags: libc::c_int) -> Result<MmapRegion, MmapRegionError> {
+    let failed = || MmapRegionError::Mmap(io::Error::last_os_error());
+    let room = size.checked_add(HUGE_PAGE).ok_or_else(|| MmapRegionError::Mmap(io::ErrorKind::InvalidInput.into()))?;
+    // SAFETY: a new mapping at a place that the kernel chooses.
+    let begin = unsafe { libc::mmap(std::ptr::null_mut(), room, PROTECTION, flags, -1, 0) };
+    if begin == libc::MAP_FAILED {
+        return Err(failed());
+    }
+    let before = begin.addr().next_multiple_of(HUGE_PAGE) - begin.addr();
+    let aligned = begin.wrapping_byte_add(before);
+    for (from, length) in [(begin, before), (aligned.wrapping_byte_add(size), HUGE_PAGE - before)] {
+        // SAFETY: both parts lie in the mapping just made, and nothing refers to them.
+        if length > 0 && unsafe { libc::munmap(from, length) } != 0 {
+            return Err(failed());
+        }
+    }
+    // SAFETY: what is left of the mapping is `size` bytes from `aligned` on, and nothing unmaps it.
+    unsafe { MmapRegionBuilder::new(size).with_raw_mmap_pointer(aligned.cast()) }.with_mmap_prot(PROTECTION).with_mmap_flags(flags).build()
 }
 
 #[cfg(test)]
@@ -71,5 +102,17 @@ mod tests {
         assert_eq!(memory.read_obj::<u64>(GuestAddress(crate::layout::HOLE_END)).unwrap(), 9);
         assert!(!memory.address_in_range(GuestAddress(crate::layout::HOLE_START)));
         assert!(memory.write_obj(1u8, GuestAddress(layout.mmio64_start)).is_err());
+    }
+
+    #[test]
+    fn guest_and_host_agree_where_huge_pages_begin() {
+        for mib in [128, 5 * 1024] {
+            let memory = map(&Layout::new(mib, 40).unwrap()).unwrap();
+            for region in memory.iter() {
+                assert_eq!((region.as_ptr().addr() as u64 ^ region.start_addr().0) % HUGE_PAGE as u64, 0);
+                // All of it is there.
+                memory.write_obj(1u8, region.last_addr()).unwrap();
+            }
+        }
     }
 }

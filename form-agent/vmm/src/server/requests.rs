@@ -73,11 +73,11 @@ impl Server {
                         None => reply(channel, &error(ErrorKind::Invalid, "too many consoles are attached".to_owned()), &[]),
                     }
                 }
-                (ControlRequest::Save { state, memory }, VmState::Paused) => match save(machine, state, memory, fds) {
-                    Ok(()) => reply(channel, &DONE, &[]),
-                    Err(problem) => reply(channel, &error(kind_of_machine(&problem), explain(&problem)), &[]),
-                },
-                (ControlRequest::Save { .. }, _) => refuse(channel, state),
+                (ControlRequest::Save { state, memory }, VmState::Paused) => changed(channel, save(machine, state, memory, fds)),
+                (ControlRequest::SaveAside { state, memory, whole }, VmState::Paused) => {
+                    changed(channel, save_aside(machine, state, memory, whole, fds))
+                }
+                (ControlRequest::Save { .. } | ControlRequest::SaveAside { .. }, _) => refuse(channel, state),
                 (ControlRequest::Plug { disk }, VmState::Running) => changed(channel, machine.plug(&disk, &mut Descriptors::new(fds))),
                 (ControlRequest::Unplug { id, gone }, VmState::Running) => changed(channel, unplug(machine, &id, gone, fds)),
                 (ControlRequest::Grow { id, size_bytes }, VmState::Running) => changed(channel, machine.grow(&id, size_bytes)),
@@ -103,6 +103,13 @@ fn save(machine: &Machine, state: Fd, memory: Fd, fds: Vec<OwnedFd>) -> Result<(
     let state = File::from(fds.take(state, "state file")?);
     let memory = File::from(fds.take(memory, "memory file")?);
     machine.save_to(&state, &memory)
+}
+
+fn save_aside(machine: &Machine, state: Fd, memory: Fd, whole: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
+    let mut fds = Descriptors::new(fds);
+    let state = File::from(fds.take(state, "state file")?);
+    let memory = File::from(fds.take(memory, "memory file")?);
+    machine.save_aside(&state, &memory, &fds.take(whole, "pipe")?)
 }
 
 fn unplug(machine: &mut Machine, id: &str, gone: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
