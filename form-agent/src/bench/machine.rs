@@ -11,7 +11,7 @@ use std::{
 
 use form_types::{VmId, spec::Resources};
 use form_vmm::{
-    config::{DiskConfig, DiskFormat, Fd, NetworkConfig, VmConfig},
+    config::{DiskConfig, DiskFormat, DiskLimits, Fd, NetworkConfig, VmConfig},
     control::{Client, ClientError},
     log_ring,
 };
@@ -149,6 +149,7 @@ impl<'a> Machine<'a> {
             file: Fd(0),
             backing: Vec::new(),
             read_only: false,
+            limits: DiskLimits::default(),
         };
         let client = Client::connect(&self.directory.control()).map_err(failed)?;
         let came = self.spent(|| {
@@ -287,9 +288,23 @@ impl Files {
             let tap = form_net::tap::open(&format!("fbench{}", std::process::id() % 1_000_000_000))?;
             let (file, tap) = (add(disk.into()), add(tap));
             let serial = "bench".to_owned();
-            let disk = DiskConfig { id: "root".to_owned(), serial, format: DiskFormat::Raw, file, backing: Vec::new(), read_only: false };
+            let disk = DiskConfig {
+                id: "root".to_owned(),
+                serial,
+                format: DiskFormat::Raw,
+                file,
+                backing: Vec::new(),
+                read_only: false,
+                limits: DiskLimits::default(),
+            };
             config.disks.push(disk);
-            config.networks.push(NetworkConfig { id: "eth0".to_owned(), tap, mac: [2, 0, 0, 0, 0, 1], mtu: form_net::MTU });
+            config.networks.push(NetworkConfig {
+                id: "eth0".to_owned(),
+                tap,
+                mac: [2, 0, 0, 0, 0, 1],
+                mtu: form_net::MTU,
+                bytes_per_second: None,
+            });
             config.vsock_cid = Some(vm::GUEST_CID);
         }
         Ok(Self { config, descriptors })

@@ -1,6 +1,8 @@
 //! What a VM is made of. The daemon writes it, sends it over the control socket with every file already open, and the VM
 //! process holds no path at all: an [`Fd`] is the index of a descriptor in the `SCM_RIGHTS` list of the same message.
 
+use std::num::NonZeroU64;
+
 use serde::{Deserialize, Serialize};
 
 /// The index of a passed descriptor.
@@ -73,6 +75,28 @@ pub struct DiskConfig {
     /// The read-only files behind a qcow2 overlay, the nearest first. Its own backing path is never followed.
     pub backing: Vec<BackingFile>,
     pub read_only: bool,
+    #[serde(default, skip_serializing_if = "DiskLimits::is_none")]
+    pub limits: DiskLimits,
+}
+
+/// What a disk may do in a second, reads and writes together. They are no part of a saved VM: a restored one has those of its
+/// configuration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskLimits {
+    /// Requests of the guest; a flush is one too. `None`: as many as it can.
+    #[serde(default)]
+    pub iops: Option<NonZeroU64>,
+    /// Bytes read, written and zeroed. `None`: as many as it can.
+    #[serde(default)]
+    pub bytes_per_second: Option<NonZeroU64>,
+}
+
+impl DiskLimits {
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,6 +121,9 @@ pub struct NetworkConfig {
     pub tap: Fd,
     pub mac: [u8; 6],
     pub mtu: u16,
+    /// Bytes that it may move in a second, each way. `None`: as many as it can. No part of a saved VM, like those of disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<NonZeroU64>,
 }
 
 /// What the process gives up before the guest runs its first instruction.

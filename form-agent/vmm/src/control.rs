@@ -8,9 +8,11 @@ pub mod launch;
 
 pub use client::{Aside, Client, ClientError};
 
+use std::num::NonZeroU64;
+
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DiskConfig, Fd, RestoreConfig, VmConfig};
+use crate::config::{DiskConfig, DiskLimits, Fd, RestoreConfig, VmConfig};
 
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 256 * 1024;
@@ -73,6 +75,16 @@ pub enum ControlRequest {
     Grow {
         id: String,
         size_bytes: u64,
+    },
+    /// The disk `id` has these limits from now on, and no others.
+    LimitDisk {
+        id: String,
+        limits: DiskLimits,
+    },
+    /// The network interface `id` may move this many bytes in a second from now on, each way.
+    LimitNetwork {
+        id: String,
+        bytes_per_second: Option<NonZeroU64>,
     },
 }
 

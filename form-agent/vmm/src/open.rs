@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use form_vmm::config::{BackingFile, DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, VmConfig};
+use form_vmm::config::{BackingFile, DiskConfig, DiskFormat, DiskLimits, Fd, JailConfig, NetworkConfig, VmConfig};
 use form_vmm::control::launch;
 use form_vmm::log_ring;
 use form_vmm::server::Server;
@@ -155,6 +155,7 @@ impl Files {
             file: self.open(&disk.path, !disk.read_only)?,
             backing,
             read_only: disk.read_only,
+            limits: DiskLimits::default(),
         })
     }
 
@@ -162,7 +163,7 @@ impl Files {
         let fd = open_tap(&tap.name).map_err(|source| OpenError::Tap { name: tap.name.clone(), source })?;
         // Locally administered.
         let mac = tap.mac.unwrap_or([0x02, 0xF0, 0, 0, 0, index]);
-        Ok(NetworkConfig { id: format!("net{index}"), tap: self.add(fd), mac, mtu: tap.mtu })
+        Ok(NetworkConfig { id: format!("net{index}"), tap: self.add(fd), mac, mtu: tap.mtu, bytes_per_second: None })
     }
 }
 

@@ -160,7 +160,8 @@ impl Target for Disk {
             self.constant = Some(below);
             open(Layer { file: OwnedFd::from(top), format: DiskFormat::Qcow2 }, behind, read_only)
         };
-        Box::new(Block::new("disk".to_owned(), "vol-0123456789abcdef", backend.expect("the images are sound"), read_only))
+        let backend = backend.expect("the images are sound");
+        Box::new(Block::new("disk".to_owned(), "vol-0123456789abcdef", backend, read_only).expect("an eventfd"))
     }
 
     fn parts(&self, request: &Request) -> Parts {

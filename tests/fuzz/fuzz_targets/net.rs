@@ -70,7 +70,7 @@ impl Target for Interface {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let (wire, tap) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None).expect("two sockets");
         self.wire = Some(wire);
-        Box::new(Net::over_socket("net".to_owned(), tap, [2, 0, 0, 0, 0, 9], MTU))
+        Box::new(Net::over_socket("net".to_owned(), tap, [2, 0, 0, 0, 0, 9], MTU).expect("an eventfd"))
     }
 
     fn parts(&self, request: &Request) -> Parts {

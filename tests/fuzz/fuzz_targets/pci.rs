@@ -142,7 +142,7 @@ impl Machine {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let (wire, tap) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None).expect("two sockets");
         let kinds: [Box<dyn VirtioDevice>; DEVICES as usize] = [
-            Box::new(Net::over_socket("net".to_owned(), tap, [2, 0, 0, 0, 0, 9], 1500)),
+            Box::new(Net::over_socket("net".to_owned(), tap, [2, 0, 0, 0, 0, 9], 1500).expect("an eventfd")),
             Box::new(Vsock::new(3).expect("an eventfd")),
             Box::new(Rng::new("rng".to_owned())),
             Box::new(Balloon::new("balloon".to_owned())),

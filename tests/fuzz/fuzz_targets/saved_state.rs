@@ -76,7 +76,7 @@ fn device(kind: u8) -> (Box<dyn VirtioDevice>, Option<OwnedFd>) {
         0 => {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
             let (wire, tap) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None).expect("two sockets");
-            (Box::new(Net::over_socket("net".to_owned(), tap, [2, 0, 0, 0, 0, 9], 1500)), Some(wire))
+            (Box::new(Net::over_socket("net".to_owned(), tap, [2, 0, 0, 0, 0, 9], 1500).expect("an eventfd")), Some(wire))
         }
         1 => (Box::new(Vsock::new(3).expect("an eventfd")), None),
         2 => (Box::new(Rng::new("rng".to_owned())), None),

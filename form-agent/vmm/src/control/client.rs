@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::channel::Channel;
 use super::{ControlReply, ControlRequest, ErrorKind, Metrics, VmState};
-use crate::config::{DiskConfig, Fd, RestoreConfig, VmConfig};
+use crate::config::{DiskConfig, DiskLimits, Fd, RestoreConfig, VmConfig};
 
 /// How long a VM process may take to answer. Booting reads a kernel and an initramfs, which may come from a slow disk.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -197,6 +198,22 @@ impl Client {
     /// When the VM does not run, or the disk is larger already; [`ErrorKind::NotFound`] when there is no such disk.
     pub fn grow(&self, id: &str, size_bytes: u64) -> Result<(), ClientError> {
         self.done(&ControlRequest::Grow { id: id.to_owned(), size_bytes }, &[], self.timeout)
+    }
+
+    /// Gives the disk `id` these limits, running or paused.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] when there is no such disk.
+    pub fn limit_disk(&self, id: &str, limits: DiskLimits) -> Result<(), ClientError> {
+        self.done(&ControlRequest::LimitDisk { id: id.to_owned(), limits }, &[], self.timeout)
+    }
+
+    /// Lets the network interface `id` move this many bytes in a second, each way; `None`: as many as it can.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] when there is no such interface.
+    pub fn limit_network(&self, id: &str, bytes_per_second: Option<NonZeroU64>) -> Result<(), ClientError> {
+        self.done(&ControlRequest::LimitNetwork { id: id.to_owned(), bytes_per_second }, &[], self.timeout)
     }
 
     fn done(&self, request: &ControlRequest, fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<(), ClientError> {

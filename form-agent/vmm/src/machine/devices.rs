@@ -1,9 +1,10 @@
 //! The virtio devices of a VM, from its configuration.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use super::MachineError;
-use crate::config::{DiskConfig, NetworkConfig, RestoreConfig, VmConfig};
+use crate::config::{DiskConfig, DiskLimits, NetworkConfig, RestoreConfig, VmConfig};
 use crate::control::Metrics;
 use crate::descriptors::Descriptors;
 use crate::virtio::VirtioDevice;
@@ -21,27 +22,49 @@ const SERIAL_MAX: usize = 20;
 pub struct Handles {
     pub vsock: Option<Connector>,
     pub balloon: Option<balloon::Handle>,
-    disks: Vec<(String, Arc<block::Counters>)>,
-    networks: Vec<(String, Arc<net::Counters>)>,
+    disks: Vec<DiskHandle>,
+    networks: Vec<NetworkHandle>,
+}
+
+struct DiskHandle {
+    id: String,
+    counters: Arc<block::Counters>,
+    limiter: block::Limiter,
+}
+
+struct NetworkHandle {
+    id: String,
+    counters: Arc<net::Counters>,
+    limiter: net::Limiter,
 }
 
 impl Handles {
     pub fn add_disk(&mut self, disk: &Block) {
-        self.disks.push((disk.id().to_owned(), disk.counters()));
+        self.disks.push(DiskHandle { id: disk.id().to_owned(), counters: disk.counters(), limiter: disk.limiter() });
     }
 
     pub fn remove_disk(&mut self, id: &str) {
-        self.disks.retain(|(known, _)| known != id);
+        self.disks.retain(|disk| disk.id != id);
     }
 
     pub fn has_disk(&self, id: &str) -> bool {
-        self.disks.iter().any(|(known, _)| known == id)
+        self.disks.iter().any(|disk| disk.id == id)
+    }
+
+    /// `None` when there is no such disk.
+    pub fn limit_disk(&self, id: &str, limits: DiskLimits) -> Option<()> {
+        self.disks.iter().find(|disk| disk.id == id).map(|disk| disk.limiter.set(limits))
+    }
+
+    /// `None` when there is no such interface.
+    pub fn limit_network(&self, id: &str, bytes_per_second: Option<NonZeroU64>) -> Option<()> {
+        self.networks.iter().find(|network| network.id == id).map(|network| network.limiter.set(bytes_per_second))
     }
 
     pub fn metrics(&self) -> Metrics {
         Metrics {
-            disks: self.disks.iter().map(|(id, counters)| counters.metrics(id)).collect(),
-            networks: self.networks.iter().map(|(id, counters)| counters.metrics(id)).collect(),
+            disks: self.disks.iter().map(|disk| disk.counters.metrics(&disk.id)).collect(),
+            networks: self.networks.iter().map(|network| network.counters.metrics(&network.id)).collect(),
             balloon_mib: self.balloon.as_ref().map_or(0, balloon::Handle::actual_mib),
             ..Metrics::default()
         }
@@ -83,7 +106,8 @@ pub fn build(config: &Devices<'_>, fds: &mut Descriptors) -> Result<(Vec<Box<dyn
     for network in config.networks {
         let tap = fds.take(network.tap, "tap")?;
         let net = Net::new(network.id.clone(), tap, network.mac, network.mtu).map_err(device(&network.id))?;
-        handles.networks.push((network.id.clone(), net.counters()));
+        net.limiter().set(network.bytes_per_second);
+        handles.networks.push(NetworkHandle { id: network.id.clone(), counters: net.counters(), limiter: net.limiter() });
         devices.push(Box::new(net));
     }
     if let Some(cid) = config.vsock_cid {
@@ -111,7 +135,9 @@ pub fn disk(disk: &DiskConfig, fds: &mut Descriptors) -> Result<Block, MachineEr
             allowed: "at most 20 bytes",
         });
     }
-    Ok(Block::new(disk.id.clone(), &disk.serial, backend(disk, fds)?, disk.read_only))
+    let block = Block::new(disk.id.clone(), &disk.serial, backend(disk, fds)?, disk.read_only).map_err(device(&disk.id))?;
+    block.limiter().set(disk.limits);
+    Ok(block)
 }
 
 fn device(id: &str) -> impl FnOnce(std::io::Error) -> MachineError {

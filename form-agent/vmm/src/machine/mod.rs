@@ -74,6 +74,8 @@ pub enum MachineError {
     Exists(String),
     #[error("there is no disk {0}")]
     NoDisk(String),
+    #[error("there is no network interface {0}")]
+    NoNetwork(String),
     #[error("cannot use the console log")]
     ConsoleLog(#[from] crate::log_ring::LogRingError),
     #[error("cannot give up privileges")]

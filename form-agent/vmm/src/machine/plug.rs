@@ -1,10 +1,11 @@
-//! Disks that come, grow and go while the VM runs.
+//! Disks that come, grow and go while the VM runs, and limits that change.
 
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::{Machine, MachineError, devices, lock};
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, DiskLimits};
 use crate::descriptors::Descriptors;
 use crate::platform::power::EVENT_PCI;
 
@@ -49,6 +50,20 @@ impl Machine {
     pub fn grow(&self, id: &str, size_bytes: u64) -> Result<(), MachineError> {
         let grown = lock(&self.disk(id)?.device).grow(size_bytes);
         grown.map_err(|source| MachineError::Grow { id: id.to_owned(), source })
+    }
+
+    /// # Errors
+    /// When there is no such disk.
+    pub fn limit_disk(&self, id: &str, limits: DiskLimits) -> Result<(), MachineError> {
+        let known = self.handles.limit_disk(id, limits);
+        known.ok_or_else(|| MachineError::NoDisk(id.to_owned()))
+    }
+
+    /// # Errors
+    /// When there is no such network interface.
+    pub fn limit_network(&self, id: &str, bytes_per_second: Option<NonZeroU64>) -> Result<(), MachineError> {
+        let known = self.handles.limit_network(id, bytes_per_second);
+        known.ok_or_else(|| MachineError::NoNetwork(id.to_owned()))
     }
 
     fn disk(&self, id: &str) -> Result<&super::Device, MachineError> {

@@ -82,6 +82,10 @@ impl Server {
                 (ControlRequest::Unplug { id, gone }, VmState::Running) => changed(channel, unplug(machine, &id, gone, fds)),
                 (ControlRequest::Grow { id, size_bytes }, VmState::Running) => changed(channel, machine.grow(&id, size_bytes)),
                 (ControlRequest::Plug { .. } | ControlRequest::Unplug { .. } | ControlRequest::Grow { .. }, _) => refuse(channel, state),
+                (ControlRequest::LimitDisk { id, limits }, _) => changed(channel, machine.limit_disk(&id, limits)),
+                (ControlRequest::LimitNetwork { id, bytes_per_second }, _) => {
+                    changed(channel, machine.limit_network(&id, bytes_per_second))
+                }
                 (ControlRequest::Boot { .. } | ControlRequest::Restore { .. } | ControlRequest::Status | ControlRequest::Stop, _) => {
                     refuse(channel, state)
                 }
@@ -126,7 +130,7 @@ fn changed(channel: &Channel, result: Result<(), MachineError>) -> Served {
 
 fn kind_of_machine(problem: &MachineError) -> ErrorKind {
     match problem {
-        MachineError::NoDisk(_) => ErrorKind::NotFound,
+        MachineError::NoDisk(_) | MachineError::NoNetwork(_) => ErrorKind::NotFound,
         MachineError::Kvm { .. }
         | MachineError::Io { .. }
         | MachineError::Device { .. }

@@ -5,6 +5,7 @@ pub mod block;
 pub mod chain;
 pub mod features;
 pub mod iovec;
+pub mod limit;
 pub mod net;
 pub mod pci;
 pub mod ring;

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use form_vmm::config::{DiskConfig, DiskFormat, Fd};
+use form_vmm::config::{DiskConfig, DiskFormat, DiskLimits, Fd};
 use form_vmm::control::{ClientError, ErrorKind};
 use imago::{FormatCreateBuilder, file::File as Storage, qcow2::Qcow2};
 
@@ -25,7 +25,15 @@ const SCRIPT: &str = "for m in virtio_blk virtio-rng; do insmod_virtio $m; done
     done";
 
 fn disk(id: &str, format: DiskFormat) -> DiskConfig {
-    DiskConfig { id: id.into(), serial: format!("SERIAL-{id}"), format, file: Fd(0), backing: Vec::new(), read_only: false }
+    DiskConfig {
+        id: id.into(),
+        serial: format!("SERIAL-{id}"),
+        format,
+        file: Fd(0),
+        backing: Vec::new(),
+        read_only: false,
+        limits: DiskLimits::default(),
+    }
 }
 
 fn file(directory: &Path, name: &str) -> File {

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use form_vmm::config::{DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, RestoreConfig, VmConfig};
+use form_vmm::config::{DiskConfig, DiskFormat, DiskLimits, Fd, JailConfig, NetworkConfig, RestoreConfig, VmConfig};
 use form_vmm::control::{Client, ClientError, ExitRecord, Metrics, launch};
 use form_vmm::log_ring;
 use imago::{FormatCreateBuilder, file::File as Storage, qcow2::Qcow2};
@@ -289,7 +289,15 @@ fn disks(shape: &Shape, directory: &Path, add: &mut dyn FnMut(File) -> Fd) -> Ve
     let open = |name: &str| File::options().read(true).write(true).create(true).truncate(false).open(directory.join(name)).unwrap();
     let mut disks = Vec::new();
     let mut disk = |id: &str, serial: &str, format, file| {
-        disks.push(DiskConfig { id: id.into(), serial: serial.into(), format, file: add(file), backing: Vec::new(), read_only: false });
+        disks.push(DiskConfig {
+            id: id.into(),
+            serial: serial.into(),
+            format,
+            file: add(file),
+            backing: Vec::new(),
+            read_only: false,
+            limits: DiskLimits::default(),
+        });
     };
     if let Some(mib) = shape.disk_mib {
         let file = open("disk");
@@ -308,7 +316,8 @@ fn disks(shape: &Shape, directory: &Path, add: &mut dyn FnMut(File) -> Fd) -> Ve
 }
 
 fn networks(shape: &Shape, add: &mut dyn FnMut(File) -> Fd) -> Vec<NetworkConfig> {
-    let network = |name| NetworkConfig { id: "net".into(), tap: add(Tap::open(name)), mac: [2, 0, 0, 0, 0, 9], mtu: 1500 };
+    let network =
+        |name| NetworkConfig { id: "net".into(), tap: add(Tap::open(name)), mac: [2, 0, 0, 0, 0, 9], mtu: 1500, bytes_per_second: None };
     shape.tap.map(network).into_iter().collect()
 }
 

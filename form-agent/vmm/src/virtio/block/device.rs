@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use virtio_queue::Queue;
@@ -14,7 +15,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use super::{
-    DiskBackend, Payload,
+    DiskBackend, Limiter, Payload,
     request::{
         self, DISCARD_SECTORS_MAX, HEADER, Limits, Operation, RANGES_MAX, Request, RequestError, SECTOR, SERIAL, Status, ZEROES_SECTORS_MAX,
     },
@@ -43,6 +44,10 @@ const F_FLUSH: u64 = 1 << 9;
 const F_TOPOLOGY: u64 = 1 << 10;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
+
+const EXIT: u64 = 0;
+const KICK: u64 = 1;
+const LIMITS: u64 = 2;
 
 /// Completions the driver may have to wait for while we go on with the next request.
 const NOTIFY_EVERY: u32 = 8;
@@ -78,25 +83,35 @@ pub struct Block {
     serial: [u8; SERIAL],
     limits: Limits,
     counters: Arc<Counters>,
+    limiter: Limiter,
     /// `None` while the worker has it.
     backend: Option<Box<dyn DiskBackend>>,
     worker: Option<Task<BlockWorker>>,
 }
 
 impl Block {
-    /// A disk whose content is `backend`. Of `serial` the first 20 bytes count.
-    pub fn new(id: String, serial: &str, backend: Box<dyn DiskBackend>, read_only: bool) -> Self {
+    /// A disk whose content is `backend`, without limits. Of `serial` the first 20 bytes count.
+    ///
+    /// # Errors
+    /// When the operating system has no eventfd left.
+    pub fn new(id: String, serial: &str, backend: Box<dyn DiskBackend>, read_only: bool) -> io::Result<Self> {
         let mut padded = [0; SERIAL];
         let length = serial.len().min(SERIAL);
         padded[..length].copy_from_slice(&serial.as_bytes()[..length]);
-        Self {
+        Ok(Self {
             id,
             serial: padded,
             limits: Limits { sectors: backend.size() / SECTOR, read_only, discard: !read_only && backend.can_discard() },
             counters: Arc::default(),
+            limiter: Limiter::new()?,
             backend: Some(backend),
             worker: None,
-        }
+        })
+    }
+
+    /// What sets the limits of the disk, also while it works.
+    pub fn limiter(&self) -> Limiter {
+        self.limiter.clone()
     }
 
     pub fn counters(&self) -> Arc<Counters> {
@@ -118,6 +133,11 @@ impl Block {
             self.backend = None;
             refuse("the disk is in use: pause the VM first")
         })
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_limiter(&mut self, limiter: Limiter) {
+        self.limiter = limiter;
     }
 
     fn state(&self) -> BlockState {
@@ -199,6 +219,7 @@ impl VirtioDevice for Block {
             serial: self.serial,
             limits: self.limits,
             counters: Arc::clone(&self.counters),
+            limiter: self.limiter.clone(),
             write_through,
         };
         // When the thread cannot start the backend is lost with it: the disk then stays out of order.
@@ -253,6 +274,7 @@ struct BlockWorker {
     serial: [u8; SERIAL],
     limits: Limits,
     counters: Arc<Counters>,
+    limiter: Limiter,
     write_through: bool,
 }
 
@@ -272,30 +294,47 @@ impl BlockWorker {
 
     fn serve(&mut self, exit: &Exit) -> Result<(), Fault> {
         let host = |source| Fault::Host { context: "could not wait for the driver", source };
-        let mut poller = Poller::new(2).map_err(host)?;
-        poller.add(exit.as_raw_fd(), 0, EventSet::IN).map_err(host)?;
-        poller.add(self.ring.kick_fd(), 1, EventSet::IN).map_err(host)?;
+        let mut poller = Poller::new(3).map_err(host)?;
+        poller.add(exit.as_raw_fd(), EXIT, EventSet::IN).map_err(host)?;
+        poller.add(self.ring.kick_fd(), KICK, EventSet::IN).map_err(host)?;
+        poller.add(self.limiter.0.as_raw_fd(), LIMITS, EventSet::IN).map_err(host)?;
         let mut chain = Chain::default();
         // First without a kick: after a pause requests may be waiting.
-        self.drain(exit, &mut chain)?;
+        let mut limited = self.drain(exit, &mut chain)?;
         while !exit.requested() {
-            let kicked = poller.wait(None).map_err(host)?.iter().any(|event| event.data() == 1);
-            if kicked {
-                self.ring.take_kick();
-                self.drain(exit, &mut chain)?;
+            let events = poller.wait(limited).map_err(host)?;
+            let mut look = events.is_empty();
+            for event in events {
+                match event.data() {
+                    KICK => self.ring.take_kick(),
+                    LIMITS => self.limiter.0.take_event(),
+                    _ => continue,
+                }
+                look = true;
+            }
+            if look {
+                limited = self.drain(exit, &mut chain)?;
             }
         }
         Ok(())
     }
 
-    /// Serves what the driver made available until there is no more.
-    fn drain(&mut self, exit: &Exit, chain: &mut Chain) -> Result<(), Fault> {
+    /// Serves what the driver made available until there is no more, or the limits of the disk are reached: then it gives the time after
+    /// which the next request, which stays in the ring, may be served. The driver is not asked to kick meanwhile.
+    fn drain(&mut self, exit: &Exit, chain: &mut Chain) -> Result<Option<Duration>, Fault> {
         let memory = self.session.memory.memory();
         loop {
             self.ring.disarm(&memory)?;
             let mut waiting = 0;
+            let mut limited = None;
             while !exit.requested() && self.ring.pop(&memory, chain)? {
-                let written = self.perform(&memory, chain)?;
+                let request = self.parse(&memory, chain)?;
+                if let Err(wait) = self.limiter.take(request.cost(chain)) {
+                    self.ring.undo_pop(1);
+                    limited = Some(wait);
+                    break;
+                }
+                let written = self.perform(&memory, chain, &request)?;
                 self.ring.complete(&memory, chain.head, written)?;
                 waiting += 1;
                 if waiting == NOTIFY_EVERY {
@@ -306,23 +345,28 @@ impl BlockWorker {
             if waiting > 0 {
                 self.ring.notify(&memory)?;
             }
+            if limited.is_some() {
+                return Ok(limited);
+            }
             if !self.ring.arm(&memory)? || exit.requested() {
-                return Ok(());
+                return Ok(None);
             }
         }
     }
 
+    fn parse(&self, memory: &GuestMemoryMmap, chain: &Chain) -> Result<Request, Fault> {
+        request::parse(memory, chain, self.limits).map_err(|error| match error {
+            RequestError::TooShort { .. } => Fault::Request("a block request without room for header and status"),
+            RequestError::Chain(source) => Fault::Chain { index: 0, source },
+        })
+    }
+
     /// Does what the chain asks for and writes the status; gives the number of bytes written to guest memory.
-    fn perform(&mut self, memory: &GuestMemoryMmap, chain: &Chain) -> Result<usize, Fault> {
-        let request = match request::parse(memory, chain, self.limits) {
-            Ok(request) => request,
-            Err(RequestError::TooShort { .. }) => return Err(Fault::Request("a block request without room for header and status")),
-            Err(RequestError::Chain(source)) => return Err(Fault::Chain { index: 0, source }),
-        };
+    fn perform(&mut self, memory: &GuestMemoryMmap, chain: &Chain, request: &Request) -> Result<usize, Fault> {
         let status_at = chain.writable.len() - 1;
         let (status, data) = match request {
-            Request::Refuse(status) => (status, 0),
-            Request::Perform(operation) => match self.execute(memory, chain, &operation) {
+            Request::Refuse(status) => (*status, 0),
+            Request::Perform(operation) => match self.execute(memory, chain, operation) {
                 Ok(data) => (Status::Ok, data),
                 Err(error) => {
                     // A full disk fails every write: the first is told, and then ever fewer.

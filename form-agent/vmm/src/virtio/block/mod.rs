@@ -2,6 +2,7 @@
 
 mod backend;
 mod device;
+mod limiter;
 mod lock;
 mod qcow2;
 mod raw;
@@ -14,6 +15,7 @@ use std::{io, os::fd::OwnedFd};
 
 pub use backend::{DiskBackend, Payload};
 pub use device::{Block, Counters};
+pub use limiter::Limiter;
 pub use qcow2::{Layer, Qcow2Image};
 pub use raw::RawFile;
 

@@ -82,6 +82,30 @@ pub enum Request {
     Refuse(Status),
 }
 
+/// What a request takes from the limits of its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cost {
+    pub operations: u64,
+    pub bytes: u64,
+}
+
+impl Request {
+    /// Zeros count as if they were written, which they are where the storage cannot make them. What is discarded is not moved, but each
+    /// of its ranges is an operation of the storage.
+    pub fn cost(&self, chain: &Chain) -> Cost {
+        let (operations, bytes) = match self {
+            Self::Perform(Operation::Read { .. }) => (1, chain.writable.len().saturating_sub(1) as u64),
+            Self::Perform(Operation::Write { .. }) => (1, chain.readable.len().saturating_sub(HEADER) as u64),
+            Self::Perform(Operation::Discard(extents)) => (extents.len().max(1) as u64, 0),
+            Self::Perform(Operation::WriteZeroes { extents, .. }) => {
+                (extents.len().max(1) as u64, extents.iter().map(|extent| extent.length).sum())
+            }
+            Self::Perform(Operation::Flush | Operation::GetId) | Self::Refuse(_) => (1, 0),
+        };
+        Cost { operations, bytes }
+    }
+}
+
 /// A chain that is no block request: there is no place for a status.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {

@@ -59,7 +59,7 @@ struct Bench {
 
 impl Bench {
     fn new(disk: Layer, backing: Vec<Layer>, read_only: bool) -> Self {
-        let mut device = Block::new("disk".into(), SERIAL, open(disk, backing, read_only).unwrap(), read_only);
+        let mut device = Block::new("disk".into(), SERIAL, open(disk, backing, read_only).unwrap(), read_only).unwrap();
         let driver = Driver::new(device.queue_sizes());
         device.activate(driver.activation(device.features() & NO_EVENT_IDX)).unwrap();
         Self { device, driver }
@@ -201,7 +201,7 @@ fn a_pause_gives_the_queue_back_and_goes_on_where_it_stood() {
 #[test]
 fn a_state_of_another_disk_or_version_is_refused() {
     let file = image();
-    let mut device = Block::new("disk".into(), "a", open(raw_layer(&file), Vec::new(), false).unwrap(), false);
+    let mut device = Block::new("disk".into(), "a", open(raw_layer(&file), Vec::new(), false).unwrap(), false).unwrap();
     let mut state = device.save();
     state["sectors"] = 1.into();
     assert!(device.restore(&state).is_err());

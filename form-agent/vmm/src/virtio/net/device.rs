@@ -13,6 +13,7 @@ use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
+    Limiter,
     request::ReceiveMode,
     state::{self, NetState},
     tap::{Offloads, Tap},
@@ -76,27 +77,45 @@ pub struct Net {
     mac: [u8; 6],
     mtu: u16,
     counters: Arc<Counters>,
+    limiter: Limiter,
     tap: Arc<Tap>,
     worker: Option<Task<NetWorker>>,
 }
 
 impl Net {
-    /// `tap` was opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    /// `tap` was opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`. It has no limits at first.
     ///
     /// # Errors
     /// When it was not, or its settings cannot be changed.
     pub fn new(id: String, tap: OwnedFd, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
-        Ok(Self { id, mac, mtu, counters: Arc::default(), tap: Arc::new(Tap::new(tap)?), worker: None })
+        Self::over(id, Tap::new(tap)?, mac, mtu)
+    }
+
+    fn over(id: String, tap: Tap, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
+        Ok(Self { id, mac, mtu, counters: Arc::default(), limiter: Limiter::new()?, tap: Arc::new(tap), worker: None })
     }
 
     /// An interface over a datagram socket that does not block.
-    #[cfg(feature = "fuzzing")]
-    pub fn over_socket(id: String, socket: OwnedFd, mac: [u8; 6], mtu: u16) -> Self {
-        Self { id, mac, mtu, counters: Arc::default(), tap: Arc::new(Tap::over_socket(socket)), worker: None }
+    ///
+    /// # Errors
+    /// When the operating system has no eventfd left.
+    #[cfg(any(feature = "fuzzing", test))]
+    pub fn over_socket(id: String, socket: OwnedFd, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
+        Self::over(id, Tap::over_socket(socket), mac, mtu)
+    }
+
+    /// What sets the limits of the interface, also while it works.
+    pub fn limiter(&self) -> Limiter {
+        self.limiter.clone()
     }
 
     pub fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_limiter(&mut self, limiter: Limiter) {
+        self.limiter = limiter;
     }
 
     fn state(&self) -> NetState {
@@ -160,7 +179,8 @@ impl VirtioDevice for Net {
         let [receive, transmit] =
             <[Ring; 2]>::try_from(rings).map_err(|rings| DeviceError::Queues { device: "net", needed: 2, found: rings.len() })?;
         self.tap.set_offloads(offloads).map_err(|source| io("could not set the tap's offloads", source))?;
-        let worker = NetWorker::new(session, receive, transmit, Arc::clone(&self.tap), mode, Arc::clone(&self.counters));
+        let worker =
+            NetWorker::new(session, [receive, transmit], Arc::clone(&self.tap), mode, Arc::clone(&self.counters), self.limiter.clone());
         let task = Task::start(WorkerKind::Net, &self.id, move |exit| worker.run(exit))
             .map_err(|source| io("could not start the thread", source))?;
         self.worker = Some(task);

@@ -31,7 +31,7 @@ pub struct Offloads {
 pub struct Tap {
     fd: OwnedFd,
     /// A socket in the place of a tap: it has no offloads to set.
-    #[cfg(feature = "fuzzing")]
+    #[cfg(any(feature = "fuzzing", test))]
     socket: bool,
 }
 
@@ -61,13 +61,13 @@ impl Tap {
         check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, status | libc::O_NONBLOCK) })?;
         Ok(Self {
             fd,
-            #[cfg(feature = "fuzzing")]
+            #[cfg(any(feature = "fuzzing", test))]
             socket: false,
         })
     }
 
     /// A datagram socket that does not block in the place of a tap: each datagram is a packet with its header.
-    #[cfg(feature = "fuzzing")]
+    #[cfg(any(feature = "fuzzing", test))]
     pub fn over_socket(fd: OwnedFd) -> Self {
         Self { fd, socket: true }
     }
@@ -75,7 +75,7 @@ impl Tap {
     /// # Errors
     /// Those of the ioctl.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
-        #[cfg(feature = "fuzzing")]
+        #[cfg(any(feature = "fuzzing", test))]
         if self.socket {
             return Ok(());
         }

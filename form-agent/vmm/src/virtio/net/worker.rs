@@ -12,6 +12,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use super::{
+    Limiter,
     device::Counters,
     request::{self, Buffers, PACKET_MAX, ReceiveMode},
     tap::{HEADER, Tap},
@@ -27,6 +28,7 @@ const EXIT: u64 = 0;
 const RECEIVE: u64 = 1;
 const TRANSMIT: u64 = 2;
 const TAP: u64 = 3;
+const LIMITS: u64 = 4;
 
 /// Packets moved one way before the other way gets its turn.
 const BUDGET: usize = 128;
@@ -41,6 +43,19 @@ enum Progress {
     Idle,
     /// The budget is used up.
     More,
+    /// The limit of the interface is reached: nothing for this long.
+    Limited(Duration),
+}
+
+impl Progress {
+    /// How long to wait for an event before there is more to do.
+    fn wait(self) -> Option<Duration> {
+        match self {
+            Self::Idle => None,
+            Self::More => Some(Duration::ZERO),
+            Self::Limited(time) => Some(time),
+        }
+    }
 }
 
 pub struct NetWorker {
@@ -50,6 +65,7 @@ pub struct NetWorker {
     tap: Arc<Tap>,
     mode: ReceiveMode,
     counters: Arc<Counters>,
+    limiter: Limiter,
     buffers: Buffers,
     /// The tap may have packets: it is watched for edges, so this is only forgotten when a read said that it is empty.
     tap_ready: bool,
@@ -58,8 +74,17 @@ pub struct NetWorker {
 }
 
 impl NetWorker {
-    pub fn new(session: Session, receive: Ring, transmit: Ring, tap: Arc<Tap>, mode: ReceiveMode, counters: Arc<Counters>) -> Self {
-        Self { session, receive, transmit, tap, mode, counters, buffers: Buffers::default(), tap_ready: true, overflow: vec![0; 1] }
+    /// The rings are those to receive and to transmit.
+    pub fn new(
+        session: Session,
+        [receive, transmit]: [Ring; 2],
+        tap: Arc<Tap>,
+        mode: ReceiveMode,
+        counters: Arc<Counters>,
+        limiter: Limiter,
+    ) -> Self {
+        let (buffers, overflow) = (Buffers::default(), vec![0; 1]);
+        Self { session, receive, transmit, tap, mode, counters, limiter, buffers, tap_ready: true, overflow }
     }
 
     pub fn into_queues(self) -> Vec<(u16, Queue, EventFd)> {
@@ -78,22 +103,21 @@ impl NetWorker {
 
     fn serve(&mut self, exit: &Exit) -> Result<(), Fault> {
         let host = |source| Fault::Host { context: "could not wait for the driver", source };
-        let mut poller = Poller::new(4).map_err(host)?;
+        let mut poller = Poller::new(5).map_err(host)?;
         poller.add(exit.as_raw_fd(), EXIT, EventSet::IN).map_err(host)?;
         poller.add(self.receive.kick_fd(), RECEIVE, EventSet::IN).map_err(host)?;
         poller.add(self.transmit.kick_fd(), TRANSMIT, EventSet::IN).map_err(host)?;
         // By edge: a guest without buffers must not make us spin on a tap full of packets.
         poller.add(self.tap.as_raw_fd(), TAP, EventSet::IN | EventSet::EDGE_TRIGGERED).map_err(host)?;
+        poller.add(self.limiter.0.as_raw_fd(), LIMITS, EventSet::IN).map_err(host)?;
         let mut chain = Chain::default();
         let (mut receive, mut transmit) = (true, true);
         while !exit.requested() {
-            if receive {
-                receive = self.receive()? == Progress::More;
-            }
-            if transmit {
-                transmit = self.transmit(&mut chain)? == Progress::More;
-            }
-            let wait = (receive || transmit).then_some(Duration::ZERO);
+            let received = if receive { self.receive()? } else { Progress::Idle };
+            let sent = if transmit { self.transmit(&mut chain)? } else { Progress::Idle };
+            // What is limited is looked at again whatever ends the wait: the other way's event, its time, or another limit.
+            (receive, transmit) = (received != Progress::Idle, sent != Progress::Idle);
+            let wait = [received.wait(), sent.wait()].into_iter().flatten().min();
             for event in poller.wait(wait).map_err(host)? {
                 match event.data() {
                     RECEIVE => {
@@ -108,6 +132,7 @@ impl NetWorker {
                         self.tap_ready = true;
                         receive = true;
                     }
+                    LIMITS => self.limiter.0.take_event(),
                     _ => {}
                 }
             }
@@ -128,6 +153,9 @@ impl NetWorker {
             }
             if !self.refill(&memory)? {
                 break Progress::Idle;
+            }
+            if let Err(wait) = self.limiter.may_receive() {
+                break Progress::Limited(wait);
             }
             match self.receive_one(&memory) {
                 Ok(()) => moved += 1,
@@ -185,6 +213,7 @@ impl NetWorker {
         let fits = room.len();
         room.append_own(&mut self.overflow);
         let length = room.read_from(self.tap.as_raw_fd()).map_err(|source| Fault::Host { context: "could not read the tap", source })?;
+        self.limiter.received(length.saturating_sub(HEADER));
         if length > fits || length < HEADER {
             // The guest's buffers are too small for this packet: it is lost, the buffers are not.
             self.counters.dropped.fetch_add(1, Relaxed);
@@ -211,10 +240,21 @@ impl NetWorker {
         let mut moved = 0;
         let progress = loop {
             self.transmit.disarm(&memory)?;
+            let mut limited = None;
             while moved < BUDGET && self.transmit.pop(&memory, chain)? {
+                // What is no packet is dropped, and that costs nothing.
+                let bytes = if request::sendable(&chain.readable) { chain.readable.len() - HEADER } else { 0 };
+                if let Err(wait) = self.limiter.take_sent(bytes) {
+                    self.transmit.undo_pop(1);
+                    limited = Some(wait);
+                    break;
+                }
                 self.transmit_one(&memory, chain)?;
                 self.transmit.complete(&memory, chain.head, 0)?;
                 moved += 1;
+            }
+            if let Some(wait) = limited {
+                break Progress::Limited(wait);
             }
             if moved == BUDGET {
                 break Progress::More;
