@@ -153,6 +153,7 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             | OperationKind::VolumeAttach
             | OperationKind::VolumeDetach
             | OperationKind::VolumeResize
+            | OperationKind::VolumeSet
             | OperationKind::VolumeClone
             | OperationKind::VolumeImport
             | OperationKind::VolumeExport

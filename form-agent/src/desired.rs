@@ -17,7 +17,8 @@ use form_api::{
 use form_net::{Ipv4Range, Ipv6Prefix, Mac};
 use form_state::{Claim, Document, Record, RecordId, Refusal, Rules, Scalar, SignedRequest, Table, View, Write};
 use form_types::{
-    ClusterId, Digest, HostId, Name, PublicKey, VmId,
+    ClusterId, Digest, DiskLimits, HostId, Name, PublicKey, VmId, VmLimits,
+    limits::{self, LimitError},
     spec::{Restart, RestartPolicy},
 };
 use jiff::Timestamp;
@@ -84,6 +85,8 @@ pub struct DesiredVm {
     pub actor: PublicKey,
     pub created_at: Timestamp,
     pub request: DeployRequest,
+    /// No part of the request: a deploy leaves them as they are.
+    pub limits: VmLimits,
 }
 
 impl DesiredVm {
@@ -139,8 +142,44 @@ impl DesiredVm {
             actor: text("actor")?.parse().ok()?,
             created_at: Timestamp::from_second(i64::try_from(number("created_at")?).ok()?).ok()?,
             request,
+            limits: VmLimits {
+                disk: read_disk_limits(record, DISK_IOPS, DISK_BYTES),
+                net_bytes_per_second: number(NET_BYTES).filter(|bytes| *bytes > 0),
+            },
         })
     }
+}
+
+/// Fields of a VM's record: what it may do in a second. 0 is no limit.
+const DISK_IOPS: &str = "disk_iops";
+const DISK_BYTES: &str = "disk_bytes_per_second";
+const NET_BYTES: &str = "net_bytes_per_second";
+
+/// The limits of a disk from two fields of a record, which are 0 or missing when there is none.
+pub fn read_disk_limits(record: &Record, iops: &str, bytes_per_second: &str) -> DiskLimits {
+    let number = |field: &str| record.get(field).and_then(Scalar::as_uint).filter(|limit| *limit > 0);
+    DiskLimits { iops: number(iops), bytes_per_second: number(bytes_per_second) }
+}
+
+/// The limits with what `set` changes.
+///
+/// # Errors
+/// When there cannot be such a limit.
+pub fn with_limits(before: VmLimits, set: &SetRequest) -> Result<VmLimits, LimitError> {
+    let disk = before.disk.with(set.disk_iops, set.disk_bytes_per_second);
+    disk.check()?;
+    let net_bytes_per_second = set.net_bytes_per_second.unwrap_or(before.net_bytes_per_second);
+    net_bytes_per_second.map_or(Ok(()), limits::check_bytes_per_second)?;
+    Ok(VmLimits { disk, net_bytes_per_second })
+}
+
+/// Only of those that differ: what two change at once and apart holds both.
+fn limit_writes(id: VmId, before: VmLimits, after: VmLimits) -> Vec<Write> {
+    let fields = |limits: VmLimits| {
+        [(DISK_IOPS, limits.disk.iops), (DISK_BYTES, limits.disk.bytes_per_second), (NET_BYTES, limits.net_bytes_per_second)]
+    };
+    let changed = fields(before).into_iter().zip(fields(after)).filter(|(before, after)| before != after);
+    changed.map(|(_, (field, limit))| Write::put(Table::Vms, id, field, limit.unwrap_or(0))).collect()
 }
 
 /// What can be changed while the VM runs is left out.
@@ -340,9 +379,13 @@ impl Rules for AgentRules {
             }
             ("PATCH", ["v1", "vms", name]) => {
                 let vm = existing(name, authority, view)?;
-                let changed = with_set(&vm.request, &json(&request.body)?).map_err(Refusal::new)?;
+                let set: SetRequest = json(&request.body)?;
+                let changed = with_set(&vm.request, &set).map_err(Refusal::new)?;
+                let limits = with_limits(vm.limits, &set).map_err(|error| Refusal::new(error.to_string()))?;
                 let text = serde_json::to_string(&changed).map_err(|error| Refusal::new(error.to_string()))?;
-                Ok(vec![Write::put(Table::Vms, vm.id, "request", text)])
+                let mut writes = vec![Write::put(Table::Vms, vm.id, "request", text)];
+                writes.extend(limit_writes(vm.id, vm.limits, limits));
+                Ok(writes)
             }
             ("POST", ["v1", "vms", name, "stop"]) => {
                 Ok(vec![Write::put(Table::Vms, existing(name, authority, view)?.id, "run", Run::Stopped.as_str())])
@@ -396,6 +439,8 @@ impl AgentRules {
         let name = &create.vm.spec.name;
         let id = VmId::derive(asked.signer, asked.key, name.as_str());
         let run = if create.start { Run::Running } else { Run::Stopped };
+        // A copy of a VM may do as much as that.
+        let mut limits = VmLimits::default();
         match vms(view).into_values().find(|vm| vm.id == id || vm.name() == name) {
             Some(vm) if vm.id == id && vm.name() == name => asked.authority.may_change(&vm)?,
             Some(vm) => return Err(Refusal::new(format!("there is a vm/{} already", vm.name()))),
@@ -410,10 +455,12 @@ impl AgentRules {
                 if source.host != HostId::of(&asked.claim.author) {
                     return Err(Refusal::new(format!("vm/{} is another host's, and its disk is there", source.name())));
                 }
+                limits = source.limits;
             }
         }
         let is_new = vm_named(view, name).is_none();
         let mut writes = self.deploy(&create.vm, run, asked, view)?;
+        writes.extend(limit_writes(id, VmLimits::default(), limits));
         if let Some(fork) = create.fork_of.as_ref().filter(|_| is_new) {
             writes.push(Write::put(Table::Vms, id, "restore", fork.snapshot.as_str()));
             writes.push(Write::put(Table::Vms, id, "restore_starts", FIRST_START));

@@ -8,7 +8,7 @@ use form_api::{
     snapshot::RestoreRequest,
     vm::{SetRequest, VmState},
 };
-use form_types::{Digest, Failpoint, Name, OperationId, VmId, failpoint::reach};
+use form_types::{Digest, Failpoint, Name, OperationId, VmId, VmLimits, failpoint::reach};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -20,7 +20,7 @@ use crate::{
     desired::{self, DesiredVm, Run},
     driver::{live, process::RuntimeDirectory},
     fleet::Observed,
-    kept,
+    kept, limits,
     operation::{Begun, Opening, Record},
     snapshot,
 };
@@ -144,9 +144,8 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<bool, ApiErro
         }
         Change::Set(set) => {
             if set.is_empty() {
-                return Err(
-                    ApiError::new(ErrorCode::Invalid, "nothing is to be set").hint("say what: labels, restart policy, vcpus, memory")
-                );
+                return Err(ApiError::new(ErrorCode::Invalid, "nothing is to be set")
+                    .hint("say what: labels, restart policy, vcpus, memory, limits"));
             }
             let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
             let resources = (&changed.spec.resources, &vm.request.spec.resources);
@@ -158,12 +157,16 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<bool, ApiErro
                 )
                 .hint(format!("add --restart, or stop it before with `form vm stop {name}`")));
             }
-            return Ok(changed != vm.request);
+            return Ok(changed != vm.request || with_limits(vm, set)? != vm.limits);
         }
         Change::Restore(request) => return snapshot::restore::check(agent, vm, &request.snapshot).map(|_| true),
         _ => {}
     }
     Ok(needed)
+}
+
+fn with_limits(vm: &DesiredVm, set: &SetRequest) -> Result<VmLimits, ApiError> {
+    desired::with_limits(vm.limits, set).map_err(|error| ApiError::new(ErrorCode::Invalid, error.to_string()))
 }
 
 fn record(agent: &Agent, caller: &Caller, id: OperationId, progress: &Progress, needed: bool) -> Result<(), ApiError> {
@@ -189,13 +192,20 @@ fn gone() -> ApiError {
 }
 
 /// Waits until the VM is as the operation wants it.
-async fn reached(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
+async fn reached(agent: &Arc<Agent>, progress: &Progress) -> Result<(), ApiError> {
     let (vm, change) = (&progress.vm, &progress.change);
     if matches!(change, Change::Rename(_)) {
         agent.apply_rules().await.map_err(|error| internal(&error))?;
     }
     if matches!(change, Change::Rename(_) | Change::Set(_)) {
         tell_guest(agent, vm).await;
+    }
+    if let (Change::Set(set), Some(desired)) = (change, agent.desired(vm))
+        && set.limits()
+    {
+        let told_agent = Arc::clone(agent);
+        let told = tokio::task::spawn_blocking(move || limits::of_vm_itself(&told_agent, &desired)).await;
+        told.map_err(|error| internal(&error))??;
     }
     let mut changed = agent.fleet.subscribe();
     let deadline = Instant::now() + PATIENCE.max(Duration::from_secs(agent.config().boot_timeout_seconds));
@@ -312,7 +322,10 @@ fn is_recorded(vm: &DesiredVm, change: &Change, boot: &Digest) -> bool {
         Change::Pause => vm.run == Run::Paused,
         Change::Restart | Change::Reset | Change::Restore(_) => vm.boot_digest() != *boot,
         Change::Rename(name) => vm.name() == name,
-        Change::Set(set) => desired::with_set(&vm.request, set).is_ok_and(|changed| changed == vm.request),
+        Change::Set(set) => {
+            desired::with_set(&vm.request, set).is_ok_and(|changed| changed == vm.request)
+                && desired::with_limits(vm.limits, set) == Ok(vm.limits)
+        }
         // A recorded one would not be in the state any more.
         Change::Destroy => false,
     }

@@ -24,6 +24,7 @@ mod heap;
 mod identity;
 mod kept;
 mod lifecycle;
+mod limits;
 mod logs;
 mod machine;
 mod metrics;

@@ -3,21 +3,28 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    num::NonZeroU64,
 };
 
 use form_api::deploy::DeployRequest;
 use form_types::{
-    Name, VmId,
+    DiskLimits, Name, VmId, VmLimits,
     settings::{File, Interface, Route4, Route6, Service, Settings, UserSettings, VolumeMount},
     spec::{EnvScope, User},
 };
-use form_vmm::config::{BackingFile, DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, RestoreConfig, VmConfig};
+use form_vmm::config::{self as vmm_config, BackingFile, DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, RestoreConfig, VmConfig};
 
 /// The kernel's command line for every VM: the console is the serial port, a panic ends the VM so that the agent sees it.
 pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
 
 /// vsock CID of every guest: each VM has a vsock device of its own, nothing else is on it.
 pub const GUEST_CID: u64 = 3;
+
+/// What a VM process knows a VM's root disk by.
+pub const ROOT_DISK: &str = "root";
+
+/// What a VM process knows a VM's network interface by.
+pub const INTERFACE: &str = "eth0";
 
 const DEFAULT_NETWORK: &str = "default";
 
@@ -154,6 +161,17 @@ pub struct VolumeDisk {
     pub serial: String,
     pub format: DiskFormat,
     pub read_only: bool,
+    pub limits: DiskLimits,
+}
+
+/// A limit as a VM process takes it.
+pub fn rate(limit: Option<u64>) -> Option<NonZeroU64> {
+    limit.and_then(NonZeroU64::new)
+}
+
+/// The same for those of a disk.
+pub fn disk_limits(limits: DiskLimits) -> vmm_config::DiskLimits {
+    vmm_config::DiskLimits { iops: rate(limits.iops), bytes_per_second: rate(limits.bytes_per_second) }
 }
 
 impl VolumeDisk {
@@ -166,30 +184,41 @@ impl VolumeDisk {
             file,
             backing: Vec::new(),
             read_only: self.read_only,
+            limits: disk_limits(self.limits),
         }
     }
 }
 
 /// The root disk at descriptor `first`, its backing files behind it, then the volumes.
-fn disks(id: &VmId, first: u16, disk: Disk, volumes: &[VolumeDisk]) -> Vec<DiskConfig> {
+fn disks(id: &VmId, first: u16, disk: Disk, volumes: &[VolumeDisk], limits: DiskLimits) -> Vec<DiskConfig> {
     let root = DiskConfig {
-        id: "root".to_owned(),
+        id: ROOT_DISK.to_owned(),
         serial: root_serial(id),
         format: disk.format,
         file: Fd(first),
         backing: (0..disk.backing).map(|index| BackingFile { file: Fd(first + 1 + index), format: DiskFormat::Raw }).collect(),
         read_only: false,
+        limits: disk_limits(limits),
     };
     let of_volumes = (first + 1 + disk.backing..).zip(volumes).map(|(file, volume)| volume.config(Fd(file)));
     std::iter::once(root).chain(of_volumes).collect()
 }
 
-fn networks(link: &Link, tap: Fd) -> Vec<NetworkConfig> {
-    vec![NetworkConfig { id: "eth0".to_owned(), tap, mac: link.mac, mtu: link.mtu }]
+fn networks(link: &Link, tap: Fd, limits: VmLimits) -> Vec<NetworkConfig> {
+    let bytes_per_second = rate(limits.net_bytes_per_second);
+    vec![NetworkConfig { id: INTERFACE.to_owned(), tap, mac: link.mac, mtu: link.mtu, bytes_per_second }]
 }
 
 /// Descriptors are passed as: kvm, kernel, initramfs, settings, log ring, exit record, tap, root disk, its backing files, volumes.
-pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, volumes: &[VolumeDisk], jail: JailConfig) -> VmConfig {
+pub fn config(
+    id: &VmId,
+    request: &DeployRequest,
+    link: &Link,
+    disk: Disk,
+    volumes: &[VolumeDisk],
+    limits: VmLimits,
+    jail: JailConfig,
+) -> VmConfig {
     let resources = &request.spec.resources;
     VmConfig {
         vcpus: u8::try_from(resources.vcpus).unwrap_or(u8::MAX),
@@ -198,8 +227,8 @@ pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, volum
         kernel: Fd(1),
         initramfs: vec![Fd(2), Fd(3)],
         cmdline: CMDLINE.to_owned(),
-        disks: disks(id, 7, disk, volumes),
-        networks: networks(link, Fd(6)),
+        disks: disks(id, 7, disk, volumes, limits.disk),
+        networks: networks(link, Fd(6), limits),
         vsock_cid: Some(GUEST_CID),
         rng: true,
         balloon: true,
@@ -211,13 +240,13 @@ pub fn config(id: &VmId, request: &DeployRequest, link: &Link, disk: Disk, volum
 
 /// The same VM from what was saved of it, to be held where it stood. Descriptors are passed as: kvm, state, memory, log ring, exit record,
 /// tap, root disk, its backing files.
-pub fn restore_config(id: &VmId, link: &Link, disk: Disk, jail: JailConfig) -> RestoreConfig {
+pub fn restore_config(id: &VmId, link: &Link, disk: Disk, limits: VmLimits, jail: JailConfig) -> RestoreConfig {
     RestoreConfig {
         kvm: Fd(0),
         state: Fd(1),
         memory: Fd(2),
-        disks: disks(id, 6, disk, &[]),
-        networks: networks(link, Fd(5)),
+        disks: disks(id, 6, disk, &[], limits.disk),
+        networks: networks(link, Fd(5), limits),
         vsock_cid: Some(GUEST_CID),
         rng: true,
         balloon: true,
@@ -244,6 +273,9 @@ mod tests {
             gateway6: "fe80::1".parse().unwrap(),
         }
     }
+
+    const LIMITS: VmLimits =
+        VmLimits { disk: DiskLimits { iops: Some(7), bytes_per_second: Some(1 << 20) }, net_bytes_per_second: Some(1 << 21) };
 
     #[test]
     fn environment_goes_where_its_scope_says() {
@@ -277,8 +309,12 @@ mod tests {
             serial: VolumeId::from_bytes([name.len() as u8; 16]).serial(),
             format: DiskFormat::Raw,
             read_only: false,
+            limits: DiskLimits { iops: Some(100), bytes_per_second: None },
         };
-        let config = config(&id, &request("web"), &link(), disk, &[volume("data"), volume("other")], JailConfig::default());
+        let config = config(&id, &request("web"), &link(), disk, &[volume("data"), volume("other")], LIMITS, JailConfig::default());
+        let iops: Vec<Option<u64>> = config.disks.iter().map(|disk| disk.limits.iops.map(NonZeroU64::get)).collect();
+        assert_eq!(iops, [Some(7), Some(100), Some(100)]);
+        assert_eq!(config.networks[0].bytes_per_second.map(NonZeroU64::get), LIMITS.net_bytes_per_second);
         assert!(root_serial(&id).len() <= 20);
         let mut used = vec![config.kvm.0, config.kernel.0];
         used.extend(config.initramfs.iter().map(|fd| fd.0));
@@ -293,11 +329,15 @@ mod tests {
     fn a_restored_vm_has_the_devices_of_a_booted_one() {
         let id = VmId::from_bytes([7; 16]);
         let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
-        let booted = config(&id, &request("web"), &link(), disk, &[], JailConfig::default());
-        let restored = restore_config(&id, &link(), disk, JailConfig::default());
-        let disks = |disks: &[DiskConfig]| disks.iter().map(|disk| (disk.id.clone(), disk.serial.clone(), disk.format)).collect::<Vec<_>>();
+        let booted = config(&id, &request("web"), &link(), disk, &[], LIMITS, JailConfig::default());
+        let restored = restore_config(&id, &link(), disk, LIMITS, JailConfig::default());
+        let disks = |disks: &[DiskConfig]| {
+            disks.iter().map(|disk| (disk.id.clone(), disk.serial.clone(), disk.format, disk.limits)).collect::<Vec<_>>()
+        };
         assert_eq!(disks(&restored.disks), disks(&booted.disks));
-        let macs = |networks: &[NetworkConfig]| networks.iter().map(|network| (network.id.clone(), network.mac)).collect::<Vec<_>>();
+        let macs = |networks: &[NetworkConfig]| {
+            networks.iter().map(|network| (network.id.clone(), network.mac, network.bytes_per_second)).collect::<Vec<_>>()
+        };
         assert_eq!(macs(&restored.networks), macs(&booted.networks));
         assert_eq!((restored.vsock_cid, restored.rng, restored.balloon), (booted.vsock_cid, booted.rng, booted.balloon));
         let mut used = vec![restored.kvm.0, restored.state.0, restored.memory.0];

@@ -36,6 +36,7 @@
 //! | `GET /v1/volumes` | | `Vec<`[`volume::Volume`]`>` |
 //! | `GET /v1/volumes/{name}` | | [`volume::Volume`] |
 //! | `POST /v1/volumes` (signed) | [`volume::CreateRequest`] | [`operation::Operation`] |
+//! | `PATCH /v1/volumes/{name}` (signed) | [`volume::SetVolumeRequest`] | [`operation::Operation`] |
 //! | `POST /v1/volumes/{name}/attach` (signed) | [`volume::AttachRequest`] | [`operation::Operation`] |
 //! | `POST /v1/volumes/{name}/detach` (signed) | [`volume::DetachRequest`] | [`operation::Operation`] |
 //! | `POST /v1/volumes/{name}/resize` (signed) | [`volume::ResizeRequest`] | [`operation::Operation`] |

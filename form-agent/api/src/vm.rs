@@ -8,7 +8,8 @@ use std::{
 };
 
 use form_types::{
-    Digest, HostId, ImageReference, Name, VmId,
+    Digest, HostId, ImageReference, Name, VmId, VmLimits,
+    limits::given,
     spec::{Protocol, Restart},
 };
 use jiff::Timestamp;
@@ -114,6 +115,9 @@ pub struct VmDetail {
     pub vm: Vm,
     /// What was last asked for. Only who may deploy sees it.
     pub desired: DeployRequest,
+    /// What it may do in a second (`form vm set`).
+    #[serde(default)]
+    pub limits: VmLimits,
     /// What the guest found: devices by serial, its addresses, its kernel.
     pub guest: Option<GuestReport>,
 }
@@ -298,6 +302,19 @@ pub struct SetRequest {
     /// At the next start.
     #[serde(default)]
     pub memory_mib: Option<u64>,
+    /// Operations a second of its root disk, reads and writes together; `null` ends the limit. At once, as the other limits, and no
+    /// deploy changes them.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000_000)]
+    pub disk_iops: Option<Option<u64>>,
+    /// Of its root disk, read and written together; `null` ends the limit.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>, minimum = 1024, maximum = 1_099_511_627_776_i64)]
+    pub disk_bytes_per_second: Option<Option<u64>>,
+    /// Of its network interface, each way; `null` ends the limit.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>, minimum = 1024, maximum = 1_099_511_627_776_i64)]
+    pub net_bytes_per_second: Option<Option<u64>>,
     /// Restart a running VM when a change needs it; without it such a change is a conflict.
     #[serde(default)]
     pub restart: bool,
@@ -310,7 +327,12 @@ impl SetRequest {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.labels.is_empty() && self.restart_policy.is_none() && !self.needs_start()
+        self.labels.is_empty() && self.restart_policy.is_none() && !self.needs_start() && !self.limits()
+    }
+
+    /// Whether it says something of what the VM may do in a second.
+    pub const fn limits(&self) -> bool {
+        self.disk_iops.is_some() || self.disk_bytes_per_second.is_some() || self.net_bytes_per_second.is_some()
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use form_types::{HostId, Name, VolumeFormat, VolumeId};
+use form_types::{DiskLimits, HostId, Name, VolumeFormat, VolumeId, limits::given};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -26,6 +26,9 @@ pub struct Volume {
     pub allocated_bytes: Option<u64>,
     /// By which a guest finds it.
     pub serial: String,
+    /// What a VM may do with it in a second.
+    #[serde(default)]
+    pub limits: DiskLimits,
     pub attachment: Option<Attachment>,
     /// Where programs of the host reach it over NBD.
     #[serde(default)]
@@ -97,6 +100,29 @@ pub struct CreateRequest {
     /// `local` without it.
     #[serde(default)]
     pub pool: Option<Name>,
+    /// None without them.
+    #[serde(default)]
+    pub limits: DiskLimits,
+}
+
+/// `PATCH /v1/volumes/{name}`: what is left out stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetVolumeRequest {
+    /// Operations a second, reads and writes together; `null` ends the limit.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>, minimum = 1, maximum = 1_000_000_000)]
+    pub iops: Option<Option<u64>>,
+    /// Read and written together; `null` ends the limit.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>, minimum = 1024, maximum = 1_099_511_627_776_i64)]
+    pub bytes_per_second: Option<Option<u64>>,
+}
+
+impl SetVolumeRequest {
+    pub const fn is_empty(&self) -> bool {
+        self.iops.is_none() && self.bytes_per_second.is_none()
+    }
 }
 
 /// `POST /v1/volumes/{name}/attach`
@@ -169,7 +195,7 @@ pub struct ImportQuery {
 impl ImportQuery {
     /// The empty volume that is filled.
     pub fn volume(self, name: Name) -> CreateRequest {
-        CreateRequest { name, size_bytes: self.size_bytes, format: self.format, pool: self.pool }
+        CreateRequest { name, size_bytes: self.size_bytes, format: self.format, pool: self.pool, limits: DiskLimits::default() }
     }
 }
 

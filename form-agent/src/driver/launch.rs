@@ -231,7 +231,7 @@ fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd, uid: u
     let format = if files.disk_is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
     let disk = Disk { format, backing: files.backing.len() as u16 };
     let volumes: Vec<VolumeDisk> = files.volumes.iter().map(Ready::disk).collect();
-    let config = vm::config(&desired.id, &desired.request, &agent.link(desired), disk, &volumes, vm::jail(uid));
+    let config = vm::config(&desired.id, &desired.request, &agent.link(desired), disk, &volumes, desired.limits, vm::jail(uid));
     let mut descriptors: Vec<BorrowedFd<'_>> = vec![
         files.kvm.as_fd(),
         files.kernel.as_fd(),

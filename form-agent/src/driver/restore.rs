@@ -157,7 +157,7 @@ pub fn hold(
     let (ring, exit_record) = launch::records(process)?;
     let format = if prepared.is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
     let disk = Disk { format, backing: prepared.backing.len() as u16 };
-    let config = vm::restore_config(&desired.id, &agent.link(desired), disk, vm::jail(uid));
+    let config = vm::restore_config(&desired.id, &agent.link(desired), disk, desired.limits, vm::jail(uid));
     let mut descriptors: Vec<BorrowedFd<'_>> = vec![
         prepared.kvm.as_fd(),
         prepared.state.as_fd(),

@@ -17,6 +17,7 @@ fn desired(run: Run, starts: u64) -> DesiredVm {
         actor: SecretKey::from_bytes([3; 32]).public(),
         created_at: Timestamp::UNIX_EPOCH,
         request: request("web"),
+        limits: VmLimits::default(),
     }
 }
 
@@ -75,5 +76,8 @@ fn what_was_not_recorded_is_known_after_a_crash() {
     assert!(is_recorded(&vm, &Change::Rename("web".parse().unwrap()), &boot));
     let set = SetRequest { vcpus: Some(2), ..SetRequest::default() };
     assert!(!is_recorded(&vm, &Change::Set(set), &boot));
+    let set = Change::Set(SetRequest { net_bytes_per_second: Some(Some(1 << 20)), ..SetRequest::default() });
+    let limited = DesiredVm { limits: VmLimits { net_bytes_per_second: Some(1 << 20), ..VmLimits::default() }, ..desired(Run::Running, 1) };
+    assert!(!is_recorded(&vm, &set, &boot) && is_recorded(&limited, &set, &boot));
     assert!(!is_recorded(&vm, &Change::Destroy, &boot));
 }

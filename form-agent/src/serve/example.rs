@@ -22,11 +22,12 @@ use form_api::{
     },
     volume::{
         AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, DetachRequest, ExportRequest, Pool, PoolKind,
-        ResizeRequest, Volume,
+        ResizeRequest, SetVolumeRequest, Volume,
     },
 };
 use form_types::{
-    ClusterId, Digest, HostId, IdempotencyKey, ImageReference, Name, OperationId, SecretKey, Spec, VmId, VolumeFormat, VolumeId,
+    ClusterId, Digest, DiskLimits, HostId, IdempotencyKey, ImageReference, Name, OperationId, SecretKey, Spec, VmId, VmLimits,
+    VolumeFormat, VolumeId,
     spec::{Port, Protocol, Resources, Restart, RestartPolicy},
 };
 use jiff::Timestamp;
@@ -68,7 +69,9 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         request: DeployRequest { image: digest("earlier image"), ..deploy.clone() },
     };
     let vm = vm(&name);
-    let detail = VmDetail { vm: vm.clone(), desired: deploy.clone(), guest: Some(guest()) };
+    let limits = DiskLimits { iops: Some(500), bytes_per_second: Some(50 << 20) };
+    let of_vm = VmLimits { disk: limits, net_bytes_per_second: Some(12_500_000) };
+    let detail = VmDetail { vm: vm.clone(), desired: deploy.clone(), limits: of_vm, guest: Some(guest()) };
     let event = Event {
         cursor: 42,
         at: at(2),
@@ -92,7 +95,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
     };
     let copy: Name = "data-copy".parse().ok()?;
     let (data, local): (Name, Name) = ("data".parse().ok()?, "local".parse().ok()?);
-    let create = CreateRequest { name: data.clone(), size_bytes: 20 << 30, format: VolumeFormat::Raw, pool: Some(local.clone()) };
+    let create = CreateRequest { name: data.clone(), size_bytes: 20 << 30, format: VolumeFormat::Raw, pool: Some(local.clone()), limits };
     let attach = AttachRequest { vm: name.clone(), path: Some("/var/lib/data".to_owned()), read_only: false };
     let before: Name = "before-upgrade".parse().ok()?;
     let import = ImportRequest { manifest: digest("manifest") };
@@ -128,6 +131,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("ResizeRequest", json!(ResizeRequest { size_bytes: 40 << 30 })),
         ("RestoreRequest", json!(RestoreRequest { snapshot: before.clone() })),
         ("RollbackRequest", json!(RollbackRequest { to: earlier.request.clone() })),
+        ("SetVolumeRequest", json!(SetVolumeRequest { iops: Some(Some(500)), bytes_per_second: Some(None) })),
         ("Snapshot", json!(snapshot(&before, &vm))),
         ("SnapshotRequest", json!(SnapshotRequest { name: Some(before) })),
         ("Spec", json!(spec(&name))),
@@ -398,6 +402,7 @@ fn volume(name: &Name, pool: &Name, vm: &Name) -> Volume {
         size_bytes: 20 << 30,
         allocated_bytes: Some(187_432_960),
         serial: id.serial(),
+        limits: DiskLimits { iops: Some(500), bytes_per_second: Some(50 << 20) },
         attachment: Some(attachment),
         export: None,
         created_at: at(0),

@@ -97,6 +97,7 @@ api! {
     volume::attach,
     volume::detach,
     volume::resize,
+    volume::set,
     volume::clone,
     volume::export,
     volume::unexport,

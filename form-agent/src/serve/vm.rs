@@ -66,7 +66,7 @@ pub async fn show(State(agent): State<Shared>, Segment(name): Segment, request: 
     reading(&agent, request).await?;
     let desired = agent.vm_named(&parsed(&name)?)?;
     let guest = agent.fleet.observed(&desired.id).and_then(|observed| observed.guest);
-    Ok(Json(VmDetail { vm: agent.vm(&desired), desired: desired.request, guest }))
+    Ok(Json(VmDetail { vm: agent.vm(&desired), limits: desired.limits, desired: desired.request, guest }))
 }
 
 async fn change(agent: Shared, name: String, request: Request, change: Change) -> Accepted {

@@ -12,7 +12,10 @@ use form_api::{
     exec::Frame,
     operation::Operation,
     server::{self, read_json},
-    volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, Piece, Pool, ResizeRequest, Volume},
+    volume::{
+        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, Piece, Pool, ResizeRequest,
+        SetVolumeRequest, Volume,
+    },
 };
 use form_types::Name;
 use serde::de::DeserializeOwned;
@@ -164,6 +167,23 @@ pub async fn detach(State(agent): State<Shared>, Segment(name): Segment, request
 )]
 pub async fn resize(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     change(agent, &name, request, Change::Resize).await
+}
+
+/// Changes what a VM may do with a volume in a second; what is left out stays.
+///
+/// In a VM that runs with it that holds at once.
+#[utoipa::path(
+    patch,
+    path = "/v1/volumes/{name}",
+    operation_id = "set_volume",
+    tag = "volumes",
+    params(("name" = Name, Path, description = "The volume"), ChangeHeaders),
+    request_body(content = SetVolumeRequest, description = "What to change"),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn set(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
+    change(agent, &name, request, Change::Set).await
 }
 
 /// Makes a new volume that holds what another holds now. No VM may run with that one.

@@ -67,7 +67,13 @@ impl Ready {
             VolumeFormat::Raw => DiskFormat::Raw,
             VolumeFormat::Qcow2 => DiskFormat::Qcow2,
         };
-        VolumeDisk { name: self.volume.name.clone(), serial: self.volume.id.serial(), format, read_only: self.read_only }
+        VolumeDisk {
+            name: self.volume.name.clone(),
+            serial: self.volume.id.serial(),
+            format,
+            read_only: self.read_only,
+            limits: self.volume.limits,
+        }
     }
 
     /// What the guest is told.

@@ -41,6 +41,7 @@ pub fn volume(agent: &Agent, volume: &DesiredVolume) -> Volume {
         size_bytes: volume.size_bytes,
         allocated_bytes,
         serial: volume.id.serial(),
+        limits: volume.limits,
         attachment: volume.attached.as_ref().and_then(|attached| attachment(agent, &volume.id, attached)),
         export: agent.exports.of(&volume.id),
         created_at: volume.created_at,
@@ -116,6 +117,7 @@ impl rules::VolumeFault {
             Self::TooMany => (ErrorCode::Conflict, "detach one that is not needed".to_owned()),
             Self::Path(_) => (ErrorCode::Invalid, "write a path like /var/lib/data".to_owned()),
             Self::Shrinks { .. } => (ErrorCode::Invalid, "make a smaller volume, and copy what it shall hold".to_owned()),
+            Self::Limit(_) => (ErrorCode::Invalid, "write `none` for no limit".to_owned()),
             Self::Size(_) => (ErrorCode::Invalid, "write a size like 512M, 20G or 20971520".to_owned()),
         };
         ApiError::new(code, self.to_string()).hint(hint)

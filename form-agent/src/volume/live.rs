@@ -21,6 +21,7 @@ use crate::{
         guest::{GuestError, ask},
         process::RuntimeDirectory,
     },
+    limits,
 };
 
 /// A guest waits ten seconds for a device, and may then make a file system.
@@ -33,12 +34,12 @@ pub fn is_possible(agent: &Agent, vm: &VmId) -> bool {
     agent.fleet.observed(vm).is_some_and(|observed| observed.state == VmState::Running && observed.ready)
 }
 
-fn directory(agent: &Agent, vm: &VmId) -> RuntimeDirectory {
+pub fn directory(agent: &Agent, vm: &VmId) -> RuntimeDirectory {
     RuntimeDirectory::new(&agent.paths().vm_runtime(), vm)
 }
 
 /// What the VM process knows the volume's disk by.
-fn disk_id(volume: &DesiredVolume) -> String {
+pub fn disk_id(volume: &DesiredVolume) -> String {
     format!("volume/{}", volume.name)
 }
 
@@ -285,4 +286,5 @@ pub fn reconcile(agent: &Agent, vm: &VmId) {
     for error in taken.chain(finished).chain(given).filter_map(Result::err) {
         tracing::warn!(%vm, "{error}");
     }
+    limits::of_all(agent, vm);
 }

@@ -12,7 +12,7 @@ pub mod transfer;
 use std::collections::{BTreeMap, BTreeSet};
 
 use form_state::{Record, RecordId, Scalar, Table, View};
-use form_types::{HostId, Name, VmId, VolumeFormat, VolumeId};
+use form_types::{DiskLimits, HostId, Name, VmId, VolumeFormat, VolumeId};
 use jiff::Timestamp;
 
 /// Most volumes of one VM: the slots of its bus, less those of the other devices.
@@ -28,6 +28,7 @@ pub struct DesiredVolume {
     pub format: VolumeFormat,
     pub size_bytes: u64,
     pub created_at: Timestamp,
+    pub limits: DiskLimits,
     /// The one VM that has it.
     pub attached: Option<Attached>,
 }
@@ -62,6 +63,7 @@ impl DesiredVolume {
             format: if text("format")? == VolumeFormat::Qcow2.as_str() { VolumeFormat::Qcow2 } else { VolumeFormat::Raw },
             size_bytes: number("size")?,
             created_at: Timestamp::from_second(i64::try_from(number("created_at")?).ok()?).ok()?,
+            limits: crate::desired::read_disk_limits(record, rules::IOPS, rules::BYTES_PER_SECOND),
             attached,
         })
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 use form_api::{
     ApiError, ErrorCode,
     operation::{Operation, OperationKind},
-    volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ResizeRequest},
+    volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ResizeRequest, SetVolumeRequest},
 };
 use form_state::Table;
 use form_store::{Hold, Pool, StoreError};
@@ -16,7 +16,7 @@ use super::{DesiredVolume, describe, export, live, of_vm, rules};
 use crate::{
     agent::{Agent, internal},
     authorise::{self, Caller, SignedRequest},
-    headroom,
+    headroom, limits,
     operation::{Begun, Opening, Record},
     serve::store_error,
 };
@@ -28,6 +28,7 @@ pub enum Change {
     Attach(AttachRequest),
     Detach(DetachRequest),
     Resize(ResizeRequest),
+    Set(SetVolumeRequest),
     Clone(CloneRequest),
     /// The new volume, which comes from elsewhere.
     Import(CreateRequest),
@@ -43,6 +44,7 @@ impl Change {
             Self::Attach(_) => OperationKind::VolumeAttach,
             Self::Detach(_) => OperationKind::VolumeDetach,
             Self::Resize(_) => OperationKind::VolumeResize,
+            Self::Set(_) => OperationKind::VolumeSet,
             Self::Clone(_) => OperationKind::VolumeClone,
             Self::Import(_) => OperationKind::VolumeImport,
             Self::Export(_) => OperationKind::VolumeExport,
@@ -105,8 +107,8 @@ pub(super) fn open(agent: &Agent, caller: &Caller, name: &Name, change: Change) 
         request: caller.request,
     };
     match change {
-        // These free room.
-        Change::Remove | Change::Detach(_) => agent.use_headroom(),
+        // These free room, or hold back who takes it.
+        Change::Remove | Change::Detach(_) | Change::Set(_) => agent.use_headroom(),
         _ => agent.keep_headroom(),
     }
     // A repeated request is answered whatever has become of the volume by now.
@@ -153,6 +155,7 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
     let fault = rules::VolumeFault::into_api;
     if let Change::Create(request) | Change::Import(request) = change {
         agent.store.pool(request.pool.as_ref().unwrap_or(&form_store::local_pool())).map_err(|error| store_error(&error))?;
+        request.limits.check().map_err(|error| fault(error.into()))?;
         return rules::check_new(&request.name, request.size_bytes, &view).map_err(fault);
     }
     let volume = rules::existing(name, &view).map_err(fault)?;
@@ -184,6 +187,10 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
             rules::check_resize(&volume, request.size_bytes).map_err(fault)?;
             not_exported(agent, &volume, "be resized", Whatever)
         }
+        Change::Set(request) if request.is_empty() => {
+            Err(ApiError::new(ErrorCode::Invalid, "nothing is to be set").hint("say what: iops, bytes_per_second"))
+        }
+        Change::Set(request) => rules::check_set(&volume, request).map(drop).map_err(fault),
         Change::Clone(request) => {
             rules::check_new(&request.name, volume.size_bytes, &view).map_err(fault)?;
             not_exported(agent, &volume, "be cloned", Writable)?;
@@ -254,6 +261,8 @@ fn perform(agent: &Agent, name: &Name, progress: &Progress) -> Result<(), ApiErr
             live::plug(agent, &vm, describe::volume_named(agent, name)?).inspect_err(|_| take_back(agent, name))
         }
         Change::Resize(_) if live::is_possible(agent, &vm) => live::grow(agent, &vm, &describe::volume_named(agent, name)?),
+        // The guest has no part in it.
+        Change::Set(_) => limits::of_volume(agent, &vm, &describe::volume_named(agent, name)?),
         _ => Ok(()),
     }
 }
@@ -262,7 +271,9 @@ fn perform(agent: &Agent, name: &Name, progress: &Progress) -> Result<(), ApiErr
 fn vm_of(agent: &Agent, name: &Name, change: &Change) -> Option<VmId> {
     match change {
         Change::Attach(request) => crate::desired::vm_named(&agent.view(), &request.vm).map(|vm| vm.id),
-        Change::Detach(_) | Change::Resize(_) => describe::volume_named(agent, name).ok()?.attached.map(|attached| attached.vm),
+        Change::Detach(_) | Change::Resize(_) | Change::Set(_) => {
+            describe::volume_named(agent, name).ok()?.attached.map(|attached| attached.vm)
+        }
         _ => None,
     }
 }
@@ -401,7 +412,7 @@ fn settle(pool: &Pool, progress: &Progress, held: Option<Hold>) -> Result<(), Ap
             Ok(_) | Err(StoreError::NoVolume(_) | StoreError::VolumeInUse { .. }) => Ok(()),
             Err(error) => Err(store_error(&error)),
         },
-        Change::Create(_) | Change::Clone(_) | Change::Import(_) | Change::Attach(_) | Change::Detach(_) => Ok(()),
+        Change::Create(_) | Change::Clone(_) | Change::Import(_) | Change::Attach(_) | Change::Detach(_) | Change::Set(_) => Ok(()),
         Change::Export(_) | Change::Unexport => Ok(()),
     }
 }
@@ -429,6 +440,8 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
         Change::Unexport => true,
         Change::Remove => !known,
         Change::Resize(request) => desired.is_some_and(|volume| volume.size_bytes == request.size_bytes),
+        // A VM that runs is told when its guest is next heard of.
+        Change::Set(request) => desired.is_some_and(|volume| rules::check_set(&volume, request) == Ok(volume.limits)),
         Change::Attach(request) => {
             let vm = crate::desired::vm_named(&view, &request.vm);
             vm.is_some_and(|vm| of_vm(&view, &vm.id).iter().any(|volume| volume.id == progress.id))

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use form_api::{
     deploy::DeployRequest,
-    volume::{AttachRequest, CloneRequest, CreateRequest, ImportQuery, ResizeRequest},
+    volume::{AttachRequest, CloneRequest, CreateRequest, ImportQuery, ResizeRequest, SetVolumeRequest},
 };
 use form_state::{Claim, Refusal, Scalar, Table, View, Write};
-use form_types::{HostId, IdempotencyKey, Name, PublicKey, VmId, VolumeFormat, VolumeId, volume};
+use form_types::{DiskLimits, HostId, IdempotencyKey, Name, PublicKey, VmId, VolumeFormat, VolumeId, limits::LimitError, volume};
 
 use super::{DesiredVolume, MAX_ATTACHED, of_vm, volumes};
 use crate::desired::{self, Authority};
@@ -48,6 +48,8 @@ pub enum VolumeFault {
     Shrinks { name: Name, has: u64 },
     #[error(transparent)]
     Size(#[from] volume::VolumeSizeError),
+    #[error(transparent)]
+    Limit(#[from] LimitError),
 }
 
 impl From<VolumeFault> for Refusal {
@@ -79,7 +81,10 @@ pub fn derive(method: &str, words: &[&str], body: &[u8], asked: Asked<'_>, view:
             let (source, request) = (named(name)?, json::<CloneRequest>(body)?);
             check_new(&request.name, source.size_bytes, view)?;
             let place = Place { host: &source.host, pool: &source.pool, format: source.format };
-            Ok(created(&place, &request.name, source.size_bytes, asked))
+            let mut writes = created(&place, &request.name, source.size_bytes, asked);
+            let id = VolumeId::derive(asked.signer, asked.key, request.name.as_str());
+            writes.extend(limited(&id, DiskLimits::default(), source.limits));
+            Ok(writes)
         }
         ("POST", [name, "attach"]) => {
             let (volume, request) = (named(name)?, json::<AttachRequest>(body)?);
@@ -95,6 +100,11 @@ pub fn derive(method: &str, words: &[&str], body: &[u8], asked: Asked<'_>, view:
             let (volume, request) = (named(name)?, json::<ResizeRequest>(body)?);
             check_resize(&volume, request.size_bytes)?;
             Ok(vec![Write::put(Table::Volumes, volume.id, "size", request.size_bytes)])
+        }
+        ("PATCH", [name]) => {
+            let volume = named(name)?;
+            let limits = check_set(&volume, &json(body)?)?;
+            Ok(limited(&volume.id, volume.limits, limits))
         }
         ("DELETE", [name]) => {
             let volume = named(name)?;
@@ -117,9 +127,13 @@ pub fn import(name: &str, path: &str, asked: Asked<'_>, view: &View) -> Result<V
 
 fn new(request: CreateRequest, asked: Asked<'_>, view: &View) -> Result<Vec<Write>, Refusal> {
     check_new(&request.name, request.size_bytes, view)?;
+    request.limits.check().map_err(VolumeFault::from)?;
     let pool = request.pool.unwrap_or_else(form_store::local_pool);
     let host = HostId::of(&asked.claim.author);
-    Ok(created(&Place { host: &host, pool: &pool, format: request.format }, &request.name, request.size_bytes, asked))
+    let mut writes = created(&Place { host: &host, pool: &pool, format: request.format }, &request.name, request.size_bytes, asked);
+    let id = VolumeId::derive(asked.signer, asked.key, request.name.as_str());
+    writes.extend(limited(&id, DiskLimits::default(), request.limits));
+    Ok(writes)
 }
 
 /// # Errors
@@ -172,6 +186,16 @@ pub fn check_resize(volume: &DesiredVolume, size_bytes: u64) -> Result<(), Volum
         return Err(VolumeFault::Shrinks { name: volume.name.clone(), has: volume.size_bytes });
     }
     Ok(())
+}
+
+/// Gives the limits that it would have.
+///
+/// # Errors
+/// When there cannot be such a limit.
+pub fn check_set(volume: &DesiredVolume, request: &SetVolumeRequest) -> Result<DiskLimits, VolumeFault> {
+    let limits = volume.limits.with(request.iops, request.bytes_per_second);
+    limits.check()?;
+    Ok(limits)
 }
 
 /// # Errors
@@ -229,6 +253,17 @@ fn created(place: &Place<'_>, name: &Name, size_bytes: u64, asked: Asked<'_>) ->
         put("actor", asked.signer.to_string().into()),
         put("created_at", u64::try_from(asked.claim.time).unwrap_or_default().into()),
     ]
+}
+
+/// Fields of a volume's record: what a VM may do with it in a second. 0 is no limit.
+pub(super) const IOPS: &str = "iops";
+pub(super) const BYTES_PER_SECOND: &str = "bytes_per_second";
+
+/// Only of those limits that differ: what two change at once and apart holds both.
+fn limited(id: &VolumeId, before: DiskLimits, after: DiskLimits) -> Vec<Write> {
+    let fields = |limits: DiskLimits| [(IOPS, limits.iops), (BYTES_PER_SECOND, limits.bytes_per_second)];
+    let changed = fields(before).into_iter().zip(fields(after)).filter(|(before, after)| before != after);
+    changed.map(|(_, (field, limit))| Write::put(Table::Volumes, *id, field, limit.unwrap_or(0))).collect()
 }
 
 fn attached(id: &VolumeId, vm: &VmId, path: Option<&str>, read_only: bool, by_formfile: bool) -> Vec<Write> {

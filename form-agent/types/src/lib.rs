@@ -6,6 +6,7 @@ pub mod digest;
 pub mod failpoint;
 pub mod id;
 pub mod key;
+pub mod limits;
 pub mod name;
 #[cfg(feature = "openapi")]
 mod schema;
@@ -19,6 +20,7 @@ pub use digest::Digest;
 pub use failpoint::Failpoint;
 pub use id::{ClusterId, HostId, IdempotencyKey, OperationId, VmId, VolumeId};
 pub use key::{PublicKey, SecretKey, Signature};
+pub use limits::{DiskLimits, VmLimits};
 pub use name::{ImageReference, Name};
 pub use signed::{Signed, SignedError, Verified};
 pub use spec::Spec;

@@ -21,7 +21,10 @@ use crate::{
     snapshot::{RestoreRequest, Snapshot, SnapshotRequest},
     stats::{HealthReport, StatsQuery, VmStats},
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, SshAccess, Vm, VmDetail},
-    volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, Pool, ResizeRequest, Volume},
+    volume::{
+        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, Pool, ResizeRequest, SetVolumeRequest,
+        Volume,
+    },
 };
 
 /// An import writes and hashes the whole image: on a host in software emulation that takes a minute, on a busy one several.
@@ -300,6 +303,10 @@ impl Client {
 
     pub async fn resize_volume(&self, name: &Name, request: &ResizeRequest) -> Result<Operation, ClientError> {
         self.read(&Call::post(format!("/v1/volumes/{name}/resize")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn set_volume(&self, name: &Name, request: &SetVolumeRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::patch(format!("/v1/volumes/{name}")).json(request)?.signed(fresh_key()?)).await
     }
 
     pub async fn clone_volume(&self, name: &Name, request: &CloneRequest) -> Result<Operation, ClientError> {
