@@ -4,6 +4,7 @@ use std::{str::FromStr, time::Duration};
 
 use form_types::{
     Name,
+    limits::{self, BitRate},
     size::{self, GIB, MIB},
     spec::{Port, Protocol, Restart, RestartPolicy},
 };
@@ -139,6 +140,47 @@ pub fn gibibytes(text: &str) -> Result<u64, String> {
     if bytes == 0 || bytes % GIB != 0 { Err("a root disk is a whole number of GiB".to_owned()) } else { Ok(bytes / GIB) }
 }
 
+/// A limit of what a VM does in a second; none: as much as it can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ceiling(pub Option<u64>);
+
+fn ceiling(text: &str, value: impl FnOnce(&str) -> Result<u64, String>) -> Result<Ceiling, String> {
+    if text == "none" { Ok(Ceiling(None)) } else { value(text).map(|value| Ceiling(Some(value))) }
+}
+
+/// `500`, `none`: operations a second.
+///
+/// # Errors
+/// When it is neither, or no limit.
+pub fn iops(text: &str) -> Result<Ceiling, String> {
+    ceiling(text, |text| {
+        let iops = text.parse().map_err(|_| "write how many operations a second, or none".to_owned())?;
+        limits::check_iops(iops).map_err(|error| error.to_string()).map(|()| iops)
+    })
+}
+
+/// `50MiB`, `50M`, `none`: bytes a second.
+///
+/// # Errors
+/// When it is neither, or no limit.
+pub fn bandwidth(text: &str) -> Result<Ceiling, String> {
+    ceiling(text, |text| {
+        let bytes = size::parse(text.strip_suffix("/s").unwrap_or(text), 1).map_err(|error| error.to_string())?.0;
+        limits::check_bytes_per_second(bytes).map_err(|error| error.to_string()).map(|()| bytes)
+    })
+}
+
+/// `100Mbit`, `none`: in bytes a second.
+///
+/// # Errors
+/// When it is neither, or no limit.
+pub fn net_bandwidth(text: &str) -> Result<Ceiling, String> {
+    ceiling(text, |text| {
+        let bytes = text.parse::<BitRate>().map_err(|error| error.to_string())?.bytes_per_second();
+        limits::check_bytes_per_second(bytes).map_err(|error| error.to_string()).map(|()| bytes)
+    })
+}
+
 /// A port on the host that leads to one of the VM, as `EXPOSE` says it: `8080:80`, `53:53/udp`; `80` is the same port on both sides.
 ///
 /// # Errors
@@ -205,6 +247,21 @@ mod tests {
         for bad in ["0", "1K", "x"] {
             assert!(mebibytes(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn ceilings() {
+        assert_eq!((iops("500"), iops("none")), (Ok(Ceiling(Some(500))), Ok(Ceiling(None))));
+        for text in ["50MiB", "50M", "50mb/s"] {
+            assert_eq!(bandwidth(text), Ok(Ceiling(Some(50 << 20))), "{text}");
+        }
+        assert_eq!((bandwidth("2048"), bandwidth("none")), (Ok(Ceiling(Some(2048))), Ok(Ceiling(None))));
+        assert_eq!((net_bandwidth("100Mbit"), net_bandwidth("none")), (Ok(Ceiling(Some(12_500_000))), Ok(Ceiling(None))));
+        for bad in ["", "0", "-1", "1.5", "many", "None"] {
+            assert!(iops(bad).is_err() && bandwidth(bad).is_err() && net_bandwidth(bad).is_err(), "{bad}");
+        }
+        // Bytes are not taken for bits, nor bits for bytes.
+        assert!(bandwidth("100Mbit").is_err() && net_bandwidth("100MiB").is_err() && net_bandwidth("1kbit").is_err());
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! How a VM is shown.
 
 use form_api::vm::{Health, PublishedPort, Vm, VmDetail, VmState};
-use form_types::{size::GIB, size::MIB, spec::Protocol};
+use form_types::{limits::BitRate, size::GIB, size::MIB, spec::Protocol};
 use jiff::Timestamp;
 
-use crate::ui::{Record, Table, age, bytes};
+use crate::{
+    cmd::volume::limits_text,
+    ui::{Record, Table, age, bytes},
+};
 
 /// `running (healthy)`, `running (not ready)`, `failed`.
 pub fn status(vm: &Vm) -> String {
@@ -78,6 +81,8 @@ pub fn record(detail: &VmDetail) -> Record {
         .field("vcpus", vm.vcpus)
         .field("memory", bytes(vm.memory_mib * MIB))
         .field("disk", bytes(vm.disk_gib * GIB))
+        .optional("disk limits", limits_text(detail.limits.disk))
+        .optional("net limit", detail.limits.net_bytes_per_second.map(|bytes| format!("{} each way", BitRate::of_bytes(bytes))))
         .field("labels", labels.join(", "))
         .field("created", vm.created_at)
         .optional("started", vm.started_at)

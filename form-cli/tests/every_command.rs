@@ -93,6 +93,7 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("volume attach", &["nope", "web"], Needs::Host),
     ("volume detach", &["nope"], Needs::Host),
     ("volume resize", &["nope", "1G"], Needs::Host),
+    ("volume set", &["nope", "--iops", "100"], Needs::Host),
     ("volume clone", &["nope", "copy"], Needs::Host),
     ("volume import", &["new", "nope"], Needs::Nothing),
     ("volume export", &["nope", "--nbd"], Needs::Host),

@@ -313,6 +313,12 @@ spare  10 GiB  1 MiB       free                 [..]d
     );
     let shown = setting.run(&["volume", "show", "volume/data"]).out;
     assert!(shown.contains("device   /dev/vdb") && shown.contains("(10737418240 bytes)"), "{shown}");
+    assert!(shown.contains("limits   50 MiB/s\n"), "{shown}");
+    let run = setting.run(&["volume", "set", "data", "--iops", "none", "--bandwidth", "50MiB"]);
+    assert_eq!((run.out.as_str(), run.code), ("data: at most 50 MiB/s\n", 0), "{run:?}");
+    for nothing in [&[][..], &["--iops", "0"], &["--bandwidth", "100Mbit"]] {
+        assert_eq!(setting.run(&[&["volume", "set", "data"], nothing].concat()).code, 2, "{nothing:?}");
+    }
     assert_eq!(setting.run(&["volume", "ls", "-o", "name"]).out, "data\nspare\n");
     assert!(setting.run(&["pool", "ls"]).out.contains("60 GiB"));
     assert_eq!(setting.run(&["volume", "rm", "nope", "-y"]).code, 3);

@@ -154,6 +154,8 @@ fn come_grow_and_go(mut host: Host) -> Host {
         assert!(size > 900, "{name}: {size} MiB");
     }
 
+    held_back(&host);
+
     // One that stands still gets it when it goes on.
     let _ = host.form(&["volume", "detach", "bare"]).ok();
     let _ = host.form(&["vm", "pause", "web"]).ok();
@@ -218,6 +220,36 @@ fn come_grow_and_go(mut host: Host) -> Host {
     assert_eq!(host.process(&host.vm("web")).1, pid, "it was never started again");
     all_in_place(&host, "web", 4);
     host
+}
+
+/// The guest is held to the limits of a volume and of its network, and let go at once when they end.
+fn held_back(host: &Host) {
+    let device = volume(host, "bare")["attachment"]["device"].as_str().unwrap().to_owned();
+    let read = format!("busybox dd if={device} of=/dev/null bs=64k count=256 iflag=direct");
+    let _ = host.form(&["volume", "set", "bare", "--bandwidth", "4MiB"]).ok();
+    let begun = Instant::now();
+    sh(host, "web", &read);
+    // 16 MiB at 4 MiB a second, less what may come at once.
+    assert!(begun.elapsed() >= Duration::from_millis(3800), "{:?}", begun.elapsed());
+
+    // What would take more than four minutes ends when the limit does.
+    let _ = host.form(&["volume", "set", "bare", "--bandwidth", "64KiB"]).ok();
+    let begun = Instant::now();
+    let mut reader = host.form_command(&["exec", "web", "--", "/bin/busybox", "sh", "-c", &read]).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(reader.try_wait().unwrap().is_none(), "it waits");
+    let _ = host.form(&["volume", "set", "bare", "--bandwidth", "none"]).ok();
+    assert!(reader.wait().unwrap().success());
+    assert!(begun.elapsed() < Duration::from_secs(200), "{:?}", begun.elapsed());
+
+    sh(host, "web", "busybox dd if=/dev/zero of=/www/big bs=64k count=8");
+    let _ = host.form(&["vm", "set", "web", "--net-bandwidth", "1Mbit"]).ok();
+    let begun = Instant::now();
+    assert!(form_tests::host::get(18091, "/big").unwrap().len() >= 512 << 10);
+    // 512 KiB at 125 kB a second, less 128 KiB that may come at once.
+    assert!(begun.elapsed() >= Duration::from_secs(3), "{:?}", begun.elapsed());
+    let _ = host.form(&["vm", "set", "web", "--net-bandwidth", "none"]).ok();
+    sh(host, "web", "busybox rm /www/big");
 }
 
 /// Another image, the volumes in another order, one of them larger, one no longer there.

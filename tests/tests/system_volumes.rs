@@ -196,6 +196,7 @@ fn system_of_all_who_want_one_volume_one_gets_it() {
     fs::remove_file(trial).unwrap();
     let grown = host.form(&["volume", "resize", "spare", "64T"]);
     assert_eq!((grown.code == Some(0), volume(&host, "spare")["size_bytes"] == 64_u64 << 40), (can, can), "{grown:?}");
+    limits(&mut host);
     senseless(&host);
     let _ = host.form(&["destroy", "web", "db", "--volumes", "-y"]).ok();
     let rest = names(&host);
@@ -203,6 +204,39 @@ fn system_of_all_who_want_one_volume_one_gets_it() {
     let _ = host.form(&remove).ok();
     assert_eq!((kept(&pool), wrong(&host)), (0, Vec::new()));
     host.is_clean();
+}
+
+/// What a VM may do with a volume in a second: asked for, changed, taken back, and known to the next agent.
+fn limits(host: &mut Host) {
+    let limits = |host: &Host, name: &str| volume(host, name)["limits"].clone();
+    let _ = host.form(&["volume", "create", "slow", "-s", "16M", "--iops", "500", "--bandwidth", "50MiB"]).ok();
+    assert_eq!(limits(host, "slow"), json!({"iops": 500, "bytes_per_second": 50 << 20}));
+    assert_eq!(limits(host, "spare"), json!({"iops": null, "bytes_per_second": null}));
+    let said = host.form(&["volume", "set", "slow", "--iops", "none", "--bandwidth", "1MiB"]).ok().stdout;
+    assert_eq!(said, "slow: at most 1 MiB/s\n");
+    let _ = host.form(&["volume", "clone", "slow", "copy"]).ok();
+    host.kill_agent();
+    host.start_agent();
+    for name in ["slow", "copy"] {
+        assert_eq!(limits(host, name), json!({"iops": null, "bytes_per_second": 1 << 20}), "{name}");
+    }
+    assert!(host.form(&["volume", "show", "slow"]).ok().stdout.contains("1 MiB/s"));
+    let _ = host.form(&["volume", "set", "slow", "--bandwidth", "none"]).ok();
+    assert_eq!(limits(host, "slow"), limits(host, "spare"));
+    let _ = host.form(&["volume", "set", "slow"]).exits(2);
+    let _ = host.form(&["volume", "set", "nothing", "--iops", "1"]).exits(3);
+    let _ = host.form(&["volume", "rm", "slow", "copy", "-y"]).ok();
+
+    let of_vm = |host: &Host| host.form(&["vm", "show", "web", "-o", "json"]).ok().json()["limits"].clone();
+    let _ = host.form(&["vm", "set", "web", "--net-bandwidth", "100Mbit", "--iops", "300"]).ok();
+    let _ = host.form(&["vm", "set", "web", "--bandwidth", "10MiB", "--iops", "none"]).ok();
+    host.kill_agent();
+    host.start_agent();
+    let disk = json!({"iops": null, "bytes_per_second": 10 << 20});
+    assert_eq!(of_vm(host), json!({"disk": disk, "net_bytes_per_second": 12_500_000}));
+    assert!(host.form(&["vm", "show", "web"]).ok().stdout.contains("100 Mbit/s each way"));
+    let _ = host.form(&["vm", "set", "web", "--net-bandwidth", "none"]).ok();
+    assert_eq!(of_vm(host)["net_bytes_per_second"], Value::Null);
 }
 
 /// Requests of a client that is not ours: the status says what is wrong, and nothing changes.
@@ -218,6 +252,12 @@ fn senseless(host: &Host) {
         ("POST", "/v1/volumes", r#"{"name": "spare", "size_bytes": 16777216}"#, "409"),
         ("POST", "/v1/volumes/spare/resize", r#"{"size_bytes": 16777215}"#, "400"),
         ("POST", "/v1/volumes/spare/resize", r#"{"size_bytes": 17000000000001}"#, "400"),
+        ("POST", "/v1/volumes", r#"{"name": "x", "size_bytes": 16777216, "limits": {"iops": 0}}"#, "400"),
+        ("PATCH", "/v1/volumes/spare", r#"{"iops": 0}"#, "400"),
+        ("PATCH", "/v1/volumes/spare", r#"{"bytes_per_second": 1}"#, "400"),
+        ("PATCH", "/v1/volumes/spare", r#"{"speed": 1}"#, "400"),
+        ("PATCH", "/v1/volumes/spare", "{}", "400"),
+        ("PATCH", "/v1/volumes/nope", r#"{"iops": 1}"#, "404"),
         ("POST", "/v1/volumes/spare/attach", r#"{"vm": "web", "path": "/proc/x"}"#, "400"),
         ("POST", "/v1/volumes/spare/attach", r#"{"vm": "nope"}"#, "404"),
         ("POST", "/v1/volumes/spare/detach", "", "409"),

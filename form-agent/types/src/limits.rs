@@ -13,7 +13,7 @@ pub const LEAST_BYTES_PER_SECOND: u64 = 1024;
 /// The highest limit of bytes a second.
 pub const MOST_BYTES_PER_SECOND: u64 = 1 << 40;
 
-/// Of a disk, reads and writes together.
+/// What a disk does in a second at most, reads and writes together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -28,7 +28,7 @@ pub struct DiskLimits {
     pub bytes_per_second: Option<u64>,
 }
 
-/// Of a VM.
+/// What a VM does in a second at most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct VmLimits {

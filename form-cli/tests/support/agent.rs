@@ -71,7 +71,7 @@ fn volume(name: &str, vm: Option<&str>) -> Value {
     );
     json!({
         "id": ID, "name": name, "host": ID, "host_name": "den", "pool": "local", "format": "raw", "size_bytes": 10_u64 << 30,
-        "allocated_bytes": 1 << 20, "serial": "vol-0011223344556677", "attachment": attachment, "created_at": "2026-01-01T00:00:00Z",
+        "allocated_bytes": 1 << 20, "serial": "vol-0011223344556677", "limits": {"iops": null, "bytes_per_second": 52_428_800}, "attachment": attachment, "created_at": "2026-01-01T00:00:00Z",
         "fault": null
     })
 }
@@ -129,6 +129,15 @@ async fn show_pool(Path(name): Path<String>) -> Result<axum::Json<Value>, ApiErr
         "local" => Ok(axum::Json(pool())),
         _ => Err(ApiError::new(ErrorCode::NotFound, format!("there is no pool `{name}`")).hint("list them with `form pool ls`")),
     }
+}
+
+async fn set_volume(Path(name): Path<String>, axum::Json(body): axum::Json<Value>) -> Result<axum::Json<Value>, ApiError> {
+    let _ = show_volume(Path(name.clone())).await?;
+    // What is left out is not there, and what ends is null.
+    if body != json!({"iops": null, "bytes_per_second": 52_428_800}) {
+        return Err(ApiError::new(ErrorCode::Invalid, format!("not what was asked for: {body}")));
+    }
+    Ok(axum::Json(operation("volume-set", &format!("volume/{name}"), "completed")))
 }
 
 async fn remove_volume(Path(name): Path<String>) -> axum::Json<Value> {
@@ -215,7 +224,7 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/stats", get(|State(vms): Vms| async move { axum::Json(Value::Array(vms.iter().map(stats).collect())) }))
         .route("/v1/vms/{name}/stats", get(show_stats))
         .route("/v1/volumes", get(async || axum::Json(json!([volume("data", Some("web")), volume("spare", None)]))))
-        .route("/v1/volumes/{name}", delete(remove_volume).get(show_volume))
+        .route("/v1/volumes/{name}", delete(remove_volume).get(show_volume).patch(set_volume))
         .route("/v1/pools", get(async || axum::Json(json!([pool()]))))
         .route("/v1/pools/{name}", get(show_pool))
         .route("/v1/operations/{id}", get(wait))

@@ -225,6 +225,54 @@ fn a_plan_says_what_happens_to_each() {
 }
 
 #[test]
+fn limits_are_kept_until_they_are_changed_and_go_along_to_clones() {
+    let host = Host::new();
+    let limits = |name: &str| host.volume(name).limits;
+    let these = |iops, bytes_per_second| DiskLimits { iops, bytes_per_second };
+    host.ask("POST", "/v1/volumes", &create(1 << 30)).unwrap();
+    assert_eq!(limits("data"), DiskLimits::default());
+    host.ask("PATCH", "/v1/volumes/data", &json!({"iops": 500})).unwrap();
+    host.ask("PATCH", "/v1/volumes/data", &json!({"bytes_per_second": 1 << 20})).unwrap();
+    assert_eq!(limits("data"), these(Some(500), Some(1 << 20)));
+    host.deploy("web", &[("data", "/data", None)]).unwrap();
+    host.ask("POST", "/v1/volumes/data/clone", &json!({"name": "copy"})).unwrap();
+    host.ask("PATCH", "/v1/volumes/data", &json!({"iops": null})).unwrap();
+    assert_eq!((limits("data"), limits("copy")), (these(None, Some(1 << 20)), these(Some(500), Some(1 << 20))));
+    host.ask("POST", "/v1/volumes", &json!({"name": "new", "size_bytes": 1 << 30, "limits": {"iops": 7}})).unwrap();
+    assert_eq!(limits("new"), these(Some(7), None));
+    for bad in [json!({"iops": 0}), json!({"bytes_per_second": 1023}), json!({"iops": -1}), json!({"speed": 1})] {
+        assert!(host.ask("PATCH", "/v1/volumes/data", &bad).is_err(), "{bad}");
+        let new = json!({"name": "bad", "size_bytes": 1 << 30, "limits": bad});
+        assert!(host.ask("POST", "/v1/volumes", &new).is_err(), "{new}");
+    }
+    assert!(host.ask("PATCH", "/v1/volumes/nothing", &json!({"iops": 1})).is_err());
+}
+
+#[test]
+fn limits_of_a_vm_outlive_deploys_and_need_no_start() {
+    let host = Host::new();
+    let web = || desired::vm_named(&host.replica.view(), &"web".parse().unwrap()).unwrap();
+    host.deploy("web", &[]).unwrap();
+    let before = web();
+    host.ask("PATCH", "/v1/vms/web", &json!({"net_bytes_per_second": 12_500_000, "disk_iops": 300})).unwrap();
+    host.ask("PATCH", "/v1/vms/web", &json!({"disk_bytes_per_second": 4096, "disk_iops": null})).unwrap();
+    let disk = DiskLimits { iops: None, bytes_per_second: Some(4096) };
+    let limits = form_types::VmLimits { disk, net_bytes_per_second: Some(12_500_000) };
+    assert_eq!((web().limits, web().boot_digest()), (limits, before.boot_digest()));
+    let mut rebuilt = wanted("web", &[]);
+    rebuilt.image = Digest::of(b"another image");
+    host.ask("POST", "/v1/deploy", &rebuilt).unwrap();
+    assert_eq!(web().limits, limits);
+    for bad in [json!({"net_bytes_per_second": 1}), json!({"disk_iops": 0}), json!({"disk_bytes_per_second": u64::MAX})] {
+        assert!(host.ask("PATCH", "/v1/vms/web", &bad).is_err(), "{bad}");
+    }
+    // A copy of it may do as much.
+    let copy = json!({"vm": wanted("copy", &[]), "start": false, "disk_of": "web"});
+    host.ask("POST", "/v1/vms", &copy).unwrap();
+    assert_eq!(desired::vm_named(&host.replica.view(), &"copy".parse().unwrap()).unwrap().limits, limits);
+}
+
+#[test]
 fn volumes_are_changed_by_who_may_change_vms() {
     let host = Host::new();
     let (owner, stranger) = (SecretKey::from_bytes([4; 32]), SecretKey::from_bytes([6; 32]));
@@ -236,6 +284,7 @@ fn volumes_are_changed_by_who_may_change_vms() {
         ("POST", "/v1/volumes/data/attach", json!({"vm": "web"})),
         ("POST", "/v1/volumes/data/resize", json!({"size_bytes": 2_u64 << 30})),
         ("POST", "/v1/volumes/data/clone", json!({"name": "copy"})),
+        ("PATCH", "/v1/volumes/data", json!({"iops": 100})),
         ("POST", "/v1/volumes/data/detach", json!({})),
         ("DELETE", "/v1/volumes/data", json!({})),
         ("POST", "/v1/deploy", json!(wanted("web", &[("data", "/data", None)]))),
@@ -245,7 +294,7 @@ fn volumes_are_changed_by_who_may_change_vms() {
         assert!(refused.contains("does not own"), "{method} {path}: {refused}");
     }
     assert_eq!((host.volume("data").size_bytes, host.holder("data")), (1 << 30, None));
-    for (method, path, body) in &asked[..6] {
+    for (method, path, body) in &asked[..7] {
         host.ask_as(&owner, method, path, body).unwrap();
     }
     assert_eq!(volumes(&host.replica.view()).keys().map(Name::as_str).collect::<Vec<_>>(), ["copy", "mine"]);

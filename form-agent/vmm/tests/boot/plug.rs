@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
@@ -81,6 +82,15 @@ fn kvm_disks_come_and_grow_and_go_while_the_guest_runs() {
     client.plug(&disk("qcow2", DiskFormat::Qcow2), &[qcow2.as_fd()]).unwrap();
     await_disks(&vm, "SERIAL-qcow2=8192 SERIAL-raw=8192 TEST-QCOW2=16384 TEST-SERIAL=16384");
     vm.assert_jailed(4242);
+
+    // Limits come and go inside the jail as well.
+    let limits = DiskLimits { iops: NonZeroU64::new(50), bytes_per_second: NonZeroU64::new(1 << 20) };
+    for id in ["raw", "qcow2", "root"] {
+        client.limit_disk(id, limits).unwrap();
+        client.limit_disk(id, DiskLimits::default()).unwrap();
+    }
+    refused(client.limit_disk("nothing", limits), ErrorKind::NotFound);
+    refused(client.limit_network("raw", None), ErrorKind::NotFound);
 
     for id in ["raw", "qcow2"] {
         client.grow(id, 6 << 20).unwrap();

@@ -3,16 +3,18 @@ use form_api::vm::SetRequest;
 use form_types::{Name, spec::Restart};
 
 use crate::{
-    args::{label, mebibytes, restart_policy, vm_name},
+    args::{Ceiling, bandwidth, iops, label, mebibytes, net_bandwidth, restart_policy, vm_name},
     complete,
     failure::{Failure, Outcome},
     operation::settle,
     session::Session,
 };
 
-/// Change a VM's labels, restart policy, vCPUs or memory
+/// Change a VM's labels, restart policy, vCPUs, memory or limits
 #[derive(Debug, clap::Args)]
-#[command(after_help = "The next `form deploy` of its Formfile says again what the Formfile says.")]
+#[command(
+    after_help = "The next `form deploy` of its Formfile says again what the Formfile says. Limits hold at once, and a deploy leaves them as they are."
+)]
 pub struct Args {
     /// The VM
     #[arg(value_parser = vm_name, add = ArgValueCompleter::new(complete::vms))]
@@ -32,6 +34,15 @@ pub struct Args {
     /// Memory, from its next start on: 512M, 2G
     #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
     memory: Option<u64>,
+    /// Most operations a second of its root disk, reads and writes together; none ends the limit
+    #[arg(long, value_name = "COUNT|none", value_parser = iops)]
+    iops: Option<Ceiling>,
+    /// Most bytes a second of its root disk, read and written together: 50MiB; none ends the limit
+    #[arg(long, value_name = "SIZE|none", value_parser = bandwidth)]
+    bandwidth: Option<Ceiling>,
+    /// Most bits a second of its network, each way: 100Mbit, 1Gbit; none ends the limit
+    #[arg(long, value_name = "SPEED|none", value_parser = net_bandwidth)]
+    net_bandwidth: Option<Ceiling>,
     /// Restart it now if it runs and a change needs that
     #[arg(long)]
     restart: bool,
@@ -40,10 +51,19 @@ pub struct Args {
 pub async fn run(args: Args, session: &Session) -> Outcome {
     let removed = args.removed.into_iter().map(|key| (key, None));
     let labels = args.labels.into_iter().map(|(key, value)| (key, Some(value))).chain(removed).collect();
-    let request =
-        SetRequest { labels, restart_policy: args.restart_policy, vcpus: args.vcpus, memory_mib: args.memory, restart: args.restart };
+    let request = SetRequest {
+        labels,
+        restart_policy: args.restart_policy,
+        vcpus: args.vcpus,
+        memory_mib: args.memory,
+        disk_iops: args.iops.map(|most| most.0),
+        disk_bytes_per_second: args.bandwidth.map(|most| most.0),
+        net_bytes_per_second: args.net_bandwidth.map(|most| most.0),
+        restart: args.restart,
+    };
     if request.is_empty() {
-        return Err(Failure::usage("nothing is to be set").hint("say what: --label, --restart-policy, --vcpus, --memory"));
+        return Err(Failure::usage("nothing is to be set")
+            .hint("say what: --label, --restart-policy, --vcpus, --memory, --iops, --bandwidth, --net-bandwidth"));
     }
     let client = session.client()?;
     let operation = settle(session, &client, client.set(&args.name, &request).await?).await?;

@@ -1,9 +1,15 @@
 use clap_complete::engine::ArgValueCompleter;
 use form_api::volume::CreateRequest;
-use form_types::{Name, size::Bytes};
+use form_types::{DiskLimits, Name, size::Bytes};
 
 use super::{Format, size};
-use crate::{args::volume_name, complete, failure::Outcome, operation::settle, session::Session};
+use crate::{
+    args::{Ceiling, bandwidth, iops, volume_name},
+    complete,
+    failure::Outcome,
+    operation::settle,
+    session::Session,
+};
 
 /// Make an empty volume
 ///
@@ -22,11 +28,24 @@ pub struct Args {
     /// The pool that it lives in
     #[arg(long, default_value = "local", add = ArgValueCompleter::new(complete::pools))]
     pool: Name,
+    /// Most operations a second, reads and writes together
+    #[arg(long, value_name = "COUNT", value_parser = iops)]
+    iops: Option<Ceiling>,
+    /// Most bytes a second, read and written together: 50MiB
+    #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
+    bandwidth: Option<Ceiling>,
 }
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
     let client = session.client()?;
-    let request = CreateRequest { name: args.name.clone(), size_bytes: args.size.0, format: args.format.into(), pool: Some(args.pool) };
+    let most = |limit: Option<Ceiling>| limit.and_then(|most| most.0);
+    let request = CreateRequest {
+        name: args.name.clone(),
+        size_bytes: args.size.0,
+        format: args.format.into(),
+        pool: Some(args.pool),
+        limits: DiskLimits { iops: most(args.iops), bytes_per_second: most(args.bandwidth) },
+    };
     let operation = settle(session, &client, client.create_volume(&request).await?).await?;
     let made = if operation.status.is_final() { "made" } else { "make" };
     session.terminal.done(&operation, args.name.as_str(), &format!("{}: {made}, {}", args.name, args.size))?;

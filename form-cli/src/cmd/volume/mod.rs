@@ -9,13 +9,14 @@ pub mod import;
 pub mod ls;
 pub mod resize;
 pub mod rm;
+pub mod set;
 pub mod show;
 mod transfer;
 pub mod unexport;
 
 use clap::{Subcommand, ValueEnum};
 use form_types::{
-    VolumeFormat,
+    DiskLimits, VolumeFormat,
     size::{Bytes, GIB},
 };
 
@@ -29,6 +30,7 @@ pub enum Verb {
     Attach(attach::Args),
     Detach(detach::Args),
     Resize(resize::Args),
+    Set(set::Args),
     Clone(clone::Args),
     Import(import::Args),
     Export(export::Args),
@@ -45,6 +47,7 @@ impl Verb {
             Self::Attach(args) => attach::run(args, session).await,
             Self::Detach(args) => detach::run(args, session).await,
             Self::Resize(args) => resize::run(&args, session).await,
+            Self::Set(args) => set::run(&args, session).await,
             Self::Clone(args) => clone::run(args, session).await,
             Self::Import(args) => import::run(args, session).await,
             Self::Export(args) => export::run(args, session).await,
@@ -67,6 +70,14 @@ impl From<Format> for VolumeFormat {
             Format::Qcow2 => Self::Qcow2,
         }
     }
+}
+
+/// `500 operations/s, 50 MiB/s`; none without limits.
+pub fn limits_text(limits: DiskLimits) -> Option<String> {
+    let iops = limits.iops.map(|iops| format!("{iops} operations/s"));
+    let bytes = limits.bytes_per_second.map(|bytes| format!("{}/s", Bytes(bytes)));
+    let parts: Vec<String> = iops.into_iter().chain(bytes).collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
 }
 
 /// A size as it is written on the command line: `20G`, `512M`, `20` for GiB, `20971520B` to the byte.

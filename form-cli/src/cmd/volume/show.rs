@@ -1,7 +1,7 @@
 use clap_complete::engine::ArgValueCompleter;
 use form_types::Name;
 
-use super::ls::state;
+use super::{limits_text, ls::state};
 use crate::{
     args::volume_name,
     complete,
@@ -31,6 +31,7 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .optional("fault", volume.fault.as_ref())
         .field("size", format!("{} ({} bytes)", bytes(volume.size_bytes), volume.size_bytes))
         .optional("used", volume.allocated_bytes.map(bytes))
+        .optional("limits", limits_text(volume.limits))
         .optional("vm", attachment.map(|attachment| &attachment.vm))
         .optional("path", attachment.and_then(|attachment| attachment.path.as_ref()))
         .optional("access", access)
