@@ -214,10 +214,10 @@ fn limits(host: &mut Host) {
     assert_eq!(limits(host, "spare"), json!({"iops": null, "bytes_per_second": null}));
     let said = host.form(&["volume", "set", "slow", "--iops", "none", "--bandwidth", "1MiB"]).ok().stdout;
     assert_eq!(said, "slow: at most 1 MiB/s\n");
-    let _ = host.form(&["volume", "clone", "slow", "copy"]).ok();
+    let _ = host.form(&["volume", "clone", "slow", "slow-too"]).ok();
     host.kill_agent();
     host.start_agent();
-    for name in ["slow", "copy"] {
+    for name in ["slow", "slow-too"] {
         assert_eq!(limits(host, name), json!({"iops": null, "bytes_per_second": 1 << 20}), "{name}");
     }
     assert!(host.form(&["volume", "show", "slow"]).ok().stdout.contains("1 MiB/s"));
@@ -225,7 +225,7 @@ fn limits(host: &mut Host) {
     assert_eq!(limits(host, "slow"), limits(host, "spare"));
     let _ = host.form(&["volume", "set", "slow"]).exits(2);
     let _ = host.form(&["volume", "set", "nothing", "--iops", "1"]).exits(3);
-    let _ = host.form(&["volume", "rm", "slow", "copy", "-y"]).ok();
+    let _ = host.form(&["volume", "rm", "slow", "slow-too", "-y"]).ok();
 
     let of_vm = |host: &Host| host.form(&["vm", "show", "web", "-o", "json"]).ok().json()["limits"].clone();
     let _ = host.form(&["vm", "set", "web", "--net-bandwidth", "100Mbit", "--iops", "300"]).ok();
