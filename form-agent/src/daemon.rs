@@ -109,7 +109,7 @@ async fn open(paths: Paths) -> Result<Agent, Failure> {
     let events = Arc::new(Events::open(Arc::clone(&records))?);
     let rules = Arc::new(AgentRules { cluster, founder: identity.key().public() });
     let replica = Replica::open(&paths.database().join("state.redb"), identity.key(), cluster, rules)?;
-    let mut store = Store::open(&paths.data())?;
+    let store = Store::open(&paths.data())?;
     for (name, directory) in &config.pools {
         store.add_pool(name.clone(), directory.clone())?;
     }
@@ -155,10 +155,12 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             | OperationKind::VolumeResize
             | OperationKind::VolumeSet
             | OperationKind::VolumeClone
+            | OperationKind::VolumeMove
             | OperationKind::VolumeImport
             | OperationKind::VolumeExport
             | OperationKind::VolumeUnexport
             | OperationKind::VolumeRemove => volume::operate::resume(agent, &record),
+            OperationKind::PoolCreate | OperationKind::PoolSet | OperationKind::PoolRemove => volume::pool::resume(agent, &record),
             OperationKind::ImageImport
             | OperationKind::ImageRemove
             | OperationKind::Claim

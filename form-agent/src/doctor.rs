@@ -62,7 +62,7 @@ fn machine_checks(agent: &Agent) -> Vec<Check> {
             fixable: true,
         }));
     }
-    checks.extend(agent.store.pools().filter_map(pool_check));
+    checks.extend(agent.store.pools().iter().filter_map(|pool| pool_check(pool)));
     if agent.identity().owner().is_none() {
         let hint = "form host add ADDRESS --token TOKEN, with the token that `form-agent init` prints";
         checks.push(bad(CheckStatus::Warning, "owner", "the host has no owner: only its own root can use it", hint));
@@ -74,6 +74,16 @@ fn machine_checks(agent: &Agent) -> Vec<Check> {
 fn pool_check(pool: &form_store::Pool) -> Option<Check> {
     let name = format!("pool/{}", pool.name());
     match pool.space() {
+        Ok(space) if space.free < pool.settings().reserve_bytes => Some(bad(
+            CheckStatus::Warning,
+            &name,
+            format!(
+                "{} MiB are free in {}, less than is kept in reserve: nothing new is begun there",
+                space.free >> 20,
+                pool.directory().display()
+            ),
+            "add space, remove volumes that nobody needs, or keep less in reserve with `form pool set`",
+        )),
         Ok(space) if space.free < headroom::LOW || (space.free < space.total / 20 && space.free < 10 << 30) => Some(bad(
             CheckStatus::Warning,
             &name,
@@ -81,7 +91,12 @@ fn pool_check(pool: &form_store::Pool) -> Option<Check> {
             "add space, or remove volumes that nobody needs with `form volume rm`",
         )),
         Ok(_) => None,
-        Err(error) => Some(bad(CheckStatus::Problem, &name, error.to_string(), "mount its file system, or correct `pools:` in agent.yaml")),
+        Err(error) => Some(bad(
+            CheckStatus::Problem,
+            &name,
+            error.to_string(),
+            "mount its file system, or remove the pool: `form pool rm`, or `pools:` in agent.yaml",
+        )),
     }
 }
 

@@ -53,6 +53,14 @@ pub fn volume_name(text: &str) -> Result<Name, String> {
     text.strip_prefix("volume/").unwrap_or(text).parse().map_err(|error: form_types::name::NameError| error.to_string())
 }
 
+/// `fast`, or `pool/fast` as hosts write it.
+///
+/// # Errors
+/// When it is no name.
+pub fn pool_name(text: &str) -> Result<Name, String> {
+    text.strip_prefix("pool/").unwrap_or(text).parse().map_err(|error: form_types::name::NameError| error.to_string())
+}
+
 /// `vm/web`: the noun is written out, so that a script says what it waits for.
 ///
 /// # Errors

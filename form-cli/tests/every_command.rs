@@ -95,12 +95,16 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("volume resize", &["nope", "1G"], Needs::Host),
     ("volume set", &["nope", "--iops", "100"], Needs::Host),
     ("volume clone", &["nope", "copy"], Needs::Host),
+    ("volume move", &["nope", "--to", "local"], Needs::Host),
     ("volume import", &["new", "nope"], Needs::Nothing),
     ("volume export", &["nope", "--nbd"], Needs::Host),
     ("volume unexport", &["nope"], Needs::Host),
     ("volume rm", &["nope"], Needs::HostAndYes),
+    ("pool create", &["new", "--path", "/nowhere"], Needs::Host),
     ("pool ls", &[], Needs::Host),
     ("pool show", &["nope"], Needs::Host),
+    ("pool set", &["nope", "--reserve", "1G"], Needs::Host),
+    ("pool rm", &["nope"], Needs::HostAndYes),
     ("host add", &["127.0.0.1:1", "--token", "nonsense"], Needs::Nothing),
     ("host ls", &[], Needs::Nothing),
     ("host show", &[], Needs::Host),
@@ -234,7 +238,11 @@ fn what_asks_names_the_flag_and_the_variable_when_nobody_can_be_asked() {
     let host = agent.host();
     for (command, args, _) in COMMANDS.iter().filter(|(_, _, needs)| matches!(needs, Needs::Yes | Needs::HostAndYes)) {
         // Nobody is asked about what is not there.
-        let there = if command.starts_with("volume") { "spare" } else { "web" };
+        let there = match command.split(" ").next() {
+            Some("volume") => "spare",
+            Some("pool") => "local",
+            _ => "web",
+        };
         let args: Vec<&str> = args.iter().map(|word| if *word == "nope" { there } else { word }).collect();
         let run = place.run(&words(command, &[&args[..], &["--host", &host]].concat()));
         assert_eq!((run.code, run.out.as_str()), (2, ""), "{command}: {run:?}");

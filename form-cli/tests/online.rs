@@ -320,7 +320,23 @@ spare  10 GiB  1 MiB       free                 [..]d
         assert_eq!(setting.run(&[&["volume", "set", "data"], nothing].concat()).code, 2, "{nothing:?}");
     }
     assert_eq!(setting.run(&["volume", "ls", "-o", "name"]).out, "data\nspare\n");
-    assert!(setting.run(&["pool", "ls"]).out.contains("60 GiB"));
+    assert_data_eq!(
+        setting.run(&["pool", "ls"]).out,
+        str![[r#"
+NAME   KIND   STATE      VOLUMES  PROMISED  USED   FREE    TOTAL
+local  local  available  2        20 GiB    2 MiB  60 GiB  100 GiB
+
+"#]]
+    );
+    let shown = setting.run(&["pool", "show", "pool/local"]).out;
+    assert!(shown.contains("reserve   10 GiB") && shown.contains("disk=nvme"), "{shown}");
+    assert_eq!(setting.run(&["pool", "create", "fast", "--path", "/mnt/fast", "--reserve", "10GiB"]).out, "fast: made, in /mnt/fast\n");
+    assert_eq!(setting.run(&["pool", "set", "local", "--reserve", "0"]).out, "local: set\n");
+    let nothing = setting.run(&["pool", "set", "local"]);
+    assert!(nothing.code == 2 && nothing.err.contains("--reserve"), "{nothing:?}");
+    assert_eq!(setting.run(&["pool", "rm", "local", "-y"]).out, "local: removed, its directory is kept\n");
+    let asks = setting.run(&["pool", "rm", "local"]);
+    assert!(asks.code == 2 && asks.err.contains("Remove the pool local"), "{asks:?}");
     assert_eq!(setting.run(&["volume", "rm", "nope", "-y"]).code, 3);
     let run = setting.run(&["volume", "rm", "spare"]);
     assert!(run.code == 2 && run.err.contains("Remove spare"), "{run:?}");

@@ -25,6 +25,8 @@ enum Way {
     Destroy,
     /// A command about volumes.
     Volume,
+    /// A command about pools.
+    Pool,
     /// A copy of a stopped VM.
     Clone,
     /// Only with a guest that runs.
@@ -48,6 +50,7 @@ const fn way(point: Failpoint) -> Way {
         CleanTapRemoved | CleanDirectoryRemoved | CleanCgroupRemoved => Way::Destroy,
         RemoveDiskRemoved | RemoveDirectoryRemoved | RemoveLogRemoved => Way::Destroy,
         VolumeDrafted | VolumeNamed | VolumeMade | VolumeSubmitted | VolumeGrown | VolumeForgotten => Way::Volume,
+        PoolMarked | PoolRecorded | PoolForgotten => Way::Pool,
         VolumePlugged | VolumeUnplugged => Way::Hotplug,
         SnapshotPaused | SnapshotSaved | SnapshotDrafted | SnapshotNamed | SnapshotRetired => Way::Snapshot,
         ForkShared | ForkTold => Way::Snapshot,
@@ -118,7 +121,7 @@ fn survives(host: &mut Host, point: Failpoint) {
             deploys(host, &file, &name);
             host.kill_agent();
         }
-        Way::Volume | Way::Clone | Way::Guest | Way::Snapshot | Way::Hotplug => unreachable!("not walked here"),
+        Way::Volume | Way::Pool | Way::Clone | Way::Guest | Way::Snapshot | Way::Hotplug => unreachable!("not walked here"),
     }
     if way(point) == Way::Destroy {
         dies_of(host, point, &["destroy", &name, "-y"]);
@@ -261,6 +264,130 @@ fn system_a_volume_is_what_was_asked_for_or_what_it_was_wherever_the_agent_dies(
     let _ = host.form(&["destroy", "web", "-y"]).ok();
     let _ = host.form(&["volume", "rm", "copy", "data", "-y"]).ok();
     assert_eq!(volumes(&host), []);
+    host.is_clean();
+}
+
+/// The steps of a move between pools.
+const OF_A_MOVE: [Failpoint; 8] =
+    [OperationRecorded, VolumeDrafted, VolumeNamed, VolumeMade, StateStored, VolumeSubmitted, VolumeForgotten, OperationEnded];
+
+#[test]
+#[ignore = "needs root: tests/run-system"]
+fn system_a_moved_volume_is_whole_in_one_pool_wherever_the_agent_dies() {
+    enter_own_network();
+    let mut host = Host::new();
+    host.configure(Host::IMPATIENT);
+    host.start_agent();
+    let directory = host.path("fast");
+    fs::create_dir(&directory).unwrap();
+    let _ = host.form(&["pool", "create", "fast", "--path", directory.to_str().unwrap()]).ok();
+    let _ = host.form(&["volume", "create", "data", "-s", "16M"]).ok();
+    let id = host.form(&["volume", "show", "data", "-o", "json"]).ok().json()["id"].as_str().unwrap().to_owned();
+    let places = [("local", host.root().join("var/lib/formation/volumes")), ("fast", directory.clone())];
+    let file = |place: &std::path::Path| place.join(&id).join("volume.raw");
+    let bytes: Vec<u8> = (0..3_u32 << 20).map(|byte| (byte % 251) as u8).collect();
+    {
+        use std::os::unix::fs::FileExt;
+        fs::File::options().write(true).open(file(&places[0].1)).unwrap().write_all_at(&bytes, 5 << 20).unwrap();
+    }
+    // The pool that the volume is in: there with all its bytes, and in no other.
+    let pool = |host: &Host| {
+        let volume = host.form(&["volume", "show", "data", "-o", "json"]).ok().json();
+        assert!(volume["fault"].is_null(), "{volume}");
+        let pool = volume["pool"].as_str().unwrap().to_owned();
+        for (name, place) in &places {
+            assert_eq!(place.join(&id).exists(), *name == pool, "{name}: {volume}");
+            assert_eq!(host.root().join("var/lib/formation/volumes-made").join(name).join(&id).exists(), *name == pool);
+            assert_eq!(fs::read_dir(place.join(".tmp")).map_or(0, |entries| entries.count()), 0, "{name}");
+            if *name == pool {
+                let there = fs::read(file(place)).unwrap();
+                assert!(there.len() == 16 << 20 && there[5 << 20..8 << 20] == bytes && there[8 << 20..].iter().all(|byte| *byte == 0));
+            }
+        }
+        for check in host.form(&["doctor", "-o", "json"]).json().as_array().unwrap() {
+            let name = check["name"].as_str().unwrap();
+            assert!(!name.starts_with("volume/") && !name.starts_with("pool/"), "{check}");
+        }
+        pool
+    };
+    for (step, point) in OF_A_MOVE.into_iter().enumerate() {
+        let (from, to) = if step % 2 == 0 { ("local", "fast") } else { ("fast", "local") };
+        println!("=== move to {to} at {}", point.as_str());
+        assert_eq!(pool(&host), from);
+        let command = ["volume", "move", "data", "--to", to];
+        host.kill_agent();
+        host.start_agent_with(Some(point.as_str()));
+        let mut client = spawn(&host, &command);
+        let died = host.dies_at(point.as_str(), |_| false);
+        let _ = (client.kill(), client.wait());
+        assert!(died, "a move does not come to {}", point.as_str());
+        host.start_agent();
+        wait("the operation ends", || host.no_operation_is_under_way());
+        let operation = newest(&host, "volume-move");
+        if operation["status"] == "failed" {
+            assert!(operation["error"]["hint"].as_str().unwrap().contains("run the same command again"), "{operation}");
+            assert_eq!(pool(&host), from);
+            let _ = host.form(&command).ok();
+        }
+        assert_eq!(pool(&host), to);
+    }
+    let _ = host.form(&["volume", "rm", "data", "-y"]).ok();
+    let _ = host.form(&["pool", "rm", "fast", "-y"]).ok();
+    host.is_clean();
+}
+
+#[test]
+#[ignore = "needs root: tests/run-system"]
+fn system_a_pool_is_there_or_not_wherever_the_agent_dies() {
+    enter_own_network();
+    let mut host = Host::new();
+    host.configure(Host::IMPATIENT);
+    host.start_agent();
+    let directory = host.path("fast");
+    fs::create_dir(&directory).unwrap();
+    let create = ["pool", "create", "fast", "--path", directory.to_str().unwrap(), "--reserve", "1M"];
+    let remove = ["pool", "rm", "fast", "-y"];
+    let pools = |host: &Host| {
+        let names = host.form(&["pool", "ls", "-o", "name"]).ok().stdout;
+        let marked = directory.join("formation-pool.json").exists();
+        assert_eq!(marked, names.contains("fast"), "{names}");
+        for check in host.form(&["doctor", "-o", "json"]).json().as_array().unwrap() {
+            assert!(!check["name"].as_str().unwrap().starts_with("pool/"), "{check}");
+        }
+        names.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let mut walked = Vec::new();
+    for (command, points, [old, new]) in [
+        (&create[..], [OperationRecorded, PoolMarked, PoolRecorded], [vec!["local"], vec!["fast", "local"]]),
+        (&remove[..], [OperationRecorded, PoolForgotten, OperationEnded], [vec!["fast", "local"], vec!["local"]]),
+    ] {
+        for point in points {
+            println!("=== {} at {}", command.join(" "), point.as_str());
+            if pools(&host) != old {
+                let _ = host.form(if command == create { &remove } else { &create }).ok();
+            }
+            host.kill_agent();
+            host.start_agent_with(Some(point.as_str()));
+            let mut client = spawn(&host, command);
+            let died = host.dies_at(point.as_str(), |_| false);
+            let _ = (client.kill(), client.wait());
+            assert!(died, "{command:?} does not come to {}", point.as_str());
+            host.start_agent();
+            wait("the operation ends", || host.no_operation_is_under_way());
+            let operation = newest(&host, &format!("pool-{}", if command == create { "create" } else { "remove" }));
+            if operation["status"] == "failed" {
+                assert!(operation["error"]["hint"].as_str().unwrap().contains("run the same command again"), "{operation}");
+                assert_eq!(pools(&host), old);
+                let _ = host.form(command).ok();
+            }
+            assert_eq!(pools(&host), new);
+            walked.push(point);
+        }
+    }
+    for point in Failpoint::ALL.iter().filter(|point| way(**point) == Way::Pool) {
+        assert!(walked.contains(point), "{} is walked nowhere", point.as_str());
+    }
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
     host.is_clean();
 }
 

@@ -114,6 +114,131 @@ fn system_a_pool_that_is_full_or_away_loses_nothing() {
     host.is_clean();
 }
 
+#[test]
+#[ignore = "needs root: tests/run-system"]
+fn system_a_pool_is_made_used_and_removed_and_its_empty_mount_point_is_left_alone() {
+    enter_own_network();
+    let mut host = Host::new();
+    host.configure(Host::IMPATIENT);
+    host.start_agent();
+    let mount = Mount::new(host.path("fast"), 200);
+    let path = mount.0.to_str().unwrap().to_owned();
+    let create = |more: &[&str]| host.form(&[&["pool", "create", "fast"], more].concat());
+    for (place, reason) in [
+        ("relative", "not absolute"),
+        ("/nowhere", "no such directory"),
+        ("/dev/null", "no directory"),
+        ("/proc", "cannot be made there"),
+        (host.root().to_str().unwrap(), "neither may lie in the other"),
+        (host.root().join("var/log/formation").to_str().unwrap(), "to itself"),
+    ] {
+        let refused = create(&["--path", place]).exits(2);
+        assert!(refused.stderr.contains(reason), "{place}: {refused:?}");
+    }
+    let made = create(&["--path", &path, "--reserve", "100M", "--limit", "1G", "--label", "disk=nvme"]).ok();
+    assert!(made.stdout.contains("fast: made"), "{made:?}");
+    let _ = create(&["--path", "/nowhere"]).exits(5);
+    let show = |host: &Host| host.form(&["pool", "show", "fast", "-o", "json"]).ok().json();
+    let shown = show(&host);
+    assert_eq!(
+        (&shown["reserve_bytes"], &shown["limit_bytes"], &shown["labels"]["disk"]),
+        (&json!(100 << 20), &json!(1 << 30), &json!("nvme"))
+    );
+
+    // Another agent does not get it.
+    let mut other = Host::new();
+    other.configure("listen: 127.0.0.1:7946\n");
+    other.start_agent();
+    let taken = other.form(&["pool", "create", "mine", "--path", &path]).exits(5);
+    assert!(taken.stderr.contains("another agent") && taken.stderr.contains(shown["host"].as_str().unwrap()), "{taken:?}");
+    other.is_clean();
+
+    // The limit is of what is promised, the reserve of what is free.
+    let volume_in = |host: &Host, name: &str, size: &str| host.form(&["volume", "create", name, "-s", size, "--pool", "fast"]);
+    let _ = volume_in(&host, "data", "768M").ok();
+    let no_room = volume_in(&host, "more", "512M").exits(1);
+    assert!(no_room.stderr.contains("promise 768 MiB of the 1 GiB"), "{no_room:?}");
+    let no_room = host.form(&["volume", "resize", "data", "2G"]).exits(1);
+    assert!(no_room.stderr.contains("form pool set fast --limit"), "{no_room:?}");
+    let _ = host.form(&["volume", "clone", "data", "more"]).exits(1);
+    fs::write(mount.0.join("filler"), vec![1; 110 << 20]).unwrap();
+    let no_room = volume_in(&host, "more", "16M").exits(1);
+    assert!(no_room.stderr.contains("100 MiB are kept in reserve"), "{no_room:?}");
+    assert!(wrong(&host).iter().any(|check| check["name"] == "pool/fast"), "doctor warns");
+    let _ = host.form(&["pool", "set", "fast", "--reserve", "0", "--limit", "0", "--remove-label", "disk"]).ok();
+    let _ = volume_in(&host, "more", "512M").ok();
+    fs::remove_file(mount.0.join("filler")).unwrap();
+
+    // To another pool and back: with what it holds, and nothing is left behind.
+    let local = host.root().join("var/lib/formation/volumes");
+    fs::File::options().write(true).open(file(&mount.0, &volume(&host, "data"))).unwrap().write_all_at(&vec![7; 8 << 20], 9 << 20).unwrap();
+    let _ = host.form(&["volume", "export", "data", "--nbd"]).ok();
+    let exported = host.form(&["volume", "move", "data", "--to", "local"]).exits(5);
+    assert!(exported.stderr.contains("form volume unexport data"), "{exported:?}");
+    let _ = host.form(&["volume", "unexport", "data"]).ok();
+    let _ = host.form(&["volume", "move", "data", "--to", "local"]).ok();
+    let there = fs::read(file(&local, &volume(&host, "data"))).unwrap();
+    assert!(
+        there.len() == 768 << 20
+            && there[9 << 20..17 << 20].iter().all(|byte| *byte == 7)
+            && there[17 << 20..].iter().all(|byte| *byte == 0)
+    );
+    assert!(volume(&host, "data")["allocated_bytes"].as_u64().unwrap() < 16 << 20, "holes stay holes");
+    assert_eq!((kept(&local), kept(&mount.0)), (1, 2), "the marker and the other volume");
+    for (to, code) in [("local", 5), ("nope", 3)] {
+        let _ = host.form(&["volume", "move", "data", "--to", to]).exits(code);
+    }
+    let _ = host.form(&["pool", "set", "fast", "--limit", "600M"]).ok();
+    let no_room = host.form(&["volume", "move", "data", "--to", "fast"]).exits(1);
+    assert!(no_room.stderr.contains("of the 600 MiB"), "{no_room:?}");
+    let _ = host.form(&["pool", "set", "fast", "--limit", "0"]).ok();
+    fs::write(mount.0.join("filler"), vec![1; 194 << 20]).unwrap();
+    let _ = host.form(&["volume", "move", "data", "--to", "fast"]).exits(1);
+    fs::remove_file(mount.0.join("filler")).unwrap();
+    assert_eq!((kept(&local), kept(&mount.0), volume(&host, "data")["pool"].as_str()), (1, 2, Some("local")));
+    let _ = host.form(&["volume", "move", "data", "--to", "pool/fast"]).ok();
+    assert_eq!((kept(&local), kept(&mount.0), wrong(&host)), (0, 3, Vec::new()));
+
+    // In use, or not made by that command: it stays.
+    let in_use = host.form(&["pool", "rm", "fast", "-y"]).exits(5);
+    assert!(in_use.stderr.contains("data, more"), "{in_use:?}");
+    let _ = host.form(&["pool", "rm", "local", "-y"]).exits(5);
+    let _ = host.form(&["pool", "rm", "nope", "-y"]).exits(3);
+
+    // Not mounted: nothing is made in the directory below, whatever is asked.
+    host.kill_agent();
+    let aside = host.path("aside");
+    fs::create_dir(&aside).unwrap();
+    run("mount", &["--move", &path, aside.to_str().unwrap()]);
+    host.start_agent();
+    let unavailable = show(&host);
+    assert!(unavailable["fault"].as_str().unwrap().contains("mounted"), "{unavailable}");
+    assert!(host.form(&["pool", "ls"]).ok().stdout.contains("unavailable"));
+    assert!(volume(&host, "data")["fault"].as_str().unwrap().contains("pool/fast is not there"), "{}", volume(&host, "data"));
+    for command in [
+        &["volume", "create", "third", "-s", "16M", "--pool", "fast"][..],
+        &["volume", "rm", "data", "-y"],
+        &["volume", "export", "data", "--nbd"],
+    ] {
+        let away = host.form(command).exits(1);
+        assert!(away.stderr.contains("mounted"), "{command:?}: {away:?}");
+    }
+    assert_eq!(wrong(&host).len(), 3, "doctor names the pool and its two volumes");
+    assert_eq!(fs::read_dir(&mount.0).unwrap().count(), 0);
+    run("mount", &["--move", aside.to_str().unwrap(), &path]);
+    assert_eq!((show(&host)["fault"].clone(), volume(&host, "data")["fault"].clone()), (Value::Null, Value::Null));
+
+    let _ = host.form(&["volume", "rm", "data", "more", "-y"]).ok();
+    let _ = host.form(&["pool", "rm", "fast", "-y"]).ok();
+    assert_eq!(fs::read_dir(&mount.0).unwrap().count(), 0);
+    let kinds: Vec<String> = host.operations().iter().map(|operation| operation["kind"].as_str().unwrap().to_owned()).collect();
+    assert!(["pool-create", "pool-set", "pool-remove"].iter().all(|kind| kinds.iter().any(|found| found == kind)), "{kinds:?}");
+    let events = host.form(&["events", "-o", "json"]).ok().stdout;
+    assert!(events.contains("pool-remove pool/fast completed"), "{events}");
+    assert_eq!(wrong(&host), Vec::<Value>::new());
+    host.is_clean();
+}
+
 fn spawn(host: &Host, arguments: &[&str]) -> Child {
     host.form_command(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
@@ -264,6 +389,9 @@ fn senseless(host: &Host) {
         ("POST", "/v1/volumes/spare/detach", r#"{"force": true}"#, "409"),
         ("POST", "/v1/volumes/spare/detach", r#"{"force": "yes"}"#, "400"),
         ("POST", "/v1/volumes/spare/clone", r#"{"name": "spare"}"#, "409"),
+        ("POST", "/v1/volumes/spare/move", r#"{"pool": "local"}"#, "409"),
+        ("POST", "/v1/volumes/spare/move", r#"{"pool": "nope"}"#, "404"),
+        ("POST", "/v1/volumes/spare/move", r#"{"to": "local"}"#, "400"),
         ("POST", "/v1/volumes/spare/export", r#"{"nbd": true}"#, "400"),
         ("POST", "/v1/volumes/spare/export", r#"{"listen": "nowhere"}"#, "400"),
         ("POST", "/v1/volumes/spare/export", r#"{"listen": "0.0.0.0:10809"}"#, "400"),
@@ -273,7 +401,13 @@ fn senseless(host: &Host) {
         ("GET", "/v1/volumes/nope/contents", "", "400"),
         ("DELETE", "/v1/volumes", "", "405"),
         ("DELETE", "/v1/volumes/nope", "", "404"),
-        ("DELETE", "/v1/pools/local", "", "405"),
+        ("DELETE", "/v1/pools", "", "405"),
+        ("DELETE", "/v1/pools/local", "", "409"),
+        ("DELETE", "/v1/pools/nope", "", "404"),
+        ("PATCH", "/v1/pools/local", r#"{"reserve": 1}"#, "400"),
+        ("PATCH", "/v1/pools/local", r#"{"labels": {"a b": "c"}}"#, "400"),
+        ("POST", "/v1/pools", r#"{"name": "x", "path": "relative"}"#, "400"),
+        ("POST", "/v1/pools", r#"{"name": "local", "path": "/tmp"}"#, "409"),
     ] {
         let socket = host.socket();
         let output = Command::new("curl")

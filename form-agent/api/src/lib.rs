@@ -41,9 +41,13 @@
 //! | `POST /v1/volumes/{name}/detach` (signed) | [`volume::DetachRequest`] | [`operation::Operation`] |
 //! | `POST /v1/volumes/{name}/resize` (signed) | [`volume::ResizeRequest`] | [`operation::Operation`] |
 //! | `POST /v1/volumes/{name}/clone` (signed) | [`volume::CloneRequest`] | [`operation::Operation`] |
+//! | `POST /v1/volumes/{name}/move` (signed) | [`volume::MoveRequest`] | [`operation::Operation`] |
 //! | `DELETE /v1/volumes/{name}` (signed) | | [`operation::Operation`] |
 //! | `GET /v1/pools` | | `Vec<`[`volume::Pool`]`>` |
 //! | `GET /v1/pools/{name}` | | [`volume::Pool`] |
+//! | `POST /v1/pools` (signed) | [`pool::PoolCreateRequest`] | [`operation::Operation`] |
+//! | `PATCH /v1/pools/{name}` (signed) | [`pool::PoolSetRequest`] | [`operation::Operation`] |
+//! | `DELETE /v1/pools/{name}` (signed) | | [`operation::Operation`] |
 //! | `GET /v1/images` | | `Vec<`[`image::Image`]`>` |
 //! | `GET /v1/images/{reference}` | | [`image::Image`] |
 //! | `GET /v1/images/{reference}/verify` | | [`image::Verification`] |
@@ -69,6 +73,7 @@ pub mod exec;
 pub mod host;
 pub mod image;
 pub mod operation;
+pub mod pool;
 #[cfg(feature = "transport")]
 pub mod server;
 pub mod sign;

@@ -5,7 +5,7 @@
 //! (the client as `Stdin`, the agent as `Stdout`), in any order; what is not sent reads as zeros. The client's last frame is `StdinClosed`. The
 //! agent's last frame is `Exit` with code 0 when all of it has arrived, or was sent, else `Error`.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use form_types::{DiskLimits, HostId, Name, VolumeFormat, VolumeId, limits::given};
 use jiff::Timestamp;
@@ -163,6 +163,14 @@ pub struct CloneRequest {
     pub name: Name,
 }
 
+/// `POST /v1/volumes/{name}/move`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MoveRequest {
+    /// The pool that it lives in from then on.
+    pub pool: Name,
+}
+
 /// `POST /v1/volumes/{name}/export`
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -239,8 +247,26 @@ pub struct Pool {
     /// What its volumes take.
     pub allocated_bytes: u64,
     pub volumes: u32,
-    /// Why it cannot be used.
+    /// With less free room than this nothing new is begun in it.
+    #[serde(default)]
+    pub reserve_bytes: u64,
+    /// The most that its volumes may promise together.
+    #[serde(default)]
+    pub limit_bytes: Option<u64>,
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// It was made by `form pool create` and can be removed; else it is the host's own, or in its `agent.yaml`.
+    #[serde(default)]
+    pub removable: bool,
+    /// Why it cannot be used. With one the pool is unavailable, and its volumes are with it.
     pub fault: Option<String>,
+}
+
+impl Pool {
+    /// In one word.
+    pub const fn state(&self) -> &'static str {
+        if self.fault.is_some() { "unavailable" } else { "available" }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -14,6 +14,7 @@ use form_api::{
         Verification,
     },
     operation::{Operation, OperationKind, OperationStatus},
+    pool::{PoolCreateRequest, PoolSetRequest},
     snapshot::{Consistency, RestoreRequest, Snapshot, SnapshotRequest},
     stats::{DiskRates, DiskStats, HealthReport, NetworkRates, NetworkStats, PartHealth, VmStats},
     vm::{
@@ -21,7 +22,7 @@ use form_api::{
         VmState,
     },
     volume::{
-        AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, DetachRequest, ExportRequest, Pool, PoolKind,
+        AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, DetachRequest, ExportRequest, MoveRequest, Pool, PoolKind,
         ResizeRequest, SetVolumeRequest, Volume,
     },
 };
@@ -97,6 +98,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
     let (data, local): (Name, Name) = ("data".parse().ok()?, "local".parse().ok()?);
     let create = CreateRequest { name: data.clone(), size_bytes: 20 << 30, format: VolumeFormat::Raw, pool: Some(local.clone()), limits };
     let attach = AttachRequest { vm: name.clone(), path: Some("/var/lib/data".to_owned()), read_only: false };
+    let fast: Name = "fast".parse().ok()?;
     let before: Name = "before-upgrade".parse().ok()?;
     let import = ImportRequest { manifest: digest("manifest") };
     let kernel = Kernel { digest: digest("kernel"), release: "6.1.0-56-cloud-amd64".to_owned(), size_bytes: 91_226_112 };
@@ -128,6 +130,9 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("Operation", json!(failed)),
         ("Plan", json!(plan(&name))),
         ("Pool", json!(pool(&local))),
+        ("MoveRequest", json!(MoveRequest { pool: fast.clone() })),
+        ("PoolCreateRequest", json!(pool_create(fast))),
+        ("PoolSetRequest", json!(pool_set())),
         ("ResizeRequest", json!(ResizeRequest { size_bytes: 40 << 30 })),
         ("RestoreRequest", json!(RestoreRequest { snapshot: before.clone() })),
         ("RollbackRequest", json!(RollbackRequest { to: earlier.request.clone() })),
@@ -410,6 +415,15 @@ fn volume(name: &Name, pool: &Name, vm: &Name) -> Volume {
     }
 }
 
+fn pool_create(name: Name) -> PoolCreateRequest {
+    let labels = [("disk".to_owned(), "nvme".to_owned())].into();
+    PoolCreateRequest { name, path: "/mnt/nvme/volumes".into(), reserve_bytes: 10 << 30, limit_bytes: Some(400 << 30), labels }
+}
+
+fn pool_set() -> PoolSetRequest {
+    PoolSetRequest { reserve_bytes: Some(20 << 30), limit_bytes: None, labels: [("disk".to_owned(), None)].into() }
+}
+
 fn pool(name: &Name) -> Pool {
     Pool {
         name: name.clone(),
@@ -422,6 +436,10 @@ fn pool(name: &Name) -> Pool {
         provisioned_bytes: 20 << 30,
         allocated_bytes: 187_432_960,
         volumes: 1,
+        reserve_bytes: 10 << 30,
+        limit_bytes: None,
+        labels: [].into(),
+        removable: false,
         fault: None,
     }
 }

@@ -8,6 +8,7 @@ mod host;
 mod image;
 mod openapi;
 mod operation;
+mod pool;
 mod snapshot;
 mod ssh;
 mod stats;
@@ -99,13 +100,17 @@ api! {
     volume::resize,
     volume::set,
     volume::clone,
+    volume::relocate,
     volume::export,
     volume::unexport,
     volume::import,
     volume::contents,
     volume::remove,
-    volume::pools,
-    volume::pool,
+    pool::list,
+    pool::create,
+    pool::show,
+    pool::set,
+    pool::remove,
     image::list,
     image::import,
     image::missing,

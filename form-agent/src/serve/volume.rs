@@ -13,7 +13,7 @@ use form_api::{
     operation::Operation,
     server::{self, read_json},
     volume::{
-        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, Piece, Pool, ResizeRequest,
+        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, MoveRequest, Piece, ResizeRequest,
         SetVolumeRequest, Volume,
     },
 };
@@ -201,6 +201,23 @@ pub async fn clone(State(agent): State<Shared>, Segment(name): Segment, request:
     change(agent, &name, request, Change::Clone).await
 }
 
+/// Moves a volume to another pool of its host. No VM may run with it, and it may not be exported.
+///
+/// It is copied and compared before the first one is removed: at every moment one of the two is the volume, whole.
+#[utoipa::path(
+    post,
+    path = "/v1/volumes/{name}/move",
+    operation_id = "move_volume",
+    tag = "volumes",
+    params(("name" = Name, Path, description = "The volume"), ChangeHeaders),
+    request_body(content = MoveRequest, description = "Where to"),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay, NoRoom),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn relocate(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
+    change(agent, &name, request, Change::Move).await
+}
+
 /// Serves a volume over NBD to programs of the host: on a Unix socket, or on a port of the loopback interface.
 ///
 /// It ends with the agent, when the volume is detached or removed, or when it is asked to. As long as clients may write, nothing else has the
@@ -357,34 +374,4 @@ async fn sent(client: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> bool {
 )]
 pub async fn remove(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
     bare_change(agent, &name, request, Change::Remove).await
-}
-
-/// The places that volumes live in.
-#[utoipa::path(
-    get,
-    path = "/v1/pools",
-    operation_id = "list_pools",
-    tag = "pools",
-    responses((status = 200, description = "The pools", body = Vec<Pool>), Refused),
-    security((), ("key" = []))
-)]
-pub async fn pools(State(agent): State<Shared>, request: Request) -> Result<Json<Vec<Pool>>, ApiError> {
-    reading(&agent, request).await?;
-    blocking(move || Ok(agent.store.pools().map(|pool| describe::pool(&agent, pool)).collect())).await.map(Json)
-}
-
-/// One pool.
-#[utoipa::path(
-    get,
-    path = "/v1/pools/{name}",
-    operation_id = "show_pool",
-    tag = "pools",
-    params(("name" = Name, Path, description = "The pool")),
-    responses((status = 200, description = "The pool", body = Pool), Refused, Missing),
-    security((), ("key" = []))
-)]
-pub async fn pool(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Result<Json<Pool>, ApiError> {
-    reading(&agent, request).await?;
-    let name = parsed(&name)?;
-    blocking(move || describe::pool_named(&agent, &name)).await.map(Json)
 }

@@ -74,11 +74,12 @@ fn attachment(agent: &Agent, id: &VolumeId, attached: &Attached) -> Option<Attac
 /// # Errors
 /// When there is no pool of this name.
 pub fn pool_named(agent: &Agent, name: &Name) -> Result<Pool, ApiError> {
-    agent.store.pool(name).map(|pool| self::pool(agent, pool)).map_err(|error| store_error(&error))
+    agent.store.pool(name).map(|pool| self::pool(agent, &pool)).map_err(|error| store_error(&error))
 }
 
 pub fn pool(agent: &Agent, pool: &form_store::Pool) -> Pool {
-    let here: Vec<DesiredVolume> = volumes(&agent.view()).into_values().filter(|volume| volume.pool == *pool.name()).collect();
+    let here = super::pool::volumes_in(agent, pool.name());
+    let settings = pool.settings();
     let allocated = here.iter().filter_map(|volume| pool.volume(&volume.id).ok()).map(|entry| entry.allocated_bytes).sum();
     let (space, fault) = match pool.space() {
         Ok(space) => (space, None),
@@ -95,6 +96,10 @@ pub fn pool(agent: &Agent, pool: &form_store::Pool) -> Pool {
         provisioned_bytes: here.iter().map(|volume| volume.size_bytes).fold(0, u64::saturating_add),
         allocated_bytes: allocated,
         volumes: u32::try_from(here.len()).unwrap_or(u32::MAX),
+        reserve_bytes: settings.reserve_bytes,
+        limit_bytes: settings.limit_bytes,
+        labels: settings.labels,
+        removable: pool.was_made(),
         fault,
     }
 }
@@ -111,6 +116,7 @@ impl rules::VolumeFault {
                 format!("stop it with `form vm stop {holder}`, and take the volume with `form volume detach {volume}`"),
             ),
             Self::NotAttached(_) => (ErrorCode::Conflict, "list them with `form volume ls`".to_owned()),
+            Self::There { .. } => (ErrorCode::Conflict, "choose another pool: `form pool ls`".to_owned()),
             Self::PathTaken { .. } => (ErrorCode::Conflict, "choose another path".to_owned()),
             Self::Elsewhere { .. } => (ErrorCode::Conflict, "take a volume of that host, or another name".to_owned()),
             Self::NotYours(_) => (ErrorCode::NotAllowed, "ask its own host".to_owned()),
@@ -134,10 +140,10 @@ pub fn faults(agent: &Agent) -> Vec<(String, String)> {
         .filter_map(|desired| Some((format!("volume/{}", desired.name), volume(agent, desired).fault?)))
         .collect();
     // Of two that claimed one name at once the loser is in the state, and has no name.
-    let known = |id: &VolumeId| view.cluster().record(form_state::Table::Volumes, *id).is_some();
+    let pool_of = |id: &VolumeId| view.cluster().record(form_state::Table::Volumes, *id)?.get("pool")?.as_text().map(str::to_owned);
     for pool in agent.store.pools() {
         let Ok(there) = pool.volumes() else { continue };
-        found.extend(there.iter().filter(|id| !known(id)).map(|id| {
+        found.extend(there.iter().filter(|id| pool_of(id).as_deref() != Some(pool.name().as_str())).map(|id| {
             let place = pool.directory().join(id.to_string());
             (
                 format!("pool/{}/{id}", pool.name()),

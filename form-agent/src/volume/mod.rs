@@ -6,6 +6,7 @@ pub mod export;
 pub mod live;
 pub mod operate;
 pub mod plan;
+pub mod pool;
 pub mod rules;
 pub mod transfer;
 

@@ -1,22 +1,25 @@
 //! Operations on volumes: recorded, done, and after a crash finished or taken back.
 
-use std::sync::{Arc, PoisonError};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError},
+};
 
 use form_api::{
     ApiError, ErrorCode,
     operation::{Operation, OperationKind},
-    volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ResizeRequest, SetVolumeRequest},
+    volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, MoveRequest, ResizeRequest, SetVolumeRequest},
 };
 use form_state::Table;
 use form_store::{Hold, Pool, StoreError};
 use form_types::{Failpoint, Name, OperationId, VmId, VolumeFormat, VolumeId, failpoint::reach};
 use serde::{Deserialize, Serialize};
 
-use super::{DesiredVolume, describe, export, live, of_vm, rules};
+use super::{DesiredVolume, describe, export, live, of_vm, pool, rules};
 use crate::{
     agent::{Agent, internal},
     authorise::{self, Caller, SignedRequest},
-    headroom, limits,
+    limits,
     operation::{Begun, Opening, Record},
     serve::store_error,
 };
@@ -30,6 +33,7 @@ pub enum Change {
     Resize(ResizeRequest),
     Set(SetVolumeRequest),
     Clone(CloneRequest),
+    Move(MoveRequest),
     /// The new volume, which comes from elsewhere.
     Import(CreateRequest),
     Export(ExportRequest),
@@ -46,6 +50,7 @@ impl Change {
             Self::Resize(_) => OperationKind::VolumeResize,
             Self::Set(_) => OperationKind::VolumeSet,
             Self::Clone(_) => OperationKind::VolumeClone,
+            Self::Move(_) => OperationKind::VolumeMove,
             Self::Import(_) => OperationKind::VolumeImport,
             Self::Export(_) => OperationKind::VolumeExport,
             Self::Unexport => OperationKind::VolumeUnexport,
@@ -154,9 +159,11 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
     let view = agent.view();
     let fault = rules::VolumeFault::into_api;
     if let Change::Create(request) | Change::Import(request) = change {
-        agent.store.pool(request.pool.as_ref().unwrap_or(&form_store::local_pool())).map_err(|error| store_error(&error))?;
+        let pool = agent.store.pool(request.pool.as_ref().unwrap_or(&form_store::local_pool())).map_err(|error| store_error(&error))?;
         request.limits.check().map_err(|error| fault(error.into()))?;
-        return rules::check_new(&request.name, request.size_bytes, &view).map_err(fault);
+        rules::check_new(&request.name, request.size_bytes, &view).map_err(fault)?;
+        pool.is_there().map_err(|error| store_error(&error))?;
+        return pool::may_promise(agent, &pool, request.size_bytes);
     }
     let volume = rules::existing(name, &view).map_err(fault)?;
     if volume.host != agent.host_id() {
@@ -185,6 +192,7 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
         }
         Change::Resize(request) => {
             rules::check_resize(&volume, request.size_bytes).map_err(fault)?;
+            pool::may_promise(agent, &*pool_of(agent, &volume)?, request.size_bytes - volume.size_bytes)?;
             not_exported(agent, &volume, "be resized", Whatever)
         }
         Change::Set(request) if request.is_empty() => {
@@ -193,8 +201,17 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
         Change::Set(request) => rules::check_set(&volume, request).map(drop).map_err(fault),
         Change::Clone(request) => {
             rules::check_new(&request.name, volume.size_bytes, &view).map_err(fault)?;
+            pool::may_promise(agent, &*pool_of(agent, &volume)?, volume.size_bytes)?;
             not_exported(agent, &volume, "be cloned", Writable)?;
             not_held(agent, &volume, "be cloned")
+        }
+        Change::Move(request) => {
+            rules::check_move(&volume, &request.pool).map_err(fault)?;
+            let target = agent.store.pool(&request.pool).map_err(|error| store_error(&error))?;
+            target.is_there().map_err(|error| store_error(&error))?;
+            pool::may_promise(agent, &target, volume.size_bytes)?;
+            not_exported(agent, &volume, "be moved", Whatever)?;
+            not_held(agent, &volume, "be moved")
         }
         Change::Remove => {
             rules::check_remove(&volume, &view).map_err(fault)?;
@@ -202,6 +219,10 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
             not_held(agent, &volume, "be removed")
         }
     }
+}
+
+fn pool_of(agent: &Agent, volume: &DesiredVolume) -> Result<Arc<Pool>, ApiError> {
+    agent.store.pool(&volume.pool).map_err(|error| store_error(&error))
 }
 
 /// Which exports of a volume stand in the way of a change.
@@ -246,6 +267,11 @@ fn can_be_let_go(agent: &Agent, volume: &DesiredVolume) -> Result<(), ApiError> 
 
 fn perform(agent: &Agent, name: &Name, progress: &Progress) -> Result<(), ApiError> {
     let pool = agent.store.pool(&progress.pool).map_err(|error| store_error(&error))?;
+    let pool = &*pool;
+    let _in_use = pool.enter().map_err(|error| store_error(&error))?;
+    if let Change::Move(request) = &progress.change {
+        return relocate(agent, pool, name, progress, request);
+    }
     make(agent, pool, name, progress)?;
     let Some(vm) = vm_of(agent, name, &progress.change) else { return complete(agent, pool, name, progress) };
     let turn = agent.volumes_of(&vm);
@@ -265,6 +291,40 @@ fn perform(agent: &Agent, name: &Name, progress: &Progress) -> Result<(), ApiErr
         Change::Set(_) => limits::of_volume(agent, &vm, &describe::volume_named(agent, name)?),
         _ => Ok(()),
     }
+}
+
+/// Copies a volume to another pool, compares, and only then says that it lives there and removes the first one. It is whole in the pool that
+/// the state names at every moment, and nobody writes to it until it is done.
+fn relocate(agent: &Agent, from: &Pool, name: &Name, progress: &Progress, request: &MoveRequest) -> Result<(), ApiError> {
+    let store = |error: StoreError| store_error(&error);
+    let target = agent.store.pool(&request.pool).map_err(store)?;
+    let _in_use = target.enter().map_err(store)?;
+    let volume = describe::volume_named(agent, name)?;
+    pool::has_room(&target)?;
+    target.can_hold(volume.format, volume.size_bytes).map_err(store)?;
+    let held = target.copy_from(from, &progress.id).map_err(store)?;
+    reach(Failpoint::VolumeMade);
+    let submit = || {
+        let _turn = agent.volume_turn();
+        let _admission = agent.admission();
+        check(agent, name, &progress.change)?;
+        // A VM that was started and stopped meanwhile would have made it.
+        if held.is_none() && !matches!(from.volume(&progress.id), Err(StoreError::NoVolume(_))) {
+            let text = format!("volume/{name} was used for the first time just now");
+            return Err(ApiError::new(ErrorCode::Conflict, text).hint("run the same command again"));
+        }
+        agent.submit(&progress.request)
+    };
+    if let Err(error) = submit() {
+        if let Err(stays) = target.hold(&progress.id).and_then(|held| target.remove(held)) {
+            tracing::warn!("the copy of volume/{name} in pool/{} stays: {stays}", request.pool);
+        }
+        return Err(error);
+    }
+    reach(Failpoint::VolumeSubmitted);
+    // The lock that kept writers away from the old one.
+    drop(held);
+    settle(from, progress, None)
 }
 
 /// The VM whose guest may have to take part.
@@ -308,12 +368,12 @@ fn make(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Result<
     let store = |error: StoreError| store_error(&error);
     match &progress.change {
         Change::Create(request) => {
-            has_room(pool)?;
+            pool::has_room(pool)?;
             pool.can_hold(request.format, request.size_bytes).map_err(store)?;
             pool.create(&progress.id, request.format, request.size_bytes).map_err(store)?;
         }
         Change::Clone(_) => {
-            has_room(pool)?;
+            pool::has_room(pool)?;
             let source = describe::volume_named(agent, name)?;
             match pool.volume(&source.id) {
                 Ok(_) => pool.clone_volume(&source.id, &progress.id).map_err(store)?,
@@ -334,16 +394,6 @@ fn make(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Result<
     }
     reach(Failpoint::VolumeMade);
     Ok(())
-}
-
-/// Volumes are sparse: what counts is that there is room to begin with.
-pub(super) fn has_room(pool: &Pool) -> Result<(), ApiError> {
-    let space = pool.space().map_err(|error| store_error(&error))?;
-    if space.free >= headroom::LOW {
-        return Ok(());
-    }
-    let text = format!("pool/{} is full: {} MiB are free in {}", pool.name(), space.free >> 20, pool.directory().display());
-    Err(ApiError::new(ErrorCode::NoRoom, text).hint("remove volumes that nobody needs with `form volume rm`, or add space"))
 }
 
 /// Nobody has it open and nothing was ever written to it.
@@ -403,7 +453,8 @@ fn hold(pool: &Pool, name: &Name, progress: &Progress) -> Result<Option<Hold>, A
 /// What is left to do once the state says what should be.
 fn settle(pool: &Pool, progress: &Progress, held: Option<Hold>) -> Result<(), ApiError> {
     match &progress.change {
-        Change::Remove => {
+        // What is in the pool that it came from.
+        Change::Remove | Change::Move(_) => {
             let held = held.map_or_else(|| pool.hold(&progress.id), Ok).map_err(|error| store_error(&error))?;
             pool.remove(held).map_err(|error| store_error(&error))
         }
@@ -439,6 +490,7 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
         Change::Export(_) => false,
         Change::Unexport => true,
         Change::Remove => !known,
+        Change::Move(request) => desired.is_none_or(|volume| volume.pool == request.pool),
         Change::Resize(request) => desired.is_some_and(|volume| volume.size_bytes == request.size_bytes),
         // A VM that runs is told when its guest is next heard of.
         Change::Set(request) => desired.is_some_and(|volume| rules::check_set(&volume, request) == Ok(volume.limits)),
@@ -450,8 +502,13 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
     };
     let _turn = agent.volume_turn();
     let pool = agent.store.pool(&progress.pool).map_err(|error| store_error(&error))?;
+    let pool = &*pool;
     if is_done {
         return settle(pool, progress, None);
+    }
+    if let Change::Move(request) = &progress.change {
+        let target = agent.store.pool(&request.pool).map_err(|error| store_error(&error))?;
+        target.hold(&progress.id).and_then(|held| target.remove(held)).map_err(|error| store_error(&error))?;
     }
     if matches!(progress.change, Change::Create(_) | Change::Clone(_) | Change::Import(_)) {
         pool.hold(&progress.id).and_then(|held| pool.remove(held)).map_err(|error| store_error(&error))?;
@@ -459,12 +516,25 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
     Err(nothing_changed())
 }
 
-/// Whether the pools have files of the sizes that a deploy asks for.
-fn can_hold(agent: &Agent, deployed: &rules::Deployed) -> Result<(), StoreError> {
+/// Whether the pools have room for what a deploy asks for, and files of these sizes.
+fn can_hold(agent: &Agent, deployed: &rules::Deployed) -> Result<(), ApiError> {
+    let store = |error: StoreError| store_error(&error);
+    let local = form_store::local_pool();
+    let mut more: BTreeMap<&Name, u64> = BTreeMap::new();
     for size in deployed.new.values() {
-        agent.store.pool(&form_store::local_pool())?.can_hold(VolumeFormat::Raw, *size)?;
+        agent.store.pool(&local).and_then(|pool| pool.can_hold(VolumeFormat::Raw, *size)).map_err(store)?;
+        *more.entry(&local).or_default() += size;
     }
-    deployed.grown.iter().try_for_each(|(volume, size)| agent.store.pool(&volume.pool)?.can_hold(volume.format, *size))
+    for (volume, size) in &deployed.grown {
+        agent.store.pool(&volume.pool).and_then(|pool| pool.can_hold(volume.format, *size)).map_err(store)?;
+        *more.entry(&volume.pool).or_default() += size - volume.size_bytes;
+    }
+    for (name, bytes) in more {
+        let pool = agent.store.pool(name).map_err(store)?;
+        pool::has_room(&pool)?;
+        pool::may_promise(agent, &pool, bytes)?;
+    }
+    Ok(())
 }
 
 /// What a deploy would do to the volumes of its Formfile.
@@ -476,7 +546,7 @@ pub fn of_deploy(agent: &Agent, request: &form_api::deploy::DeployRequest) -> Re
     let vm = crate::desired::vm_named(&view, &request.spec.name);
     let host = vm.as_ref().map_or_else(|| agent.host_id(), |vm| vm.host);
     let deployed = rules::deployed(request, vm.as_ref().map(|vm| &vm.id), &host, &view).map_err(rules::VolumeFault::into_api)?;
-    can_hold(agent, &deployed).map_err(|error| store_error(&error))?;
+    can_hold(agent, &deployed)?;
     for volume in deployed.taken.iter().chain(deployed.grown.iter().map(|(volume, _)| volume)) {
         not_exported(agent, volume, "be attached or resized", Whatever)?;
     }

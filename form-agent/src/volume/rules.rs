@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use form_api::{
     deploy::DeployRequest,
-    volume::{AttachRequest, CloneRequest, CreateRequest, ImportQuery, ResizeRequest, SetVolumeRequest},
+    volume::{AttachRequest, CloneRequest, CreateRequest, ImportQuery, MoveRequest, ResizeRequest, SetVolumeRequest},
 };
 use form_state::{Claim, Refusal, Scalar, Table, View, Write};
 use form_types::{DiskLimits, HostId, IdempotencyKey, Name, PublicKey, VmId, VolumeFormat, VolumeId, limits::LimitError, volume};
@@ -46,6 +46,8 @@ pub enum VolumeFault {
     TooMany,
     #[error("volume/{name} has {has} bytes, and a volume is never made smaller")]
     Shrinks { name: Name, has: u64 },
+    #[error("volume/{volume} lives in pool/{pool} already")]
+    There { volume: Name, pool: Name },
     #[error(transparent)]
     Size(#[from] volume::VolumeSizeError),
     #[error(transparent)]
@@ -105,6 +107,11 @@ pub fn derive(method: &str, words: &[&str], body: &[u8], asked: Asked<'_>, view:
             let volume = named(name)?;
             let limits = check_set(&volume, &json(body)?)?;
             Ok(limited(&volume.id, volume.limits, limits))
+        }
+        ("POST", [name, "move"]) => {
+            let (volume, request) = (named(name)?, json::<MoveRequest>(body)?);
+            check_move(&volume, &request.pool)?;
+            Ok(vec![Write::put(Table::Volumes, volume.id, "pool", request.pool.as_str())])
         }
         ("DELETE", [name]) => {
             let volume = named(name)?;
@@ -196,6 +203,12 @@ pub fn check_set(volume: &DesiredVolume, request: &SetVolumeRequest) -> Result<D
     let limits = volume.limits.with(request.iops, request.bytes_per_second);
     limits.check()?;
     Ok(limits)
+}
+
+/// # Errors
+/// When it lives there already.
+pub fn check_move(volume: &DesiredVolume, pool: &Name) -> Result<(), VolumeFault> {
+    if volume.pool == *pool { Err(VolumeFault::There { volume: volume.name.clone(), pool: pool.clone() }) } else { Ok(()) }
 }
 
 /// # Errors

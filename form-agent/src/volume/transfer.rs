@@ -59,7 +59,9 @@ impl Import {
             return Err(ApiError::new(ErrorCode::Internal, "an import of something else"));
         };
         let pool = self.agent.store.pool(&self.progress.pool).map_err(|error| store_error(&error))?;
-        operate::has_room(pool)?;
+        let pool = &*pool;
+        let _in_use = pool.enter().map_err(|error| store_error(&error))?;
+        super::pool::has_room(pool)?;
         pool.can_hold(request.format, request.size_bytes).map_err(|error| store_error(&error))?;
         let mut fault = None;
         let filled = pool.create_filled(&self.progress.id, request.format, request.size_bytes, |contents| {
@@ -118,7 +120,7 @@ pub fn open(agent: &Agent, name: &Name) -> Result<Contents, ApiError> {
     operate::not_exported(agent, &volume, "be read", Exported::Writable)?;
     operate::not_held(agent, &volume, "be read")?;
     let pool = agent.store.pool(&volume.pool).map_err(|error| store_error(&error))?;
-    export::open(pool, &volume, false)
+    export::open(&pool, &volume, false)
 }
 
 /// Sends what a volume holds, without its holes, until all is sent or nobody takes it any more. Blocks.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use form_bundle::{blocks::BlockError, initramfs::InitramfsError, kernel::KernelError, manifest::ManifestError};
-use form_types::{Digest, ImageReference, Name, VmId, VolumeId, volume::VolumeSizeError};
+use form_types::{Digest, HostId, ImageReference, Name, VmId, VolumeId, volume::VolumeSizeError};
 
 pub type Result<T, E = StoreError> = std::result::Result<T, E>;
 
@@ -45,6 +45,19 @@ pub enum StoreError {
     DiskExists(VmId),
     #[error("there is no pool `{0}` on this host: list them with `form pool ls`")]
     NoPool(Name),
+    #[error("there is a pool `{name}` already, in {directory}: choose another name")]
+    PoolExists { name: Name, directory: PathBuf },
+    #[error("{path} cannot be a pool: {reason}")]
+    PoolPlace { path: PathBuf, reason: String },
+    #[error("{path} is pool/{pool} of another agent, the host {host}: take another directory, or remove that pool there first")]
+    PoolTaken { path: PathBuf, host: HostId, pool: Name },
+    /// Nothing is looked for in it and nothing made as long as that is so.
+    #[error("pool/{name} is not there: {reason} (is its file system mounted at {directory}?)")]
+    PoolAway { name: Name, directory: PathBuf, reason: String },
+    #[error("pool/{0} was not made by `form pool create`: it is the host's own, or in `pools:` of agent.yaml")]
+    PoolFixed(Name),
+    #[error("pool/{name} is in use: {reason}")]
+    PoolInUse { name: Name, reason: String },
     #[error("there is no volume with id {}", .0.short())]
     NoVolume(VolumeId),
     #[error("volume {} exists already", .0.short())]

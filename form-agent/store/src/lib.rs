@@ -14,11 +14,12 @@ mod kernels;
 mod lock;
 mod manifests;
 pub mod nbd;
+mod pools;
 mod snapshots;
 mod volumes;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs::File,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -27,7 +28,10 @@ use std::{
 
 use form_types::{Digest, Name};
 
-use crate::blocks::{Assembler, Incoming, Stored};
+use crate::{
+    blocks::{Assembler, Incoming, Stored},
+    pools::Pools,
+};
 pub use crate::{
     blocks::{Comparison, STALE_AFTER},
     contents::{Contents, Extent},
@@ -36,6 +40,7 @@ pub use crate::{
     images::ImageEntry,
     kernels::KernelEntry,
     manifests::ManifestWriter,
+    pools::{MARKER, PoolSettings},
     snapshots::{RestoredDisk, SavedMemory, SnapshotDraft, SnapshotEntry},
     volumes::{Hold, OpenVolume, Pool, VolumeEntry},
 };
@@ -50,7 +55,7 @@ pub struct Store {
     /// Those that are being made.
     drafts: snapshots::Drafts,
     incoming: Incoming,
-    pools: BTreeMap<Name, Pool>,
+    pools: Pools,
     locks: Locks,
     /// Held for the store's life.
     _lock: File,
@@ -96,7 +101,7 @@ impl Store {
         }
         let incoming = Incoming::open(&images)?;
         incoming.remove_stale(STALE_AFTER)?;
-        let mut store = Self {
+        let store = Self {
             root: root.to_owned(),
             images,
             kernels,
@@ -104,34 +109,13 @@ impl Store {
             snapshots,
             drafts: snapshots::Drafts::default(),
             incoming,
-            pools: BTreeMap::new(),
+            pools: Pools::open(root)?,
             locks: Locks::default(),
             _lock: lock,
         };
         store.add_pool(local_pool(), volumes)?;
         store.remove_partial_snapshots()?;
         Ok(store)
-    }
-
-    /// Adds a pool of volumes in a directory. That the directory is not there now is no error: it may be mounted later.
-    ///
-    /// # Errors
-    /// Those of the file system.
-    pub fn add_pool(&mut self, name: Name, directory: PathBuf) -> Result<()> {
-        let made = self.root.join("volumes-made").join(name.as_str());
-        self.pools.insert(name.clone(), Pool::open(name, directory, made)?);
-        Ok(())
-    }
-
-    /// # Errors
-    /// [`StoreError::NoPool`].
-    pub fn pool(&self, name: &Name) -> Result<&Pool> {
-        self.pools.get(name).ok_or_else(|| StoreError::NoPool(name.clone()))
-    }
-
-    /// By name.
-    pub fn pools(&self) -> impl Iterator<Item = &Pool> {
-        self.pools.values()
     }
 
     /// Which of these blocks have to be sent: neither uploaded nor part of a stored image or kernel. Each is named once, in the

@@ -8,7 +8,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError},
 };
 
 use form_types::{Failpoint, Name, VolumeFormat, VolumeId, failpoint::reach, volume};
@@ -28,11 +28,13 @@ use crate::{
     Space,
     blocks::read_dir,
     contents::Contents,
-    copy::share_or_copy,
+    copy::{same, share_or_copy},
     disks::create,
     durable::{Draft, clear_temporary, make_dir, read_json, replace_file, retire, sync_dir, to_json, write_file},
     error::{Result, StoreError},
-    hold, lock, space_of,
+    hold, lock,
+    pools::{Marker, PoolSettings},
+    space_of,
 };
 
 const RECORD: &str = "volume.json";
@@ -43,6 +45,11 @@ pub struct Pool {
     directory: PathBuf,
     /// Names of the volumes that were made in it by this store.
     made: PathBuf,
+    /// Which the directory has to bear; none in pools that were not made by [`crate::Store::create_pool`].
+    marker: Option<Marker>,
+    settings: RwLock<PoolSettings>,
+    /// Held while something is made in it or taken from it. True: it was removed.
+    retired: RwLock<bool>,
     /// Changes take turns.
     turn: Mutex<()>,
 }
@@ -85,15 +92,17 @@ struct Record {
 }
 
 impl Pool {
-    /// Opens the pool in `directory`, which has to be there, and removes what a killed agent left half made.
-    pub(crate) fn open(name: Name, directory: PathBuf, made: PathBuf) -> Result<Self> {
+    /// Opens the pool in `directory`, and removes what a killed agent left half made.
+    pub(crate) fn open(name: Name, directory: PathBuf, made: PathBuf, marker: Option<Marker>, settings: PoolSettings) -> Result<Self> {
         make_dir(&made)?;
-        // A pool that is not there now may be mounted later.
-        if directory.is_dir() {
-            clear_temporary(&directory)?;
-        }
         clear_temporary(&made)?;
-        Ok(Self { name, directory, made, turn: Mutex::default() })
+        let (settings, retired, turn) = (RwLock::new(settings), RwLock::default(), Mutex::default());
+        let pool = Self { name, directory, made, marker, settings, retired, turn };
+        // One that is not there now may be mounted later.
+        if pool.is_there().is_ok() {
+            clear_temporary(&pool.directory)?;
+        }
+        Ok(pool)
     }
 
     pub const fn name(&self) -> &Name {
@@ -104,9 +113,45 @@ impl Pool {
         &self.directory
     }
 
+    pub(crate) const fn marker(&self) -> Option<&Marker> {
+        self.marker.as_ref()
+    }
+
+    /// Whether it was made by [`crate::Store::create_pool`], and so can be removed.
+    pub const fn was_made(&self) -> bool {
+        self.marker.is_some()
+    }
+
+    pub fn settings(&self) -> PoolSettings {
+        self.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set(&self, settings: PoolSettings) {
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
+    }
+
+    /// Keeps the pool from being removed for as long as the guard lives: whoever makes something in it holds one.
+    ///
     /// # Errors
-    /// When the directory is not there, or cannot be asked.
+    /// [`StoreError::NoPool`] when it was removed just now.
+    pub fn enter(&self) -> Result<RwLockReadGuard<'_, bool>> {
+        let retired = self.retired.read().unwrap_or_else(PoisonError::into_inner);
+        if *retired { Err(StoreError::NoPool(self.name.clone())) } else { Ok(retired) }
+    }
+
+    /// To retire it, when nobody makes anything in it.
+    pub(crate) fn alone(&self) -> Option<RwLockWriteGuard<'_, bool>> {
+        match self.retired.try_write() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// # Errors
+    /// When the pool is not there, or cannot be asked.
     pub fn space(&self) -> Result<Space> {
+        self.is_there()?;
         space_of(&self.directory)
     }
 
@@ -123,6 +168,9 @@ impl Pool {
     }
 
     fn record(&self, id: &VolumeId) -> Result<Record> {
+        if self.marker.is_some() {
+            self.is_there()?;
+        }
         let path = self.place(id).join(RECORD);
         match path.try_exists() {
             Ok(true) => read_json(&path),
@@ -203,7 +251,14 @@ impl Pool {
         }
     }
 
-    fn is_there(&self) -> Result<()> {
+    /// Whether the pool is what its directory shows now.
+    ///
+    /// # Errors
+    /// [`StoreError::PoolAway`], or that its directory cannot be found.
+    pub fn is_there(&self) -> Result<()> {
+        if let Some(marker) = &self.marker {
+            return marker.check(&self.directory);
+        }
         if self.directory.is_dir() {
             return Ok(());
         }
@@ -264,6 +319,9 @@ impl Pool {
     /// # Errors
     /// When the directory cannot be read.
     pub fn volumes(&self) -> Result<Vec<VolumeId>> {
+        if self.marker.is_some() {
+            self.is_there()?;
+        }
         let named = |path: &PathBuf| path.file_name()?.to_str()?.parse().ok();
         let mut found: Vec<VolumeId> =
             read_dir(&self.directory)?.iter().filter(|path| path.join(RECORD).exists()).filter_map(named).collect();
@@ -349,6 +407,38 @@ impl Pool {
             share_or_copy(&source, &target)?;
             target.sync_all()
         })
+    }
+
+    /// Makes the volume `id` of the pool `from` here too, with what it holds, and compares the two. Give back is a lock that keeps everybody from
+    /// writing to the other: it has to live until this one has taken the other's place. None when the other was never made: there is
+    /// nothing to copy.
+    ///
+    /// # Errors
+    /// [`StoreError::VolumeInUse`] while somebody may write to it, [`StoreError::VolumeExists`], [`StoreError::NoRoom`],
+    /// [`StoreError::Damaged`] when the copy is not the same. Nothing is left behind then.
+    pub fn copy_from(&self, from: &Self, id: &VolumeId) -> Result<Option<Hold>> {
+        let entry = match from.volume(id) {
+            Ok(entry) => entry,
+            Err(StoreError::NoVolume(_)) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let source = File::open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
+        lock::take(&source, &entry.path, false)?;
+        let mut differs = false;
+        let made = self.make(id, &Record { format: entry.format, size_bytes: entry.size_bytes }, |path| {
+            let target = create(path)?;
+            share_or_copy(&source, &target)?;
+            target.sync_all()?;
+            differs = !same(&source, &target)?;
+            if differs { Err(io::ErrorKind::InvalidData.into()) } else { Ok(()) }
+        });
+        match made {
+            Err(_) if differs => {
+                let reason = "its copy in the other pool is not the same: look at that disk".to_owned();
+                Err(StoreError::Damaged { what: self.file(id, entry.format).display().to_string(), reason })
+            }
+            made => made.map(|_| Some(Hold { id: *id, _locked: Some(source) })),
+        }
     }
 
     /// Keeps everybody else from a volume, for as long as it takes to change who has it or to remove it. One that is damaged, half gone

@@ -7,6 +7,7 @@ use std::{
     fs,
     os::unix::fs::{FileExt, MetadataExt},
     process::Command,
+    sync::Arc,
 };
 
 use fixture::{Mount, listing, noise};
@@ -19,7 +20,7 @@ const COPY: VolumeId = VolumeId::from_bytes([8; 16]);
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 64 * MIB + 512;
 
-fn pool(store: &Store) -> &Pool {
+fn pool(store: &Store) -> Arc<Pool> {
     store.pool(&local_pool()).unwrap()
 }
 
@@ -78,7 +79,7 @@ fn a_volume_has_its_size_to_the_byte_and_keeps_what_is_written() {
 #[test]
 fn a_volume_that_is_gone_is_never_made_anew() {
     let root = tempfile::tempdir().unwrap();
-    let mut store = Store::open(root.path()).unwrap();
+    let store = Store::open(root.path()).unwrap();
     let (name, directory) = ("fast".parse().unwrap(), root.path().join("mnt/fast"));
     // Not mounted yet.
     store.add_pool("fast".parse().unwrap(), directory.clone()).unwrap();
@@ -129,7 +130,7 @@ fn what_cannot_be_noted_is_not_made() {
 #[test]
 fn a_volume_of_a_pool_that_is_away_is_not_taken_for_removed() {
     let root = tempfile::tempdir().unwrap();
-    let mut store = Store::open(root.path()).unwrap();
+    let store = Store::open(root.path()).unwrap();
     let (name, directory) = ("fast".parse().unwrap(), root.path().join("fast"));
     fs::create_dir(&directory).unwrap();
     store.add_pool("fast".parse().unwrap(), directory.clone()).unwrap();

@@ -120,6 +120,12 @@ failpoints! {
     VolumeGrown = "volume.grown",
     /// Nobody knows a volume any more; its file is still there.
     VolumeForgotten = "volume.forgotten",
+    /// A directory bears the marker of a pool that is not on record.
+    PoolMarked = "pool.marked",
+    /// A pool is on record; its operation is still executing.
+    PoolRecorded = "pool.recorded",
+    /// A pool is on record no more; its directory still bears the marker.
+    PoolForgotten = "pool.forgotten",
     /// A VM stands still to be saved; nothing of it is written.
     SnapshotPaused = "snapshot.paused",
     /// Memory, devices and disk are written; the VM still stands.

@@ -112,6 +112,7 @@ fn pool() -> Value {
     json!({
         "name": "local", "kind": "local", "host": ID, "host_name": "den", "path": "/var/lib/formation/volumes",
         "total_bytes": 100_u64 << 30, "free_bytes": 60_u64 << 30, "provisioned_bytes": 20_u64 << 30, "allocated_bytes": 2 << 20, "volumes": 2,
+        "reserve_bytes": 10_u64 << 30, "limit_bytes": null, "labels": {"disk": "nvme"}, "removable": false,
         "fault": null
     })
 }
@@ -138,6 +139,19 @@ async fn set_volume(Path(name): Path<String>, axum::Json(body): axum::Json<Value
         return Err(ApiError::new(ErrorCode::Invalid, format!("not what was asked for: {body}")));
     }
     Ok(axum::Json(operation("volume-set", &format!("volume/{name}"), "completed")))
+}
+
+async fn create_pool() -> axum::Json<Value> {
+    axum::Json(operation("pool-create", "pool/fast", "completed"))
+}
+
+async fn remove_pool(Path(name): Path<String>) -> axum::Json<Value> {
+    axum::Json(operation("pool-remove", &format!("pool/{name}"), "completed"))
+}
+
+async fn set_pool(Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    let _ = show_pool(Path(name.clone())).await?;
+    Ok(axum::Json(operation("pool-set", &format!("pool/{name}"), "completed")))
 }
 
 async fn remove_volume(Path(name): Path<String>) -> axum::Json<Value> {
@@ -225,8 +239,8 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/vms/{name}/stats", get(show_stats))
         .route("/v1/volumes", get(async || axum::Json(json!([volume("data", Some("web")), volume("spare", None)]))))
         .route("/v1/volumes/{name}", delete(remove_volume).get(show_volume).patch(set_volume))
-        .route("/v1/pools", get(async || axum::Json(json!([pool()]))))
-        .route("/v1/pools/{name}", get(show_pool))
+        .route("/v1/pools", get(async || axum::Json(json!([pool()]))).post(create_pool))
+        .route("/v1/pools/{name}", get(show_pool).patch(set_pool).delete(remove_pool))
         .route("/v1/operations/{id}", get(wait))
         .route("/v1/operations", get(async || axum::Json(json!([operation("vm-start", "vm/web", "completed")]))))
         .route("/v1/snapshots", get(async || axum::Json(json!([snapshot("before")]))))

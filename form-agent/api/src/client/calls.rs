@@ -18,12 +18,13 @@ use crate::{
     host::{ClaimRequest, DoctorReport, Host},
     image::{BlocksReply, Image, ImageConfig, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
     operation::{Operation, OperationsQuery, WaitQuery},
+    pool::{PoolCreateRequest, PoolSetRequest},
     snapshot::{RestoreRequest, Snapshot, SnapshotRequest},
     stats::{HealthReport, StatsQuery, VmStats},
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, SshAccess, Vm, VmDetail},
     volume::{
-        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, Pool, ResizeRequest, SetVolumeRequest,
-        Volume,
+        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, MoveRequest, Pool, ResizeRequest,
+        SetVolumeRequest, Volume,
     },
 };
 
@@ -313,6 +314,10 @@ impl Client {
         self.read(&Call::post(format!("/v1/volumes/{name}/clone")).json(request)?.signed(fresh_key()?)).await
     }
 
+    pub async fn move_volume(&self, name: &Name, request: &MoveRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/volumes/{name}/move")).json(request)?.signed(fresh_key()?)).await
+    }
+
     /// Serves a volume over NBD on its host; where, [`Client::volume`] says then.
     pub async fn export_volume(&self, name: &Name, request: &ExportRequest) -> Result<Operation, ClientError> {
         self.read(&Call::post(format!("/v1/volumes/{name}/export")).json(request)?.signed(fresh_key()?)).await
@@ -346,6 +351,19 @@ impl Client {
 
     pub async fn pool(&self, name: &Name) -> Result<Pool, ClientError> {
         self.read(&Call::get(format!("/v1/pools/{name}"))).await
+    }
+
+    pub async fn create_pool(&self, request: &PoolCreateRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post("/v1/pools").json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn set_pool(&self, name: &Name, request: &PoolSetRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::patch(format!("/v1/pools/{name}")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    /// Its volumes have to be gone; its directory stays.
+    pub async fn remove_pool(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.read(&Call::delete(format!("/v1/pools/{name}")).signed(fresh_key()?)).await
     }
 
     pub async fn images(&self) -> Result<Vec<Image>, ClientError> {

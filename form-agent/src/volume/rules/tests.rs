@@ -325,3 +325,16 @@ fn a_host_changes_its_own_volumes_only() {
     assert!(deployed(&with_data, Some(&web.id), &web.host, &view).is_ok());
     assert!(matches!(deployed(&with_data, Some(&web.id), &elsewhere, &view), Err(VolumeFault::Elsewhere { .. })));
 }
+
+#[test]
+fn a_volume_moves_to_another_pool_of_its_host() {
+    let host = Host::new();
+    host.ask("POST", "/v1/volumes", &json!({"name": "data", "size_bytes": 16 << 20})).unwrap();
+    let before = host.volume("data");
+    host.ask("POST", "/v1/volumes/data/move", &json!({"pool": "fast"})).unwrap();
+    assert_eq!(host.volume("data"), DesiredVolume { pool: "fast".parse().unwrap(), ..before });
+    let error = host.ask("POST", "/v1/volumes/data/move", &json!({"pool": "fast"})).unwrap_err();
+    assert!(error.contains("pool/fast already"), "{error}");
+    host.ask("POST", "/v1/volumes/nope/move", &json!({"pool": "local"})).unwrap_err();
+    host.ask("POST", "/v1/volumes/data/move", &json!({"pool": "../local"})).unwrap_err();
+}

@@ -10,16 +10,22 @@ pub struct Args {}
 
 pub async fn run(_: &Args, session: &Session) -> Outcome {
     let pools = session.client()?.pools().await?;
-    let mut table = Table::new(&["NAME", "KIND", "VOLUMES", "PROMISED", "USED", "FREE", "TOTAL"], &["PATH", "HOST", "FAULT"]);
+    let mut table = Table::new(
+        &["NAME", "KIND", "STATE", "VOLUMES", "PROMISED", "USED", "FREE", "TOTAL"],
+        &["RESERVE", "LIMIT", "PATH", "HOST", "FAULT"],
+    );
     for pool in &pools {
         table.row([
             pool.name.to_string(),
             pool.kind.as_str().to_owned(),
+            pool.state().to_owned(),
             pool.volumes.to_string(),
             bytes(pool.provisioned_bytes),
             bytes(pool.allocated_bytes),
             bytes(pool.free_bytes),
             bytes(pool.total_bytes),
+            if pool.reserve_bytes > 0 { bytes(pool.reserve_bytes) } else { String::new() },
+            pool.limit_bytes.map(bytes).unwrap_or_default(),
             pool.path.display().to_string(),
             pool.host_name.clone(),
             pool.fault.clone().unwrap_or_default(),

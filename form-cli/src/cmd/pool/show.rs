@@ -2,6 +2,7 @@ use clap_complete::engine::ArgValueCompleter;
 use form_types::Name;
 
 use crate::{
+    args::pool_name,
     complete,
     failure::Outcome,
     session::Session,
@@ -12,15 +13,17 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The pool
-    #[arg(add = ArgValueCompleter::new(complete::pools))]
+    #[arg(value_parser = pool_name, add = ArgValueCompleter::new(complete::pools))]
     name: Name,
 }
 
 pub async fn run(args: &Args, session: &Session) -> Outcome {
     let pool = session.client()?.pool(&args.name).await?;
+    let labels = pool.labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(", ");
     let record = Record::new(pool.name.to_string())
         .field("name", &pool.name)
         .field("kind", pool.kind.as_str())
+        .field("state", pool.state())
         .optional("fault", pool.fault.as_ref())
         .field("path", pool.path.display())
         .field("volumes", pool.volumes)
@@ -28,6 +31,9 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .field("used", bytes(pool.allocated_bytes))
         .field("free", bytes(pool.free_bytes))
         .field("total", bytes(pool.total_bytes))
+        .optional("reserve", (pool.reserve_bytes > 0).then(|| bytes(pool.reserve_bytes)))
+        .optional("limit", pool.limit_bytes.map(bytes))
+        .optional("labels", (!pool.labels.is_empty()).then_some(labels))
         .field("host", &pool.host_name)
         .wide("host id", pool.host);
     session.terminal.show(&pool, &record)?;

@@ -7,6 +7,7 @@ pub mod detach;
 pub mod export;
 pub mod import;
 pub mod ls;
+pub mod relocate;
 pub mod resize;
 pub mod rm;
 pub mod set;
@@ -32,6 +33,7 @@ pub enum Verb {
     Resize(resize::Args),
     Set(set::Args),
     Clone(clone::Args),
+    Move(relocate::Args),
     Import(import::Args),
     Export(export::Args),
     Unexport(unexport::Args),
@@ -49,6 +51,7 @@ impl Verb {
             Self::Resize(args) => resize::run(&args, session).await,
             Self::Set(args) => set::run(&args, session).await,
             Self::Clone(args) => clone::run(args, session).await,
+            Self::Move(args) => relocate::run(args, session).await,
             Self::Import(args) => import::run(args, session).await,
             Self::Export(args) => export::run(args, session).await,
             Self::Unexport(args) => unexport::run(args, session).await,
