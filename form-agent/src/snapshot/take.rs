@@ -195,16 +195,23 @@ fn stand_and_save(agent: &Agent, vm: &VmId, resources: &Resources, control: &Pat
     };
     let twice = if ran { room_for_copy(agent, vm, resources) } else { None };
     let begun = Instant::now();
+    let mut aside = None;
     let saved = pause(&client, ran).and_then(|()| {
         reach(Failpoint::SnapshotPaused);
-        let aside = write(agent, vm, &client, &mut draft, twice.is_some())?;
+        write(agent, vm, &client, &mut draft, twice.is_some(), &mut aside)?;
         reach(Failpoint::SnapshotSaved);
-        Ok(aside)
+        Ok(())
     });
     let resumed = if ran { go_on(control) } else { Ok(()) };
     let pause = begun.elapsed();
+    if (saved.is_err() || resumed.is_err())
+        && let Some(aside) = aside.take()
+    {
+        // Its memory counts as the VM's, whose limit goes down when this returns: a VM over its limit would be killed.
+        let _ = aside.wait();
+    }
     match (saved, resumed) {
-        (Ok(aside), Ok(())) => {
+        (Ok(()), Ok(())) => {
             let writing = aside.zip(twice).map(|(aside, twice)| Writing { aside, _twice: twice });
             Ok(Saved { draft, pause, writing })
         }
@@ -238,18 +245,26 @@ fn pause(client: &Client, ran: bool) -> Result<(), ApiError> {
 }
 
 /// Everything at one instant: nothing of the VM moves.
-/// With `aside` the memory may be written later.
-fn write(agent: &Agent, vm: &VmId, client: &Client, draft: &mut SnapshotDraft, aside: bool) -> Result<Option<Aside>, ApiError> {
+/// When the VM may have its memory twice, that may be written later: `aside` is it then, also when something else fails.
+fn write(
+    agent: &Agent,
+    vm: &VmId,
+    client: &Client,
+    draft: &mut SnapshotDraft,
+    is_twice_allowed: bool,
+    aside: &mut Option<Aside>,
+) -> Result<(), ApiError> {
     let store = |error: StoreError| store_error(&error);
     let (state, memory) = draft.create_saved().map_err(store)?;
-    let aside = if aside { save_aside(client, vm, state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))? } else { None };
+    if is_twice_allowed {
+        *aside = save_aside(client, vm, state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))?;
+    }
     if aside.is_none() {
         client.save(state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))?;
     }
     draft.copy_disk(&agent.store, vm).map_err(store)?;
     // Its process may have been killed meanwhile, and another one started on the disk that was being copied.
-    still_stands(client)?;
-    Ok(aside)
+    still_stands(client)
 }
 
 /// None when the process cannot be copied, or is of a release that does not know how: a longer pause is better than no snapshot.

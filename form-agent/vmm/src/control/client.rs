@@ -262,17 +262,18 @@ impl Client {
 pub struct Aside(OwnedFd);
 
 impl Aside {
-    /// Waits until it is whole.
+    /// Waits until it is whole, and the copy of the process is gone with what it held: its end closes the pipe.
     ///
     /// # Errors
     /// [`ClientError::Gone`] when the VM process ended first, [`ClientError::Io`] when the memory could not be written.
     pub fn wait(self) -> Result<(), ClientError> {
-        let mut errno = [0; 4];
-        match File::from(self.0).read_exact(&mut errno) {
-            Ok(()) if errno == [0; 4] => Ok(()),
-            Ok(()) => Err(ClientError::Io(io::Error::from_raw_os_error(i32::from_le_bytes(errno)))),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(ClientError::Gone),
-            Err(error) => Err(ClientError::Io(error)),
+        let mut said = Vec::new();
+        // A process that goes on talking is not listened to for ever.
+        File::from(self.0).take(5).read_to_end(&mut said).map_err(ClientError::Io)?;
+        match <[u8; 4]>::try_from(said.as_slice()).map(i32::from_le_bytes) {
+            Ok(0) => Ok(()),
+            Ok(errno) => Err(ClientError::Io(io::Error::from_raw_os_error(errno))),
+            Err(_) => Err(ClientError::Gone),
         }
     }
 }
