@@ -3,10 +3,13 @@
 use std::{collections::BTreeMap, process::Command};
 
 const ALLOWED: &[(&str, &[&str])] = &[
-    ("form-cli", &["form-image", "form-api", "form-archive", "form-bundle", "formfile", "form-types"]),
+    ("form-cli", &["form-image", "form-api", "form-archive", "form-bundle", "form-nbd", "formfile", "form-types"]),
     ("form-image", &["form-bundle", "formfile", "form-types"]),
-    ("form-agent", &["form-api", "form-bundle", "form-vmm", "form-net", "form-state", "form-store", "form-guest", "form-types"]),
-    ("form-store", &["form-bundle", "form-types"]),
+    (
+        "form-agent",
+        &["form-api", "form-bundle", "form-vmm", "form-nbd", "form-net", "form-state", "form-store", "form-guest", "form-types"],
+    ),
+    ("form-store", &["form-bundle", "form-nbd", "form-types"]),
     ("form-api", &["form-types"]),
     ("form-net", &["form-types"]),
     ("form-state", &["form-types"]),
@@ -15,6 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("formfile", &["form-types"]),
     ("form-vmm", &[]),
     ("form-archive", &[]),
+    ("form-nbd", &[]),
     ("form-types", &[]),
     ("form-tests", &[]),
 ];

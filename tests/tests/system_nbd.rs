@@ -6,7 +6,7 @@ use std::{
     io::{Read, Write},
     os::unix::{fs::FileExt, net::UnixStream},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::Duration,
 };
 
@@ -111,6 +111,7 @@ fn system_an_export_is_read_and_written_by_the_clients_of_others() {
         run("nbdcopy", &[&uri, copy.to_str().unwrap()]);
         let bytes = fs::read(&copy).unwrap();
         assert!(bytes.len() == 64 * MIB && bytes[3 * MIB..4 * MIB].iter().all(|byte| *byte == 7) && bytes[2 * MIB] == 0, "{format}");
+        fio(&uri);
         fs::write(&copy, [vec![5; MIB], vec![0; 63 * MIB]].concat()).unwrap();
         run("nbdcopy", &["--flush", copy.to_str().unwrap(), &uri]);
         assert!(run("qemu-img", &["compare", "-f", "raw", "-F", "raw", copy.to_str().unwrap(), &uri]).contains("identical"));
@@ -349,5 +350,131 @@ fn system_volumes_come_from_files_and_go_to_files() {
     wait("it is refused", || drafts(&pool) == 0 && host.no_operation_is_under_way());
     assert_eq!(names(&host), ["a", "b", "c", "d"]);
     let _ = host.form(&["volume", "rm", "a", "b", "c", "d", "-y"]).ok();
+    is_clean(&host);
+}
+
+/// Writes at random places with `fio`, and reads it all back.
+fn fio(uri: &str) {
+    let uri = format!("--uri={uri}");
+    let options = [
+        "--rw=randwrite",
+        "--bs=4k",
+        "--size=8M",
+        "--iodepth=16",
+        "--verify=crc32c",
+        "--do_verify=1",
+        "--verify_state_save=0",
+        "--output-format=terse",
+    ];
+    let text = run("fio", &[&["--name=nbd", "--ioengine=nbd", &uri], &options[..]].concat());
+    assert!(!text.contains("verify:") && !text.contains("error"), "{text}");
+}
+
+/// The options with which QEMU reaches an export with TLS.
+fn qemu_options(uri: &str, directory: &Path) -> [String; 2] {
+    let port = uri.split_once("192.0.2.1:").unwrap().1.split('/').next().unwrap();
+    let object = format!("tls-creds-x509,id=tls0,endpoint=client,dir={}", directory.display());
+    [object, format!("driver=nbd,host=192.0.2.1,port={port},export=data,tls-creds=tls0")]
+}
+
+#[test]
+#[ignore = "needs root: tests/run-system"]
+fn system_with_tls_an_export_leaves_its_host_and_one_client_reaches_it() {
+    enter_own_network();
+    run("ip", &["address", "add", "192.0.2.1/32", "dev", "lo"]);
+    let host = Host::start();
+    create(&host, "data", &[]);
+    create(&host, "other", &[]);
+    let (own, strange) = (host.path("own"), host.path("strange"));
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let _ = host.form(&["volume", "export", "data", "--nbd", "--tls", &text(&own)]).exits(2);
+    let _ = host.form(&["volume", "export", "data", "--nbd", "--listen", "0.0.0.0:0", "--tls", &text(&own)]).exits(2);
+    let _ = host.form(&["volume", "export", "nope", "--nbd", "--listen", "192.0.2.1:0", "--tls", &text(&own)]).exits(3);
+    assert!(!own.exists(), "nothing is left of what was not exported");
+    let uri = export(&host, "data", &["--writable", "--listen", "192.0.2.1:0", "--tls", &text(&own)]);
+    assert!(uri.starts_with("nbds://192.0.2.1:") && uri.ends_with(&format!("/data?tls-certificates={}", own.display())), "{uri}");
+    // QEMU is stricter with certificates than libnbd.
+    let [object, image] = qemu_options(&uri, &own);
+    let qemu = |command: &str| tried("qemu-io", &["--object", &object, "-c", command, "--image-opts", &image]);
+    let (well, said) = qemu("write -P 7 32M 4M");
+    assert!(well && !said.contains("failed"), "{said}");
+    let copy = host.path("copy");
+    run("nbdcopy", &[&uri, &text(&copy)]);
+    let bytes = fs::read(&copy).unwrap();
+    assert!(bytes.len() == 64 * MIB && bytes[32 * MIB..36 * MIB].iter().all(|byte| *byte == 7));
+
+    // Nobody else: not without TLS, not without a certificate, not with that of another export.
+    let _ = export(&host, "other", &["--listen", "192.0.2.1:0", "--tls", &text(&strange)]);
+    let plain = uri.split('?').next().unwrap().replace("nbds:", "nbd:");
+    assert!(!tried("nbdinfo", &[&plain]).0);
+    fs::copy(own.join("ca-cert.pem"), strange.join("ca-cert.pem")).unwrap();
+    assert!(!tried("nbdinfo", &["--size", &uri.replace("/own", "/strange")]).0);
+    let _ = host.form(&["volume", "import", "new", "--from", &uri.replace("/own", "/strange")]).exits(1);
+    let _ = host.form(&["volume", "import", "new", "--from", &plain]).exits(1);
+    fs::remove_file(strange.join("client-cert.pem")).unwrap();
+    assert!(!tried("nbdinfo", &["--size", &uri.replace("/own", "/strange")]).0);
+
+    // What is served with TLS becomes a volume, of this host or of another.
+    let _ = host.form(&["volume", "import", "new", "--from", &uri]).ok();
+    let out = host.path("out");
+    let _ = host.form(&["volume", "export", "new", "--to", &text(&out)]).ok();
+    assert!(fs::read(&out).unwrap() == bytes);
+    assert!(volume(&host, "new")["allocated_bytes"].as_u64().unwrap() < 16 << 20, "holes take no room");
+    let _ = host.form(&["volume", "unexport", "data"]).ok();
+    assert!(!tried("nbdinfo", &["--size", &uri]).0);
+    let _ = host.form(&["volume", "rm", "data", "other", "new", "-y"]).ok();
+    is_clean(&host);
+}
+
+/// A server of others, until this is dropped.
+struct QemuNbd(Child);
+
+impl QemuNbd {
+    fn start(file: &Path, socket: &Path) -> Self {
+        let child = Command::new("qemu-nbd").args(["-f", "qcow2", "-r", "-t", "-x", "disk", "-k"]).args([socket, file]).spawn().unwrap();
+        wait("the other server serves", || socket.exists());
+        Self(child)
+    }
+}
+
+impl Drop for QemuNbd {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+#[ignore = "needs root: tests/run-system"]
+fn system_volumes_come_from_the_servers_of_others() {
+    enter_own_network();
+    let host = Host::start();
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let (raw, qcow2, out, socket) = (host.path("raw"), host.path("qcow2"), host.path("out"), host.path("a socket"));
+    let file = fs::File::create(&raw).unwrap();
+    file.set_len(80 << 20).unwrap();
+    file.write_all_at(&vec![5; 3 * MIB], 7 << 20).unwrap();
+    file.write_all_at(b"end", (80 << 20) - 3).unwrap();
+    run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &text(&raw), &text(&qcow2)]);
+    let server = QemuNbd::start(&qcow2, &socket);
+    let uri = format!("nbd+unix:///disk?socket={}", text(&socket).replace(' ', "%20"));
+    let _ = host.form(&["volume", "import", "a", "--from", &uri]).ok();
+    let _ = host.form(&["volume", "import", "b", "--from", &uri, "--format", "qcow2", "--size", "100M"]).ok();
+    assert_eq!((volume(&host, "a")["size_bytes"].as_u64(), volume(&host, "b")["size_bytes"].as_u64()), (Some(80 << 20), Some(100 << 20)));
+    assert!(volume(&host, "a")["allocated_bytes"].as_u64().unwrap() < 8 << 20, "holes take no room");
+    for name in ["a", "b"] {
+        let _ = host.form(&["volume", "export", name, "--to", &text(&out)]).ok();
+        assert!(fs::read(&out).unwrap()[..80 * MIB] == fs::read(&raw).unwrap(), "{name}");
+        fs::remove_file(&out).unwrap();
+    }
+    let _ = host.form(&["volume", "import", "c", "--from", &uri.replace("disk", "nope")]).exits(3);
+    let _ = host.form(&["volume", "import", "c", "--from", &uri, "--size", "40M"]).exits(2);
+    let _ = host.form(&["volume", "import", "c", "--from", "disk.raw"]).exits(2);
+    let _ = host.form(&["volume", "import", "c", &text(&raw), "--from", &uri]).exits(2);
+    let _ = host.form(&["volume", "import", "c"]).exits(2);
+    drop(server);
+    let gone = host.form(&["volume", "import", "c", "--from", &uri]).exits(7);
+    assert!(gone.stderr.contains("cannot be reached"), "{gone:?}");
+    let _ = host.form(&["volume", "rm", "a", "b", "-y"]).ok();
     is_clean(&host);
 }

@@ -79,12 +79,16 @@ impl AttachmentState {
 /// How a volume is served over NBD. It ends with the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Export {
-    /// As NBD clients take it: `nbd+unix:///data?socket=/run/formation/nbd/data.sock`, `nbd://127.0.0.1:10809/data`.
+    /// As NBD clients take it: `nbd+unix:///data?socket=/run/formation/nbd/data.sock`, `nbd://127.0.0.1:10809/data`, `nbds://192.0.2.1:10809/data`
+    /// with TLS.
     pub uri: String,
     /// Clients may write; meanwhile nothing else has the volume.
     pub writable: bool,
     /// Clients that are connected now.
     pub clients: u32,
+    /// With TLS: the certificate, in PEM, of the authority by which clients know the server.
+    #[serde(default)]
+    pub authority: Option<String>,
 }
 
 /// `POST /v1/volumes`
@@ -178,10 +182,14 @@ pub struct ExportRequest {
     /// Let clients write.
     #[serde(default)]
     pub writable: bool,
-    /// An address of the loopback interface, port 0 for any. Without it: a Unix socket.
+    /// An address of the host, port 0 for any; one of the loopback interface unless there is a `client_certificate`. Without it: a Unix socket.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub listen: Option<SocketAddr>,
+    /// TLS, for who has the key of this X.509 certificate (in PEM, of at most 16 KiB), and for nobody else.
+    #[serde(default)]
+    #[schema(max_length = 16_384)]
+    pub client_certificate: Option<String>,
 }
 
 /// `GET /v1/volumes/{name}/import`: the new volume.

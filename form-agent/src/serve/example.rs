@@ -117,7 +117,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("ErrorBody", json!(ErrorBody { error: refusal() })),
         ("Event", json!(event)),
         ("ExecRequest", json!(exec)),
-        ("ExportRequest", json!(ExportRequest { writable: true, listen: Some("127.0.0.1:10809".parse().ok()?) })),
+        ("ExportRequest", json!(ExportRequest { writable: true, listen: Some("127.0.0.1:10809".parse().ok()?), client_certificate: None })),
         ("HealthReport", json!(health())),
         ("Host", json!(host())),
         ("Image", json!(image(&name))),

@@ -12,6 +12,7 @@ use form_api::{
     ApiError, ErrorCode,
     volume::{Export, ExportRequest},
 };
+use form_nbd::{Uri, tls};
 use form_store::{
     Contents, Pool,
     nbd::{Place, Server},
@@ -31,6 +32,8 @@ pub struct Exports {
 struct Exported {
     name: Name,
     server: Server,
+    /// With TLS, the authority of the server's certificate, in PEM.
+    authority: Option<String>,
 }
 
 impl Exports {
@@ -52,9 +55,10 @@ impl Exports {
 
     pub fn of(&self, id: &VolumeId) -> Option<Export> {
         let all = self.all();
-        let Exported { name, server } = all.get(id)?;
+        let Exported { name, server, authority } = all.get(id)?;
         let clients = u32::try_from(server.clients()).unwrap_or(u32::MAX);
-        Some(Export { uri: uri(server.place(), name), writable: server.is_writable(), clients })
+        let uri = uri(server.place(), name, authority.is_some());
+        Some(Export { uri, writable: server.is_writable(), clients, authority: authority.clone() })
     }
 
     /// Hangs up on the clients of a volume's export and closes the volume; that there is none is fine. Blocks until their threads have ended.
@@ -75,14 +79,25 @@ impl Exports {
 /// # Errors
 /// When others than this host's own programs could reach it.
 pub fn check(request: &ExportRequest) -> Result<(), ApiError> {
+    let Some(certificate) = &request.client_certificate else {
+        return match request.listen {
+            Some(address) if !address.ip().is_loopback() => {
+                let text =
+                    format!("{address} is no address of the loopback interface: an export there would be open to the network, without TLS");
+                Err(ApiError::new(ErrorCode::Invalid, text)
+                    .hint("add --tls DIRECTORY, or listen on 127.0.0.1 or [::1], or leave --listen out for a Unix socket"))
+            }
+            _ => Ok(()),
+        };
+    };
+    tls::check_certificate(certificate).map_err(|error| ApiError::new(ErrorCode::Invalid, format!("client_certificate: {error}")))?;
     match request.listen {
-        Some(address) if !address.ip().is_loopback() => {
-            let text =
-                format!("{address} is no address of the loopback interface: an export there would be open to the network, without TLS");
-            Err(ApiError::new(ErrorCode::Invalid, text)
-                .hint("listen on 127.0.0.1 or [::1] and tunnel, as with `ssh -L`, or leave --listen out for a Unix socket"))
+        None => Err(ApiError::new(ErrorCode::Invalid, "an export with TLS has an address").hint("say which with --listen ADDRESS:PORT")),
+        Some(address) if address.ip().is_unspecified() => {
+            let text = format!("{address} is every address of the host: clients could not tell that the server is the right one");
+            Err(ApiError::new(ErrorCode::Invalid, text).hint("listen on the one address at which clients reach the host"))
         }
-        _ => Ok(()),
+        Some(_) => Ok(()),
     }
 }
 
@@ -105,11 +120,18 @@ pub fn start(agent: &Agent, pool: &Pool, volume: &DesiredVolume, request: &Expor
         ApiError::new(code, format!("volume/{} cannot be exported at {place}: {error}", volume.name))
             .hint("choose another address with --listen; port 0 is any that is free")
     };
-    let server = Server::start(contents, volume.name.as_str(), &place).map_err(failed)?;
+    let name = volume.name.as_str();
+    let started = match (&place, &request.client_certificate) {
+        (Place::Tcp(address), Some(client)) => {
+            Server::start_secure(contents, name, *address, client).map(|(server, authority)| (server, Some(authority)))
+        }
+        _ => Server::start(contents, name, &place).map(|server| (server, None)),
+    };
+    let (server, authority) = started.map_err(failed)?;
     if let Place::Unix(path) = &place {
         share(path, &agent.paths().socket());
     }
-    agent.exports.all().insert(volume.id, Exported { name: volume.name.clone(), server });
+    agent.exports.all().insert(volume.id, Exported { name: volume.name.clone(), server, authority });
     Ok(())
 }
 
@@ -141,19 +163,12 @@ fn share(path: &Path, like: &Path) {
     }
 }
 
-/// As NBD clients take it (NetworkBlockDevice/nbd, `doc/uri.md`).
-fn uri(place: &Place, name: &Name) -> String {
-    match place {
-        Place::Tcp(address) => format!("nbd://{address}/{name}"),
-        Place::Unix(path) => {
-            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
-            let encoded = path.as_os_str().as_encoded_bytes().iter().map(|byte| match plain(*byte) {
-                true => char::from(*byte).to_string(),
-                false => format!("%{byte:02X}"),
-            });
-            format!("nbd+unix:///{name}?socket={}", encoded.collect::<String>())
-        }
-    }
+fn uri(place: &Place, name: &Name, tls: bool) -> String {
+    let place = match place {
+        Place::Tcp(address) => form_nbd::Place::Tcp { host: address.ip().to_string(), port: address.port() },
+        Place::Unix(path) => form_nbd::Place::Unix(path.clone()),
+    };
+    Uri { place, export: name.to_string(), tls, certificates: None }.to_string()
 }
 
 #[cfg(test)]
@@ -162,20 +177,30 @@ mod tests {
 
     #[test]
     fn addresses_that_others_reach_are_refused() {
-        let listen = |text: &str| ExportRequest { writable: false, listen: Some(text.parse().unwrap()) };
+        let listen = |text: &str| ExportRequest { listen: Some(text.parse().unwrap()), ..ExportRequest::default() };
         assert!(check(&ExportRequest::default()).is_ok());
         assert!(check(&listen("127.0.0.1:0")).is_ok() && check(&listen("[::1]:10809")).is_ok());
         for open in ["0.0.0.0:10809", "[::]:10809", "192.0.2.1:1", "[::ffff:127.0.0.1]:1"] {
             assert_eq!(check(&listen(open)).unwrap_err().code, ErrorCode::Invalid, "{open}");
+        }
+        let client_certificate = Some(tls::Credentials::for_client().unwrap().certificate);
+        let secure = |text: &str| ExportRequest { client_certificate: client_certificate.clone(), ..listen(text) };
+        assert!(check(&secure("192.0.2.1:0")).is_ok() && check(&secure("[::1]:1")).is_ok());
+        assert!(check(&secure("0.0.0.0:1")).is_err(), "whose certificate would that be?");
+        assert!(check(&ExportRequest { listen: None, ..secure("[::1]:1") }).is_err());
+        for none in ["", "PEM", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", &"x".repeat(1 << 20)] {
+            let request = ExportRequest { client_certificate: Some(none.to_owned()), ..listen("192.0.2.1:1") };
+            assert_eq!(check(&request).unwrap_err().code, ErrorCode::Invalid, "{none:.40}");
         }
     }
 
     #[test]
     fn uris_are_as_clients_take_them() {
         let name: Name = "data".parse().unwrap();
-        let unix = uri(&Place::Unix("/run/a b&/data.sock".into()), &name);
+        let unix = uri(&Place::Unix("/run/a b&/data.sock".into()), &name, false);
         assert_eq!(unix, "nbd+unix:///data?socket=/run/a%20b%26/data.sock");
-        assert_eq!(uri(&Place::Tcp("[::1]:10809".parse().unwrap()), &name), "nbd://[::1]:10809/data");
+        assert_eq!(uri(&Place::Tcp("[::1]:10809".parse().unwrap()), &name, false), "nbd://[::1]:10809/data");
+        assert_eq!(uri(&Place::Tcp("192.0.2.1:1".parse().unwrap()), &name, true), "nbds://192.0.2.1:1/data");
     }
 
     #[test]

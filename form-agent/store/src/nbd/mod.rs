@@ -1,4 +1,4 @@
-//! An NBD server for one volume: fixed newstyle negotiation, structured replies, block status of `base:allocation`. The protocol is that of
+//! An NBD server for one volume: fixed newstyle negotiation, structured replies, block status of `base:allocation`, TLS. The protocol is that of
 //! NetworkBlockDevice/nbd, `doc/proto.md`.
 //!
 //! Every client has a thread of its own, and no more memory than one buffer. A client that stops reading holds up nobody but itself, and
@@ -6,14 +6,13 @@
 
 mod negotiate;
 mod transmit;
-mod wire;
 
 use std::{
     io::{self, Read, Write},
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener},
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::net::{UnixListener, UnixStream},
+        unix::net::UnixListener,
     },
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
@@ -21,10 +20,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::{
-    negotiate::{Answer, Negotiation, Offer},
+use form_nbd::{
+    Channel, Socket,
+    tls::{self, Credentials},
     wire::{OptionHead, Terms, greeting},
 };
+use rustls::ServerConfig;
+
+use self::negotiate::{Answer, Negotiation, Offer, Security};
 use crate::contents::Contents;
 
 /// Clients of one export at a time; further ones are hung up on.
@@ -32,9 +35,6 @@ pub const MAX_CLIENTS: usize = 16;
 
 /// How long a client may take to say what it wants.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-
-/// How long a client may leave what it asked for unread.
-const UNREAD: Duration = Duration::from_secs(30);
 
 /// Where no thread or descriptor can be had, mostly: going on at once would spin.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -62,6 +62,8 @@ pub struct Server {
 struct Shared {
     name: String,
     contents: Contents,
+    /// Nobody gets anything without it.
+    tls: Option<Arc<ServerConfig>>,
     clients: Mutex<Clients>,
 }
 
@@ -78,21 +80,30 @@ enum Listener {
     Tcp(TcpListener),
 }
 
-#[derive(Debug)]
-enum Socket {
-    Unix(UnixStream),
-    Tcp(TcpStream),
-}
-
 impl Server {
     /// Serves `contents` under `name` (and under the empty name), for reading or, when it was opened so, for writing too.
     ///
     /// # Errors
     /// When the address cannot be had.
     pub fn start(contents: Contents, name: &str, place: &Place) -> io::Result<Self> {
+        Self::start_with(contents, name, place, None)
+    }
+
+    /// Serves them at this address with TLS, to the one client that has the key of `client` (a certificate in PEM). Also gives the authority,
+    /// in PEM, by which that client knows the server.
+    ///
+    /// # Errors
+    /// When the address cannot be had, or the certificate is none.
+    pub fn start_secure(contents: Contents, name: &str, address: SocketAddr, client: &str) -> io::Result<(Self, String)> {
+        let own = Credentials::for_server(address.ip()).map_err(io::Error::other)?;
+        let config = tls::server(&own, client).map_err(io::Error::other)?;
+        Self::start_with(contents, name, &Place::Tcp(address), Some(config)).map(|server| (server, own.authority))
+    }
+
+    fn start_with(contents: Contents, name: &str, place: &Place, tls: Option<Arc<ServerConfig>>) -> io::Result<Self> {
         let (listener, place) = Listener::open(place)?;
         let listener = Arc::new(listener);
-        let shared = Arc::new(Shared { name: name.to_owned(), contents, clients: Mutex::default() });
+        let shared = Arc::new(Shared { name: name.to_owned(), contents, tls, clients: Mutex::default() });
         let mut server = Self { place, listener: Arc::clone(&listener), shared: Arc::clone(&shared), accepting: None };
         let thread = thread::Builder::new().name("nbd".to_owned()).stack_size(STACK);
         server.accepting = Some(thread.spawn(move || accept(&listener, &shared))?);
@@ -150,39 +161,45 @@ impl Shared {
     }
 
     /// Greets a client and finds out what it wants; none when it leaves again.
-    fn negotiate(&self, mut socket: &Socket) -> io::Result<Option<Terms>> {
-        let deadline = Instant::now() + HANDSHAKE;
+    fn negotiate(&self, mut channel: Channel) -> io::Result<Option<(Channel, Terms)>> {
         let offer = Offer { name: &self.name, size: self.contents.size_bytes(), writable: self.contents.is_writable() };
-        socket.write_all(&greeting())?;
+        channel.write_all(&greeting())?;
         let mut flags = [0; 4];
-        socket.read_by(deadline, &mut flags)?;
-        let Some(mut negotiation) = Negotiation::new(u32::from_be_bytes(flags)) else { return Ok(None) };
+        channel.read_exact(&mut flags)?;
+        let security = if self.tls.is_some() { Security::Wanted } else { Security::None };
+        let Some(mut negotiation) = Negotiation::new(u32::from_be_bytes(flags), security) else { return Ok(None) };
         loop {
             let mut head = [0; OptionHead::BYTES];
-            socket.read_by(deadline, &mut head)?;
+            channel.read_exact(&mut head)?;
             let Some(OptionHead { option, length }) = OptionHead::parse(&head) else { return Ok(None) };
             let mut data = vec![0; length as usize];
-            socket.read_by(deadline, &mut data)?;
+            channel.read_exact(&mut data)?;
             match negotiation.answer(&offer, option, &data) {
-                Answer::Next(bytes) => socket.write_all(&bytes)?,
+                Answer::Next(bytes) => channel.write_all(&bytes)?,
+                Answer::Secure(bytes) => {
+                    channel.write_all(&bytes)?;
+                    let config = self.tls.clone().ok_or(io::ErrorKind::InvalidInput)?;
+                    channel.secure_server(config)?;
+                }
                 Answer::Begin(bytes, terms) => {
-                    socket.write_all(&bytes)?;
-                    return Ok(Some(terms));
+                    channel.write_all(&bytes)?;
+                    return Ok(Some((channel, terms)));
                 }
                 Answer::End(bytes) => {
-                    socket.write_all(&bytes)?;
+                    channel.write_all(&bytes)?;
                     return Ok(None);
                 }
             }
         }
     }
 
-    fn serve(&self, socket: &Socket) -> io::Result<()> {
-        socket.set_patience(Some(HANDSHAKE), UNREAD)?;
-        let Some(terms) = self.negotiate(socket)? else { return Ok(()) };
+    fn serve(&self, socket: &Arc<Socket>) -> io::Result<()> {
+        let mut channel = Channel::new(Arc::clone(socket))?;
+        channel.wait_until(Instant::now() + HANDSHAKE);
+        let Some((mut channel, terms)) = self.negotiate(channel)? else { return Ok(()) };
         // A client may have nothing to ask for a long time.
-        socket.set_patience(None, UNREAD)?;
-        transmit::transmit(socket, &self.contents, terms)
+        channel.wait_for_each(None)?;
+        transmit::transmit(channel, &self.contents, terms)
     }
 }
 
@@ -260,63 +277,6 @@ impl Listener {
         if let Err(error) = rustix::net::shutdown(self.as_fd(), rustix::net::Shutdown::Both) {
             tracing::warn!(%error, "an NBD listener does not end");
         }
-    }
-}
-
-impl Socket {
-    fn close(&self) {
-        // An error means that it is closed already.
-        let _ = match self {
-            Self::Unix(stream) => stream.shutdown(Shutdown::Both),
-            Self::Tcp(stream) => stream.shutdown(Shutdown::Both),
-        };
-    }
-
-    /// Reads as much as there is room for, in the time that is left, however slowly it comes.
-    fn read_by(&self, deadline: Instant, mut into: &mut [u8]) -> io::Result<()> {
-        while !into.is_empty() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.set_patience(Some(left), UNREAD)?;
-            match (&mut &*self).read(into) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => into = &mut into[count..],
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    fn set_patience(&self, read: Option<Duration>, write: Duration) -> io::Result<()> {
-        match self {
-            Self::Unix(stream) => stream.set_read_timeout(read).and_then(|()| stream.set_write_timeout(Some(write))),
-            Self::Tcp(stream) => stream.set_read_timeout(read).and_then(|()| stream.set_write_timeout(Some(write))),
-        }
-    }
-}
-
-impl Read for &Socket {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Socket::Unix(stream) => (&mut &*stream).read(into),
-            Socket::Tcp(stream) => (&mut &*stream).read(into),
-        }
-    }
-}
-
-impl Write for &Socket {
-    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
-        match self {
-            Socket::Unix(stream) => (&mut &*stream).write(from),
-            Socket::Tcp(stream) => (&mut &*stream).write(from),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

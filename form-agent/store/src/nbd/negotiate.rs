@@ -1,7 +1,7 @@
 //! The handshake: what a client asks for, one option after the other, and what it gets ("Newstyle negotiation", "Option haggling").
 //! Decides only; the connection carries the bytes.
 
-use super::wire::{
+use form_nbd::wire::{
     BASE_ALLOCATION, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Fields, MAX_PAYLOAD, Terms, export_flag, info, option, option_reply,
     put_option_reply,
 };
@@ -17,9 +17,21 @@ pub struct Offer<'a> {
     pub writable: bool,
 }
 
+/// Whether a connection is encrypted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Security {
+    /// It cannot be.
+    #[default]
+    None,
+    /// It has to be before anything else is asked for.
+    Wanted,
+    Begun,
+}
+
 /// What a client has got so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Negotiation {
+    security: Security,
     no_zeroes: bool,
     structured: bool,
     allocation: bool,
@@ -30,6 +42,8 @@ pub struct Negotiation {
 pub enum Answer {
     /// Another option.
     Next(Vec<u8>),
+    /// TLS, and then another option.
+    Secure(Vec<u8>),
     /// Requests.
     Begin(Vec<u8>, Terms),
     /// Nothing.
@@ -38,14 +52,24 @@ pub enum Answer {
 
 impl Negotiation {
     /// Begins with the client's flags. None when it wants what this server does not know, or what is older than options.
-    pub fn new(flags: u32) -> Option<Self> {
+    pub fn new(flags: u32, security: Security) -> Option<Self> {
         let known = u32::from(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
         let fixed = flags & u32::from(FLAG_FIXED_NEWSTYLE) != 0;
-        (flags & !known == 0 && fixed).then(|| Self { no_zeroes: flags & u32::from(FLAG_NO_ZEROES) != 0, ..Self::default() })
+        (flags & !known == 0 && fixed).then(|| Self { security, no_zeroes: flags & u32::from(FLAG_NO_ZEROES) != 0, ..Self::default() })
     }
 
     pub fn answer(&mut self, offer: &Offer<'_>, option: u32, data: &[u8]) -> Answer {
         let mut out = Vec::new();
+        match option {
+            // "FORCEDTLS mode": not even the names are told, and what cannot be refused is hung up on.
+            option::EXPORT_NAME if self.security == Security::Wanted => return Answer::End(out),
+            option::ABORT | option::STARTTLS => {}
+            _ if self.security == Security::Wanted => {
+                refuse(&mut out, option, option_reply::TLS_REQUIRED, "this server wants TLS first");
+                return Answer::Next(out);
+            }
+            _ => {}
+        }
         match option {
             option::EXPORT_NAME => return self.export_name(offer, data),
             option::ABORT => {
@@ -69,7 +93,17 @@ impl Negotiation {
                 }
             }
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.contexts(offer, option, data, &mut out),
-            option::STARTTLS => refuse(&mut out, option, option_reply::POLICY, "this server has no TLS"),
+            option::STARTTLS if !data.is_empty() => refuse(&mut out, option, option_reply::INVALID, "this option has no data"),
+            option::STARTTLS => match self.security {
+                Security::None => refuse(&mut out, option, option_reply::POLICY, "this server has no TLS"),
+                Security::Begun => refuse(&mut out, option, option_reply::INVALID, "there is TLS already"),
+                Security::Wanted => {
+                    // Whatever was agreed on before could have been said by anybody.
+                    *self = Self { security: Security::Begun, no_zeroes: self.no_zeroes, ..Self::default() };
+                    put_option_reply(&mut out, option, option_reply::ACK, &[]);
+                    return Answer::Secure(out);
+                }
+            },
             _ => refuse(&mut out, option, option_reply::UNSUPPORTED, "this server does not know the option"),
         }
         Answer::Next(out)
@@ -207,11 +241,11 @@ mod tests {
 
     /// The kinds and the data of the answers to an option.
     fn replies(answer: &Answer) -> Vec<(u32, Vec<u8>)> {
-        let (Answer::Next(bytes) | Answer::Begin(bytes, _) | Answer::End(bytes)) = answer;
+        let (Answer::Next(bytes) | Answer::Secure(bytes) | Answer::Begin(bytes, _) | Answer::End(bytes)) = answer;
         let mut fields = Fields(bytes);
         let mut found = Vec::new();
         while !fields.is_empty() {
-            assert_eq!(fields.u64(), Some(super::super::wire::OPTION_REPLY_MAGIC));
+            assert_eq!(fields.u64(), Some(form_nbd::wire::OPTION_REPLY_MAGIC));
             fields.u32().unwrap();
             let kind = fields.u32().unwrap();
             let length = fields.u32().unwrap();
@@ -226,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_client_that_knows_everything_gets_everything() {
-        let mut client = Negotiation::new(3).unwrap();
+        let mut client = Negotiation::new(3, Security::None).unwrap();
         assert_eq!(kinds(&client.answer(&OFFER, option::STRUCTURED_REPLY, &[])), [option_reply::ACK]);
         let listed = client.answer(&OFFER, option::LIST, &[]);
         assert_eq!(replies(&listed)[0], (option_reply::SERVER, text("data")));
@@ -245,7 +279,7 @@ mod tests {
     #[test]
     fn what_is_said_of_the_export_fits_what_it_is() {
         let flags = |writable: bool, structured: bool| {
-            let mut client = Negotiation { structured, ..Negotiation::new(3).unwrap() };
+            let mut client = Negotiation { structured, ..Negotiation::new(3, Security::None).unwrap() };
             let answer = client.answer(&Offer { writable, ..OFFER }, option::INFO, &go("data", &[]));
             assert!(matches!(answer, Answer::Next(_)));
             let (kind, told) = replies(&answer).remove(0);
@@ -263,18 +297,43 @@ mod tests {
     #[test]
     fn the_oldest_way_begins_too_and_an_unknown_name_ends() {
         for (flags, length) in [(1, 134), (3, 10)] {
-            let mut client = Negotiation::new(flags).unwrap();
+            let mut client = Negotiation::new(flags, Security::None).unwrap();
             let Answer::Begin(bytes, terms) = client.answer(&OFFER, option::EXPORT_NAME, b"data") else { panic!("it may begin") };
             assert_eq!((bytes.len(), terms.structured), (length, false));
             assert_eq!(client.answer(&OFFER, option::EXPORT_NAME, b"other"), Answer::End(Vec::new()));
             assert_eq!(client.answer(&OFFER, option::EXPORT_NAME, &[0xff]), Answer::End(Vec::new()));
         }
-        assert!(Negotiation::new(2).is_none() && Negotiation::new(7).is_none());
+        assert!(Negotiation::new(2, Security::None).is_none() && Negotiation::new(7, Security::None).is_none());
+    }
+
+    #[test]
+    fn nothing_is_told_before_tls_and_nothing_of_before_counts_after_it() {
+        let mut client = Negotiation::new(3, Security::Wanted).unwrap();
+        for (option, data) in [
+            (option::LIST, vec![]),
+            (option::STRUCTURED_REPLY, vec![]),
+            (option::INFO, go("data", &[])),
+            (option::GO, go("data", &[])),
+            (option::SET_META_CONTEXT, queries("data", &[BASE_ALLOCATION])),
+            (u32::MAX, vec![]),
+        ] {
+            let answer = client.answer(&OFFER, option, &data);
+            assert!(matches!(answer, Answer::Next(_)));
+            assert_eq!(kinds(&answer), [option_reply::TLS_REQUIRED], "{option}");
+        }
+        assert_eq!(client.answer(&OFFER, option::EXPORT_NAME, b"data"), Answer::End(Vec::new()));
+        assert_eq!(kinds(&client.answer(&OFFER, option::STARTTLS, &[1])), [option_reply::INVALID]);
+        let answer = client.answer(&OFFER, option::STARTTLS, &[]);
+        assert!(matches!(answer, Answer::Secure(_)));
+        assert_eq!(kinds(&answer), [option_reply::ACK]);
+        assert_eq!(kinds(&client.answer(&OFFER, option::STARTTLS, &[])), [option_reply::INVALID], "once is enough");
+        let Answer::Begin(_, terms) = client.answer(&OFFER, option::GO, &go("data", &[])) else { panic!("it may begin") };
+        assert!(!terms.structured);
     }
 
     #[test]
     fn what_makes_no_sense_is_refused_and_the_client_may_go_on() {
-        let mut client = Negotiation::new(3).unwrap();
+        let mut client = Negotiation::new(3, Security::None).unwrap();
         let too_many = [text("data"), u32::MAX.to_be_bytes().to_vec()].concat();
         for (option, data, kind) in [
             (option::GO, go("other", &[]), option_reply::UNKNOWN),

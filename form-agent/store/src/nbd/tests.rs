@@ -1,11 +1,13 @@
-use std::{fs, sync::mpsc};
+use std::{fs, net::TcpStream, os::unix::net::UnixStream, sync::mpsc};
 
+use form_nbd::{
+    Client, Uri,
+    socket::UNREAD,
+    wire::{Fields, REQUEST_MAGIC, chunk, command, option},
+};
 use form_types::{VolumeFormat, VolumeId};
 
-use super::{
-    wire::{Fields, REQUEST_MAGIC, chunk, command, option},
-    *,
-};
+use super::*;
 use crate::{Store, local_pool};
 
 const ID: VolumeId = VolumeId::from_bytes([7; 16]);
@@ -261,4 +263,86 @@ fn tcp_gets_a_port() {
     TcpStream::connect(address).unwrap().read_exact(&mut greeting).unwrap();
     assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
     assert!(!server.is_writable());
+}
+
+/// All of an export, by our own client.
+fn read_all(client: &mut Client) -> (Vec<u8>, Vec<(u64, bool)>) {
+    let (mut whole, mut extents, mut at) = (vec![0; client.size() as usize], Vec::new(), 0);
+    while at < client.size() {
+        let extent = client.extent(at).unwrap();
+        extents.push((extent.length, extent.is_hole));
+        client.read_at(&mut whole[at as usize..(at + extent.length) as usize], at).unwrap();
+        at += extent.length;
+    }
+    (whole, extents)
+}
+
+fn written(store: &Store) -> Vec<u8> {
+    let mut expected = vec![0; SIZE as usize];
+    let contents = contents(store, true);
+    for (at, count, byte) in [(1 << 20, 3 << 20, 5), (SIZE - 4096, 4096, 9)] {
+        expected[at as usize..at as usize + count].fill(byte);
+        contents.write_at(&vec![byte; count], at).unwrap();
+    }
+    contents.flush().unwrap();
+    expected
+}
+
+#[test]
+fn our_own_client_reads_what_there_is() {
+    for format in [VolumeFormat::Raw, VolumeFormat::Qcow2] {
+        let mut export = export(format, true);
+        drop(export.server.take());
+        let expected = written(&export.store);
+        let path = export.root.path().join("a b.sock");
+        export.server = Some(Server::start(contents(&export.store, false), "data", &Place::Unix(path.clone())).unwrap());
+        let uri = Uri { place: form_nbd::Place::Unix(path), export: "data".to_owned(), tls: false, certificates: None };
+        let (whole, extents) = read_all(&mut Client::connect(&uri).unwrap());
+        assert!(whole == expected, "{format:?}");
+        assert_eq!(extents.iter().filter(|(_, is_hole)| *is_hole).count(), 2, "{extents:?}");
+        let nope = Client::connect(&Uri { export: "nope".to_owned(), ..uri.clone() });
+        assert!(matches!(nope, Err(form_nbd::Error::Unknown(name)) if name == "nope"));
+        assert!(matches!(Client::connect(&Uri { tls: true, ..uri }), Err(form_nbd::Error::NoTls)));
+    }
+}
+
+#[test]
+fn with_tls_one_client_is_let_in_and_nobody_else() {
+    let mut export = export(VolumeFormat::Raw, true);
+    drop(export.server.take());
+    let expected = written(&export.store);
+    let directory = |own: &Credentials, authorities: &[&str]| {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join(tls::AUTHORITY_FILE), authorities.concat()).unwrap();
+        fs::write(directory.path().join(tls::CERTIFICATE_FILE), &own.certificate).unwrap();
+        fs::write(directory.path().join(tls::KEY_FILE), &own.key).unwrap();
+        directory
+    };
+    let (own, other) = (Credentials::for_client().unwrap(), Credentials::for_client().unwrap());
+    let address = "127.0.0.1:0".parse().unwrap();
+    let (server, authority) = Server::start_secure(contents(&export.store, false), "data", address, &own.certificate).unwrap();
+    let Place::Tcp(address) = *server.place() else { panic!("another place") };
+    let place = form_nbd::Place::Tcp { host: address.ip().to_string(), port: address.port() };
+    let reach = |directory: Option<&Path>, tls: bool| {
+        let certificates = directory.map(Path::to_owned);
+        Client::connect(&Uri { place: place.clone(), export: "data".to_owned(), tls, certificates })
+    };
+    let known = directory(&own, &[&own.authority, &authority]);
+    assert!(read_all(&mut reach(Some(known.path()), true).unwrap()).0 == expected);
+    assert!(matches!(reach(None, false), Err(form_nbd::Error::WantsTls)), "not even the size is told");
+    assert!(reach(None, true).is_err());
+    let stranger = directory(&other, &[&other.authority, &authority]);
+    assert!(matches!(reach(Some(stranger.path()), true), Err(form_nbd::Error::Tls(_))), "the server does not know this client");
+    let without = directory(&own, &[&authority]);
+    fs::remove_file(without.path().join(tls::CERTIFICATE_FILE)).unwrap();
+    assert!(reach(Some(without.path()), true).is_err(), "a client that shows nothing");
+    let deceived = directory(&own, &[&other.authority]);
+    assert!(matches!(reach(Some(deceived.path()), true), Err(form_nbd::Error::Tls(_))), "the client does not know this server");
+    assert!(Server::start_secure(contents(&export.store, false), "data", address, "no certificate").is_err());
+    // A client in the middle of its handshake does not hold up the end.
+    let mut half = TcpStream::connect(address).unwrap();
+    half.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x05\0\0\0\0\x16\x03\x01").unwrap();
+    half.read_exact(&mut [0; 38]).unwrap();
+    drop(server);
+    contents(&export.store, true);
 }

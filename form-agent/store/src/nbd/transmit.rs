@@ -2,10 +2,11 @@
 
 use std::io::{self, Read, Write};
 
-use super::{
-    negotiate::ALLOCATION_ID,
-    wire::{CHUNK_HEAD_BYTES, Command, Failure, MAX_PAYLOAD, Request, STATE_HOLE, STATE_ZERO, Terms, chunk, chunk_head, simple_reply},
+use form_nbd::wire::{
+    self, CHUNK_HEAD_BYTES, Command, Failure, MAX_PAYLOAD, Request, STATE_HOLE, STATE_ZERO, Terms, chunk, chunk_head, simple_reply,
 };
+
+use super::negotiate::ALLOCATION_ID;
 use crate::contents::Contents;
 
 /// Data passes through one buffer of this size for each connection, however much a client asks for.
@@ -74,8 +75,7 @@ impl<S: Read + Write> Client<'_, S> {
 
     /// The answer to everything that gives back no data. A read that fails with structured replies has a chunk for that instead.
     fn done(&mut self, request: &Request, result: Result<(), Failure>) -> io::Result<()> {
-        let structured =
-            self.terms.structured && matches!(request.command, super::wire::command::READ | super::wire::command::BLOCK_STATUS);
+        let structured = self.terms.structured && matches!(request.command, wire::command::READ | wire::command::BLOCK_STATUS);
         match result {
             Err(failure) if structured => {
                 let mut bytes = chunk_head(request.cookie, true, chunk::ERROR, 6).to_vec();

@@ -9,11 +9,13 @@ use form_api::{
     exec::Frame,
     volume::{ExportRequest, Piece, Volume},
 };
+use form_nbd::Uri;
 use form_types::{Name, VolumeFormat};
 use tokio::sync::mpsc;
 
 use super::{
     Format,
+    credentials::NewCredentials,
     transfer::{ended, next},
 };
 use crate::{
@@ -30,7 +32,8 @@ use crate::{
 /// Serve a volume over NBD on its host, or write it to a file
 ///
 /// No VM may run with it. With --nbd programs of the host reach it at the address that is printed, until `form volume unexport`, the end of the
-/// agent, or until it is detached or removed. As long as they may write nothing else has the volume.
+/// agent, or until it is detached or removed. As long as they may write nothing else has the volume. With --tls programs of other machines reach it
+/// too, when they show the certificate that is made for them.
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("way").required(true).args(["nbd", "to"])))]
 pub struct Args {
@@ -43,9 +46,12 @@ pub struct Args {
     /// Let NBD clients write
     #[arg(long, requires = "nbd")]
     writable: bool,
-    /// Serve it on this address of the host's loopback interface instead; port 0 is any
+    /// Serve it on this address of the host instead, of its loopback interface unless with --tls; port 0 is any
     #[arg(long, requires = "nbd", value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
+    /// Serve it with TLS to who has the certificate and key that are written to this new directory, and to nobody else
+    #[arg(long, requires = "listen", value_name = "DIRECTORY")]
+    tls: Option<PathBuf>,
     /// Write it to a new file of this machine
     #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
@@ -64,10 +70,19 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
 
 async fn over_nbd(session: &Session, client: &Client, args: &Args) -> Outcome {
     let name = &args.name;
-    let request = ExportRequest { writable: args.writable, listen: args.listen };
+    if args.tls.is_some() && session.global.no_wait {
+        return Err(Failure::usage("the certificate of the server is known when it serves: leave --no-wait or --tls out"));
+    }
+    let credentials = args.tls.as_deref().map(NewCredentials::create).transpose()?;
+    let client_certificate = credentials.as_ref().map(|new| new.certificate().to_owned());
+    let request = ExportRequest { writable: args.writable, listen: args.listen, client_certificate };
     let operation = settle(session, client, client.export_volume(name, &request).await?).await?;
     match client.volume(name).await?.export {
-        Some(export) => {
+        Some(mut export) => {
+            if let (Some(new), Some(authority), Some(directory)) = (credentials, &export.authority, &args.tls) {
+                new.keep(authority)?;
+                export.uri = with_certificates(&export.uri, directory);
+            }
             let how = if export.writable { "reading and writing" } else { "reading" };
             session.terminal.done(&export, &export.uri, &format!("{name}: exported for {how} at {}", export.uri))?;
         }
@@ -75,6 +90,15 @@ async fn over_nbd(session: &Session, client: &Client, args: &Args) -> Outcome {
         None => session.terminal.done(&operation, name.as_str(), &format!("{name}: see `form volume show {name}`"))?,
     }
     Ok(0)
+}
+
+/// The address as a client of this machine is told it.
+fn with_certificates(uri: &str, directory: &Path) -> String {
+    let directory = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+    match uri.parse::<Uri>() {
+        Ok(uri) => Uri { certificates: Some(directory), ..uri }.to_string(),
+        Err(_) => uri.to_owned(),
+    }
 }
 
 async fn to_file(session: &Session, client: &Client, name: &Name, file: &Path, format: VolumeFormat) -> Outcome {

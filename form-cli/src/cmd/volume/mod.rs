@@ -3,6 +3,7 @@
 pub mod attach;
 pub mod clone;
 pub mod create;
+mod credentials;
 pub mod detach;
 pub mod export;
 pub mod import;

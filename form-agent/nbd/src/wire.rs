@@ -40,10 +40,11 @@ pub mod option_reply {
     pub const SERVER: u32 = 2;
     pub const INFO: u32 = 3;
     pub const META_CONTEXT: u32 = 4;
-    const ERROR: u32 = 1 << 31;
+    pub const ERROR: u32 = 1 << 31;
     pub const UNSUPPORTED: u32 = ERROR + 1;
     pub const POLICY: u32 = ERROR + 2;
     pub const INVALID: u32 = ERROR + 3;
+    pub const TLS_REQUIRED: u32 = ERROR + 5;
     pub const UNKNOWN: u32 = ERROR + 6;
 }
 
@@ -92,7 +93,9 @@ pub mod chunk {
     pub const OFFSET_DATA: u16 = 1;
     pub const OFFSET_HOLE: u16 = 2;
     pub const BLOCK_STATUS: u16 = 5;
-    pub const ERROR: u16 = (1 << 15) + 1;
+    /// Of every chunk that brings an error.
+    pub const IS_ERROR: u16 = 1 << 15;
+    pub const ERROR: u16 = IS_ERROR + 1;
 }
 
 /// The states of `base:allocation`.
