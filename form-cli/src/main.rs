@@ -7,6 +7,7 @@ mod complete;
 mod context;
 mod deploy;
 mod disk_file;
+mod disk_source;
 mod failure;
 mod formfile_source;
 mod operation;

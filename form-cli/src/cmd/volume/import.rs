@@ -6,6 +6,7 @@ use form_api::{
     exec::Frame,
     volume::{ImportQuery, Piece},
 };
+use form_nbd::Uri;
 use form_types::{
     Name,
     size::Bytes,
@@ -21,24 +22,28 @@ use crate::{
     args::volume_name,
     cmd::vm::cp,
     complete,
-    disk_file::DiskFile,
+    disk_source::DiskSource,
     failure::{Failure, Outcome},
     session::Session,
     ui::bytes,
 };
 
-/// Make a volume of a disk in a file
+/// Make a volume of a disk in a file, or of what an NBD server has
 ///
-/// The file is raw or qcow2, of this machine; holes are not sent. The volume is there when all of it has arrived: an import that is interrupted
-/// leaves nothing.
+/// The file is raw or qcow2, of this machine, and it is this machine that reaches the NBD server; holes are not sent. The volume is there when all of
+/// it has arrived: an import that is interrupted leaves nothing.
 #[derive(Debug, clap::Args)]
+#[command(group(clap::ArgGroup::new("source").required(true).args(["file", "from"])))]
 pub struct Args {
     /// The new volume's name
     #[arg(value_parser = volume_name)]
     name: Name,
     /// The file: a qcow2 image, or else the disk's bytes
-    file: PathBuf,
-    /// Make the volume larger than what the file holds: 20G, 512M, 20 for GiB, 20971520B to the byte
+    file: Option<PathBuf>,
+    /// An export of an NBD server: nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH, or nbds://HOST:PORT/EXPORT?tls-certificates=DIRECTORY
+    #[arg(long, value_name = "ADDRESS")]
+    from: Option<Uri>,
+    /// Make the volume larger than the disk is: 20G, 512M, 20 for GiB, 20971520B to the byte
     #[arg(long, short, value_parser = size)]
     size: Option<Bytes>,
     /// How the volume's bytes are kept
@@ -53,11 +58,18 @@ pub struct Args {
 const LAST_WORD: Duration = Duration::from_millis(500);
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
-    let disk = DiskFile::open(&args.file)?;
+    let disk = match (args.file, args.from) {
+        (Some(file), _) => DiskSource::of_file(file)?,
+        (None, Some(uri)) => {
+            let connecting = tokio::task::spawn_blocking(|| DiskSource::of_export(uri));
+            session.in_time(connecting).await?.map_err(|error| Failure::failed(error.to_string()))??
+        }
+        (None, None) => return Err(Failure::usage("say what the volume is to be made of: a file, or --from nbd://…")),
+    };
     let size_bytes = wanted_size(disk.size(), args.size)?;
     let client = session.client()?;
     let query = ImportQuery { size_bytes, format: args.format.into(), pool: Some(args.pool) };
-    let text = format!("{}: {} from {}, {}", args.name, disk.format().as_str(), args.file.display(), bytes(disk.size()));
+    let text = format!("{}: {}, {}", args.name, disk.describe(), bytes(disk.size()));
     let step = session.terminal.step(text);
     let interrupted = cp::ended()?;
     tokio::select! {
@@ -78,13 +90,13 @@ fn wanted_size(held: u64, asked: Option<Bytes>) -> Result<u64, Failure> {
     let least = held.max(LEAST_BYTES).checked_next_multiple_of(SECTOR_BYTES).unwrap_or(u64::MAX);
     let size = asked.map_or(least, |asked| asked.0);
     if size < held {
-        return Err(Failure::usage(format!("the file holds {held} bytes, and {size} are less")).hint("leave --size out, or ask for more"));
+        return Err(Failure::usage(format!("the disk has {held} bytes, and {size} are less")).hint("leave --size out, or ask for more"));
     }
     form_types::volume::check_size(size).map_err(|error| Failure::usage(error.to_string()))?;
     Ok(size)
 }
 
-async fn import(session: &Session, client: &Client, name: &Name, query: &ImportQuery, disk: DiskFile) -> Result<(), Failure> {
+async fn import(session: &Session, client: &Client, name: &Name, query: &ImportQuery, disk: DiskSource) -> Result<(), Failure> {
     let tunnel = client.import_volume(name, query).await?;
     let (mut reader, mut writer) = tokio::io::split(tunnel);
     let bar = session.terminal.bar(disk.size());
