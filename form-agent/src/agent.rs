@@ -187,7 +187,7 @@ impl Agent {
 
     /// The VM as it should be; none when nobody wants it.
     pub fn desired(&self, id: &VmId) -> Option<DesiredVm> {
-        desired::vms(&self.view()).remove(id)
+        desired::vm(&self.view(), id)
     }
 
     /// Records what a signed request asks for. Blocks until it is on the disk.

@@ -246,8 +246,22 @@ pub fn vms(view: &View) -> BTreeMap<VmId, DesiredVm> {
         .collect()
 }
 
+/// The one of [`vms`] with this name; no other is read.
 pub fn vm_named(view: &View, name: &Name) -> Option<DesiredVm> {
-    vms(view).into_values().find(|vm| vm.name() == name)
+    who_has(name.as_str(), view.cluster().table(Table::Vms))
+}
+
+/// The one of [`vms`] with this id; no other is read.
+pub fn vm(view: &View, id: &VmId) -> Option<DesiredVm> {
+    let name = view.cluster().field(Table::Vms, *id, "name")?.as_text()?;
+    who_has(name, view.cluster().table(Table::Vms)).filter(|vm| vm.id == *id)
+}
+
+fn who_has<'a>(name: &str, mut records: impl Iterator<Item = (&'a RecordId, &'a Record)>) -> Option<DesiredVm> {
+    records.find_map(|(id, record)| {
+        let claims = record.get("name").and_then(Scalar::as_text) == Some(name);
+        claims.then(|| DesiredVm::read(id, record)).flatten()
+    })
 }
 
 /// The keys that own the cluster, as its founder has recorded them.

@@ -27,10 +27,12 @@ pub enum Measurement {
     AgentMemory,
     /// One `form ps`, from its start to its end.
     Ps,
+    /// Questions about VMs, asked by several at once.
+    Queries,
 }
 
 impl Measurement {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::FirstInstruction,
         Self::GuestInit,
         Self::VmmMemory,
@@ -40,6 +42,7 @@ impl Measurement {
         Self::State,
         Self::AgentMemory,
         Self::Ps,
+        Self::Queries,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -53,6 +56,7 @@ impl Measurement {
             Self::State => "state",
             Self::AgentMemory => "agent-memory",
             Self::Ps => "ps",
+            Self::Queries => "queries",
         }
     }
 }

@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const SETTLE: Duration = Duration::from_secs(3);
 
 /// An agent in a network namespace of its own, with everything it has below one directory. It ends with this program.
-struct ThrowAway<'a> {
+pub(super) struct ThrowAway<'a> {
     child: Child,
     socket: PathBuf,
     log: PathBuf,
@@ -37,7 +37,7 @@ struct ThrowAway<'a> {
 }
 
 impl Bench<'_> {
-    fn throw_away(&self, root: &Path) -> Result<ThrowAway<'_>, BenchError> {
+    pub(super) fn throw_away(&self, root: &Path) -> Result<ThrowAway<'_>, BenchError> {
         let paths = Paths::new(root);
         paths.create_all().map_err(io_error("make the agent's directories"))?;
         let library = self.config.program("form-vmm").map_err(|error| BenchError::Missing(error.to_string()))?;
@@ -146,7 +146,11 @@ impl ThrowAway<'_> {
         Ok(())
     }
 
-    fn settle(&self) -> Result<(), BenchError> {
+    pub(super) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub(super) fn settle(&self) -> Result<(), BenchError> {
         let begun = Instant::now();
         while begun.elapsed() < SETTLE {
             self.stop.check()?;

@@ -8,6 +8,7 @@ mod agents;
 mod first_program;
 mod guests;
 mod machine;
+mod queries;
 mod row;
 mod smaps;
 mod state;
@@ -91,7 +92,7 @@ pub struct Options {
     /// How often each is repeated
     #[arg(long, default_value_t = form_api::bench::DEFAULT_RUNS, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_RUNS)))]
     pub runs: u32,
-    /// Only this (may be repeated): first-instruction, guest-init, vmm-memory, vmm-program, hotplug, pause, state, agent-memory, ps
+    /// Only this (may be repeated): first-instruction, guest-init, vmm-memory, vmm-program, hotplug, pause, state, agent-memory, ps, queries
     #[arg(long, value_name = "MEASUREMENT")]
     pub only: Vec<Measurement>,
     /// A kernel bundle's directory (vmlinux, kernel.json, modules); without it the newest of this host
@@ -177,6 +178,7 @@ impl Bench<'_> {
             Measurement::State => self.state(),
             Measurement::AgentMemory => self.agent_memory(),
             Measurement::Ps => self.ps(),
+            Measurement::Queries => self.queries(),
         }
     }
 

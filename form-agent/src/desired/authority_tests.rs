@@ -281,3 +281,30 @@ fn a_fork_goes_on_from_a_snapshot_once() {
     ask(&fork("web-1", "web", true, None), 5).unwrap();
     assert!(vm("web-1").unwrap().restore.is_some_and(|restore| restore.starts < vm("web-1").unwrap().starts));
 }
+
+#[test]
+fn one_vm_is_found_as_among_all_of_them() {
+    let host = Host::new(FOUNDER);
+    host.own(OWNER).unwrap();
+    for (number, name) in ["web", "shop", "mail"].into_iter().enumerate() {
+        host.deploy(OWNER, name, number as u32 + 1).unwrap();
+    }
+    host.ask(OWNER, "DELETE", "/v1/vms/mail", b"", 9).unwrap();
+    let view = host.replica.view();
+    let all = vms(&view);
+    assert_eq!(all.len(), 2);
+    for (id, one) in &all {
+        assert_eq!((vm(&view, id).as_ref(), vm_named(&view, one.name()).as_ref()), (Some(one), Some(one)));
+    }
+    assert_eq!((vm(&view, &VmId::from_bytes([1; 16])), vm_named(&view, &"mail".parse().unwrap())), (None, None));
+
+    // Two that claim one name: the smaller id has it, unless what it says makes no sense.
+    let (id, record) = view.cluster().table(Table::Vms).next().map(|(id, record)| (*id, record.clone())).unwrap();
+    let name = record["name"].as_text().unwrap().to_owned();
+    let has_it = |records: &[(RecordId, Record)]| who_has(&name, records.iter().map(|(id, record)| (id, record))).map(|vm| vm.id);
+    let (first, second) = ((id, record.clone()), (RecordId([0xff; 16]), record.clone()));
+    assert_eq!(has_it(&[first.clone(), second.clone()]), Some(VmId::from_bytes(id.0)));
+    let mut nonsense = first;
+    nonsense.1.remove("request");
+    assert_eq!(has_it(&[nonsense, second]), Some(VmId::from_bytes([0xff; 16])));
+}

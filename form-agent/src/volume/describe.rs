@@ -9,7 +9,7 @@ use form_store::{Space, StoreError};
 use form_types::{Name, VmId, VolumeId};
 
 use super::{Attached, DesiredVolume, rules, volumes};
-use crate::{agent::Agent, desired, driver::process::RuntimeDirectory, serve::store_error};
+use crate::{agent::Agent, driver::process::RuntimeDirectory, serve::store_error};
 
 /// # Errors
 /// When there is no volume of this name.
@@ -156,5 +156,5 @@ pub fn faults(agent: &Agent) -> Vec<(String, String)> {
 
 /// The VM that a process was started for, by name.
 pub fn vm_name(agent: &Agent, vm: &VmId) -> String {
-    desired::vms(&agent.view()).remove(vm).map_or_else(|| vm.to_string(), |vm| vm.name().to_string())
+    agent.desired(vm).map_or_else(|| vm.to_string(), |vm| vm.name().to_string())
 }

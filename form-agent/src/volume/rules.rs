@@ -221,7 +221,7 @@ pub fn check_remove(volume: &DesiredVolume, view: &View) -> Result<(), VolumeFau
 }
 
 fn holder(view: &View, vm: &VmId) -> String {
-    desired::vms(view).remove(vm).map_or_else(|| vm.to_string(), |vm| vm.name().to_string())
+    desired::vm(view, vm).map_or_else(|| vm.to_string(), |vm| vm.name().to_string())
 }
 
 fn check_path(path: &str) -> Result<(), VolumeFault> {
