@@ -59,7 +59,7 @@ const GUEST_REQUIRED: &[&str] =
     &["virtio_pci", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport", "virtio_balloon", "virtio_rng", "virtio_console", "ext4"];
 
 /// Taken when the kernel has them.
-const GUEST_WANTED: &[&str] = &["virtiofs", "overlay", "button", "evdev"];
+const GUEST_WANTED: &[&str] = &["virtio_mem", "virtiofs", "overlay", "button", "evdev"];
 
 const HOST_REQUIRED: &[&str] = &[
     "kvm_amd",

@@ -61,6 +61,10 @@ pub enum ControlRequest {
         mib: u64,
     },
     Metrics,
+    /// The guest of the running VM should have `mib` of memory in all. It is told, and takes or gives as it can; `Metrics` say how far it is.
+    Memory {
+        mib: u64,
+    },
     /// Puts a disk into the running VM and tells its guest.
     Plug {
         disk: Box<DiskConfig>,
@@ -156,6 +160,24 @@ pub struct Metrics {
     pub networks: Vec<NetworkMetrics>,
     /// What the balloon holds now, in MiB.
     pub balloon_mib: u64,
+    /// `None` from a VM process that knows no memory but that it booted with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryMetrics>,
+}
+
+/// Memory of the guest, in MiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryMetrics {
+    /// What it booted with, which it keeps.
+    pub booted_mib: u64,
+    /// More comes and goes in steps of so much.
+    pub step_mib: u64,
+    /// The most that it can have while it runs.
+    pub most_mib: u64,
+    /// What it should have.
+    pub wanted_mib: u64,
+    /// What it has.
+    pub present_mib: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -67,6 +67,9 @@ const MMIO64_SIZE: u64 = 64 * GIB;
 /// The least that is worth having: 32 devices with 32 MiB each.
 const MMIO64_LEAST: u64 = GIB;
 
+/// Linux adds memory in blocks of up to so much: smaller ones only where what it booted with begins and ends at them.
+const GROWTH_ALIGNMENT: u64 = 2 * GIB;
+
 impl Layout {
     /// # Errors
     /// When the size is out of bounds or does not fit into `address_bits` of guest physical address.
@@ -94,6 +97,16 @@ impl Layout {
             ranges.push((HOLE_END, self.high_ram));
         }
         ranges
+    }
+
+    /// Where memory can be added while the VM runs: above everything else, as far as `address_bits` and [`MAX_MEMORY_MIB`] go. Start,
+    /// and length in bytes, which may be 0; both are multiples of `block`.
+    #[must_use]
+    pub fn growth(&self, address_bits: u8, block: u64) -> (u64, u64) {
+        let start = self.mmio64_end.next_multiple_of(GROWTH_ALIGNMENT);
+        let room = (1u64 << address_bits.clamp(32, 52)).saturating_sub(start);
+        let most = (MAX_MEMORY_MIB * MIB).saturating_sub(self.low_ram + self.high_ram);
+        (start, room.min(most) / block * block)
     }
 
     /// What the guest is told (PVH memory map, as E820): start, length, kind.
@@ -145,7 +158,20 @@ mod tests {
                 assert!(ram.iter().any(|(from, size)| start >= *from && start + length <= from + size));
             }
         }
+        let (start, length) = layout.growth(bits, 128 * MIB);
+        assert!(start >= layout.mmio64_end && start.is_multiple_of(2 * GIB) && length.is_multiple_of(128 * MIB));
+        assert!(length == 0 || start + length <= 1 << bits && mib * MIB + length <= MAX_MEMORY_MIB * MIB);
         layout
+    }
+
+    #[test]
+    fn memory_can_grow_as_far_as_addresses_go() {
+        let grown = |mib, bits| check(mib, bits).growth(bits, 128 * MIB);
+        assert_eq!(grown(256, 40), (68 * GIB, MAX_MEMORY_MIB * MIB - 256 * MIB));
+        assert_eq!(grown(3073, 40), (70 * GIB, (MAX_MEMORY_MIB - 3200) * MIB));
+        assert_eq!(grown(262_144, 40).1, 0);
+        assert_eq!(grown(256, 37), (68 * GIB, 60 * GIB));
+        assert_eq!(grown(256, 36).1, 0);
     }
 
     #[test]

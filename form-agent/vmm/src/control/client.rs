@@ -165,6 +165,14 @@ impl Client {
         self.done(&ControlRequest::Balloon { mib }, &[], self.timeout)
     }
 
+    /// Says how much memory the guest should have in all. How much it has is among [`Client::metrics`].
+    ///
+    /// # Errors
+    /// When the VM does not run, or cannot have so much or so little while it does.
+    pub fn memory(&self, mib: u64) -> Result<(), ClientError> {
+        self.done(&ControlRequest::Memory { mib }, &[], self.timeout)
+    }
+
     /// # Errors
     /// When the VM is not booted.
     pub fn metrics(&self) -> Result<Metrics, ClientError> {

@@ -21,6 +21,7 @@ pub struct Filters {
     vsock: BpfProgram,
     rng: BpfProgram,
     balloon: BpfProgram,
+    mem: BpfProgram,
 }
 
 impl Filters {
@@ -34,6 +35,7 @@ impl Filters {
             vsock: compile(&[RUNTIME, POLLING, STREAMS], &[], false)?,
             rng: compile(&[RUNTIME, POLLING], &[], false)?,
             balloon: compile(&[RUNTIME, POLLING], &[], false)?,
+            mem: compile(&[RUNTIME, POLLING], &[KVM_SET_USER_MEMORY_REGION], false)?,
         })
     }
 
@@ -44,6 +46,7 @@ impl Filters {
             WorkerKind::Vsock => &self.vsock,
             WorkerKind::Rng => &self.rng,
             WorkerKind::Balloon => &self.balloon,
+            WorkerKind::Mem => &self.mem,
         }
     }
 }
@@ -158,6 +161,8 @@ const VCPU_IOCTLS: &[u64] = &[
     KVM_GET_TSC_KHZ,
 ];
 
+/// Memory that comes and goes.
+const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_AE46;
 /// Activating a network device tells its tap what the guest's driver can do.
 const TUN_SET_OFFLOAD: u64 = 0x4004_54D0;
 const TUN_SET_VNET_HEADER: u64 = 0x4004_54D8;
@@ -169,6 +174,7 @@ const MAIN_IOCTLS: &[u64] = &[
     KVM_SET_GSI_ROUTING,
     KVM_GET_CLOCK,
     KVM_GET_IRQCHIP,
+    KVM_SET_USER_MEMORY_REGION,
     TUN_SET_OFFLOAD,
     TUN_SET_VNET_HEADER,
     FILE_NON_BLOCKING,

@@ -113,6 +113,7 @@ fn a_device_thread_is_killed_for_what_it_must_not_do() {
             "net" => WorkerKind::Net,
             "vsock" => WorkerKind::Vsock,
             "rng" => WorkerKind::Rng,
+            "mem" => WorkerKind::Mem,
             _ => WorkerKind::Balloon,
         };
         let what = what.to_owned();
@@ -122,7 +123,7 @@ fn a_device_thread_is_killed_for_what_it_must_not_do() {
         let thread = crate::virtio::worker::spawn(kind, "worker", move || act(&what)).unwrap();
         report(thread.join().and(Ok::<(), _>(())));
     }
-    for kind in ["block", "net", "vsock", "rng", "balloon"] {
+    for kind in ["block", "net", "vsock", "rng", "balloon", "mem"] {
         for what in ["file", "unix", "program", "executable"] {
             let status = outcome("a_device_thread_is_killed_for_what_it_must_not_do", &format!("{kind}/{what}"));
             assert_eq!(status.signal(), Some(libc::SIGSYS), "{kind}/{what}: {status}");

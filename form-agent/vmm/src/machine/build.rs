@@ -16,7 +16,8 @@ use crate::bus::Bus;
 use crate::config::{Fd, RestoreConfig, VmConfig};
 use crate::cpu::{cpuid, features, registers, state as vcpu_state};
 use crate::descriptors::Descriptors;
-use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS, Layout};
+use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS, Layout, MIB};
+use crate::memory::chunks::FIRST_SLOT;
 use crate::memory::image;
 use crate::pci::bus::PciBus;
 use crate::pci::interrupts::{Interrupts, Router, io_error};
@@ -24,8 +25,9 @@ use crate::platform::hotplug::Hotplug;
 use crate::platform::power::Power;
 use crate::platform::serial::{SerialPort, Sink};
 use crate::platform::{EVENT_IRQ, SERIAL_IRQ};
+use crate::virtio::mem::{BLOCK, BLOCKS_MAX, MemState, Region};
 use crate::virtio::pci::{Activations, BAR_SIZE, Doorbells, Host, VirtioPci};
-use crate::virtio::{GuestMemory, VirtioDevice};
+use crate::virtio::{DeviceError, GuestMemory, VirtioDevice};
 use crate::{acpi, boot, log_ring, memory};
 
 const MAX_VCPUS: u8 = 128;
@@ -48,8 +50,10 @@ pub struct DeviceSurroundings {
     router: Arc<dyn Router>,
     doorbells: Arc<dyn Doorbells>,
     pub(super) activations: Arc<Activations>,
-    /// Where the memory of devices begins.
-    mmio64_start: u64,
+    /// Where the memory of devices begins; all that the VM booted with lies below.
+    pub(super) mmio64_start: u64,
+    /// Where memory can be added.
+    pub(super) growth: Region,
 }
 
 impl DeviceSurroundings {
@@ -126,24 +130,33 @@ impl Empty {
         interrupts.edge(line).map_err(io("connect an interrupt line"))
     }
 
+    /// Where this VM's memory can grow: as far as addresses and KVM's slots go.
+    fn growth(&self, layout: &Layout) -> Region {
+        let (start, length) = layout.growth(cpuid::address_bits(&self.cpuid), BLOCK);
+        let slots = self.hypervisor.get_nr_memslots().saturating_sub(FIRST_SLOT as usize);
+        let blocks = (length / BLOCK).min(slots as u64).min(u64::from(BLOCKS_MAX));
+        Region { start, blocks: blocks as u32 }
+    }
+
     /// Puts the devices on the bus, in order; into `slots`, when these are given.
     fn finish(
         self,
         layout: &Layout,
-        memory: GuestMemoryMmap,
+        memory: GuestMemory,
         vcpus: Vec<VcpuFd>,
         parts: Parts,
         slots: Option<&[usize]>,
     ) -> Result<Prepared, MachineError> {
         let Parts { interrupts, bus, backends, handles } = parts;
         let msr_indices = self.hypervisor.get_msr_index_list().map_err(kvm("list the model-specific registers"))?.as_slice().to_vec();
-        let memory = GuestMemory::new(memory);
+        let growth = self.growth(layout);
         let surroundings = DeviceSurroundings {
             memory: memory.clone(),
             router: interrupts,
             doorbells: Arc::new(KvmDoorbells(Arc::clone(&self.vm))),
             activations: Arc::new(Activations::new().map_err(io("make an eventfd"))?),
             mmio64_start: layout.mmio64_start,
+            growth,
         };
         let mut devices = Vec::with_capacity(backends.len());
         for (index, device) in backends.into_iter().enumerate() {
@@ -174,7 +187,7 @@ impl Prepared {
         let empty = Empty::new(fds.take(config.kvm, "kvm")?)?;
         let layout = empty.layout(config.memory_mib)?;
         let memory = memory::map(&layout)?;
-        register_memory(&empty.vm, &memory)?;
+        register_memory(&empty.vm, &memory, &layout)?;
 
         let mut kernel = File::from(fds.take(config.kernel, "kernel")?);
         let mut initramfs = Vec::with_capacity(config.initramfs.len());
@@ -195,7 +208,7 @@ impl Prepared {
             hotplug: Arc::new(Hotplug::new().map_err(io("make an eventfd"))?),
         };
         let (backends, handles) = devices::build(&config.into(), fds)?;
-        empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles }, None)
+        empty.finish(&layout, GuestMemory::new(memory), vcpus, Parts { interrupts, bus, backends, handles }, None)
     }
 
     /// Builds the VM that was saved, up to the instruction where it stood.
@@ -211,8 +224,10 @@ impl Prepared {
             count.ok_or(MachineError::Invalid { what: "a number of vCPUs", value: state.vcpus.len() as u64, allowed: "1 to 128" })?;
         check_host(&empty.cpuid, &state)?;
         let layout = empty.layout(state.memory_mib)?;
-        let memory = image::map(&layout, File::from(fds.take(config.memory, "memory")?), &state.save)?;
-        register_memory(&empty.vm, &memory)?;
+        let added = added_memory(&state, &layout, &empty.cpuid)?;
+        let memory = image::map(&ranges(&layout, added.as_ref()), File::from(fds.take(config.memory, "memory")?), &state.save)?;
+        register_memory(&empty.vm, &memory, &layout)?;
+        let memory = GuestMemory::new(memory);
 
         let vcpus = empty.create_vcpus(count)?;
         let away = state.clock.away(state::world_ns());
@@ -232,7 +247,14 @@ impl Prepared {
             hotplug: Arc::new(Hotplug::new().map_err(io("make an eventfd"))?),
         };
         bus.pci.set_address(state.pci_address);
-        let (backends, handles) = devices::build(&config.into(), fds)?;
+        let (mut backends, mut handles) = devices::build(&config.into(), fds)?;
+        if let Some(added) = &added {
+            let device = devices::saved_memory(added, &empty.vm, &memory)?;
+            handles.memory = Some(device.handle());
+            // It came while the VM ran, so the configuration does not name it.
+            let place = state.devices.iter().position(|device| device.id == devices::MEMORY).unwrap_or(0);
+            backends.insert(place.min(backends.len()), Box::new(device));
+        }
         check_devices(&backends, &state.devices)?;
         // Not the first free ones: a disk that was taken away before the save has left its slot empty.
         let slots: Vec<usize> = state.devices.iter().map(|device| device.slot).collect();
@@ -251,6 +273,7 @@ fn host_cpuid(hypervisor: &Kvm) -> Result<CpuId, MachineError> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SavedSize {
     pub vcpus: usize,
+    /// What it should have, together with what was added while it ran.
     pub memory_mib: u64,
 }
 
@@ -263,8 +286,28 @@ pub fn check_saved(state: &File, memory: &File, kvm: OwnedFd) -> Result<SavedSiz
     let cpuid = host_cpuid(&open_kvm(kvm)?)?;
     check_host(&cpuid, &saved)?;
     let layout = Layout::new(saved.memory_mib, cpuid::address_bits(&cpuid))?;
-    image::check(&layout, memory, &saved.save).map_err(memory::MemoryError::Image)?;
-    Ok(SavedSize { vcpus: saved.vcpus.len(), memory_mib: saved.memory_mib })
+    let added = added_memory(&saved, &layout, &cpuid)?;
+    image::check(&ranges(&layout, added.as_ref()), memory, &saved.save).map_err(memory::MemoryError::Image)?;
+    let wanted = added.map_or(0, |added| u64::from(added.wanted) * BLOCK / MIB);
+    Ok(SavedSize { vcpus: saved.vcpus.len(), memory_mib: saved.memory_mib + wanted })
+}
+
+/// What was added to a saved VM while it ran: what its memory device says.
+fn added_memory(state: &MachineState, layout: &Layout, host: &CpuId) -> Result<Option<MemState>, MachineError> {
+    let Some(device) = state.devices.iter().find(|device| device.id == devices::MEMORY) else { return Ok(None) };
+    let wrong = |source| MachineError::DeviceState { id: device.id.clone(), source };
+    let added = MemState::read(&device.state.device).map_err(wrong)?;
+    let (start, end) = (added.start, added.start + added.region().len());
+    if start < layout.mmio64_end || end > 1u64 << cpuid::address_bits(host).clamp(32, 52) {
+        let reason = format!("memory at {start:#x} to {end:#x} is not possible here");
+        return Err(wrong(DeviceError::State { device: "memory", reason }));
+    }
+    Ok(Some(added))
+}
+
+/// Everything that is guest memory.
+fn ranges(layout: &Layout, added: Option<&MemState>) -> Vec<(u64, u64)> {
+    layout.ram().into_iter().chain(added.into_iter().flat_map(MemState::ranges)).collect()
 }
 
 /// Refuses a VM that was told of more than this host has.
@@ -316,8 +359,10 @@ fn open_kvm(fd: OwnedFd) -> Result<Kvm, MachineError> {
     Ok(hypervisor)
 }
 
-fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), MachineError> {
-    for (slot, region) in (0u32..).zip(memory.iter()) {
+/// What the VM boots with. Slots from [`FIRST_SLOT`] on are for what comes later.
+fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap, layout: &Layout) -> Result<(), MachineError> {
+    let booted = memory.iter().take_while(|region| region.start_addr().0 < layout.mmio64_start);
+    for (slot, region) in (0u32..FIRST_SLOT).zip(booted) {
         let region = kvm_userspace_memory_region {
             slot,
             guest_phys_addr: region.start_addr().0,

@@ -3,25 +3,33 @@
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
+use kvm_ioctls::VmFd;
+
 use super::MachineError;
 use crate::config::{DiskConfig, DiskLimits, NetworkConfig, RestoreConfig, VmConfig};
 use crate::control::Metrics;
 use crate::descriptors::Descriptors;
-use crate::virtio::VirtioDevice;
+use crate::memory::chunks::Chunks;
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::block::{self, Block, DiskBackend, Layer};
+use crate::virtio::mem::{self, Mem, MemState, Region};
 use crate::virtio::net::{self, Net};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Connector, Vsock};
+use crate::virtio::{GuestMemory, VirtioDevice};
 
 /// `VIRTIO_BLK_ID` has 20 bytes.
 const SERIAL_MAX: usize = 20;
+
+/// What the memory device is known by. It is in no configuration: it comes when the VM first gets more memory than it booted with.
+pub const MEMORY: &str = "memory";
 
 /// What the main thread keeps of the devices.
 #[derive(Default)]
 pub struct Handles {
     pub vsock: Option<Connector>,
     pub balloon: Option<balloon::Handle>,
+    pub memory: Option<mem::Handle>,
     disks: Vec<DiskHandle>,
     networks: Vec<NetworkHandle>,
 }
@@ -124,6 +132,19 @@ pub fn build(config: &Devices<'_>, fds: &mut Descriptors) -> Result<(Vec<Box<dyn
         devices.push(Box::new(balloon));
     }
     Ok((devices, handles))
+}
+
+/// The memory device, with nothing in its region.
+pub fn memory(region: Region, vm: &Arc<VmFd>, memory: &GuestMemory) -> Mem {
+    let chunks = Chunks::new(Box::new(Arc::clone(vm)), memory.clone(), region);
+    Mem::new(MEMORY.to_owned(), region, Box::new(chunks))
+}
+
+/// The memory device as it was saved; what the guest had of it is in `memory`.
+pub fn saved_memory(state: &MemState, vm: &Arc<VmFd>, memory: &GuestMemory) -> Result<Mem, MachineError> {
+    let chunks = Chunks::new(Box::new(Arc::clone(vm)), memory.clone(), state.region());
+    state.plugged.iter().try_for_each(|index| chunks.adopt(*index)).map_err(device(MEMORY))?;
+    Ok(Mem::saved(MEMORY.to_owned(), state, Box::new(chunks)))
 }
 
 /// One disk, whose files are among `fds`.

@@ -2,6 +2,7 @@
 
 mod build;
 mod devices;
+mod memory;
 mod plug;
 pub mod saved;
 pub mod state;
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::build::DeviceSurroundings;
@@ -24,7 +25,6 @@ use crate::control::{Metrics, VmState};
 use crate::cpu::run::{Surroundings, Vcpus};
 use crate::cpu::state::VcpuStateError;
 use crate::exit::ExitSlot;
-use crate::layout::MIB;
 use crate::memory::image;
 use crate::pci::bus::PciBus;
 use crate::platform::hotplug::Hotplug;
@@ -74,6 +74,10 @@ pub enum MachineError {
     Exists(String),
     #[error("there is no disk {0}")]
     NoDisk(String),
+    #[error(
+        "{wanted} MiB are not possible while the VM runs: it has {booted} MiB from its start, and can have up to {most} MiB in steps of {step} MiB"
+    )]
+    Resize { wanted: u64, booted: u64, step: u64, most: u64 },
     #[error("there is no network interface {0}")]
     NoNetwork(String),
     #[error("cannot use the console log")]
@@ -256,6 +260,7 @@ impl Machine {
         Metrics {
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             vcpu_exits: self.vcpus.exits(),
+            memory: Some(self.memory_metrics()),
             ..self.handles.metrics()
         }
     }
@@ -274,7 +279,7 @@ impl Machine {
         });
         Ok(MachineState {
             save,
-            memory_mib: self.memory.memory().iter().map(GuestMemoryRegion::len).sum::<u64>() / MIB,
+            memory_mib: self.booted_mib(),
             vcpus: self.vcpus.save()?,
             chips: state::save_chips(&self.vm)?,
             clock: ClockState::save(&self.vm)?,

@@ -28,6 +28,11 @@ impl Machine {
                 return Err(error);
             }
         }
+        self.announce(slot)
+    }
+
+    /// Tells the guest of the device in `slot`.
+    pub(super) fn announce(&self, slot: usize) -> Result<(), MachineError> {
         self.hotplug.announce(slot);
         self.tell()
     }

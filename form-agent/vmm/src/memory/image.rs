@@ -11,7 +11,6 @@ use std::os::unix::fs::FileExt;
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use super::MemoryError;
-use crate::layout::Layout;
 
 const MAGIC: [u8; 8] = *b"FORMVMEM";
 const PAGE: usize = 4096;
@@ -178,27 +177,27 @@ fn write_run(region: &GuestRegionMmap, at: usize, length: usize, file: &File, of
     Ok(())
 }
 
-/// Maps `file`, as [`save`] wrote it, as the RAM of `layout`.
+/// Maps `file`, as [`save`] wrote it, as the RAM that lies at `ranges` (start and length, ascending).
 ///
 /// # Errors
 /// When the file was never finished, was cut, or belongs to another save than `id`.
-pub fn map(layout: &Layout, file: File, id: &SaveId) -> Result<GuestMemoryMmap, MemoryError> {
-    check(layout, &file, id)?;
+pub fn map(ranges: &[(u64, u64)], file: File, id: &SaveId) -> Result<GuestMemoryMmap, MemoryError> {
+    check(ranges, &file, id)?;
     let file = std::sync::Arc::new(file);
     let mut offset = 0;
-    super::map_with(layout, libc::MAP_PRIVATE | libc::MAP_NORESERVE, |bytes| {
+    super::map_ranges(ranges, libc::MAP_PRIVATE | libc::MAP_NORESERVE, |bytes| {
         let from = FileOffset::from_arc(std::sync::Arc::clone(&file), offset);
         offset += bytes;
         Some(from)
     })
 }
 
-/// Whether `file` is the finished RAM of `layout` from the save `id`.
+/// Whether `file` is the finished RAM at `ranges` from the save `id`.
 ///
 /// # Errors
 /// As [`map`].
-pub fn check(layout: &Layout, file: &File, id: &SaveId) -> Result<(), ImageError> {
-    let ram: u64 = layout.ram().iter().map(|(_, bytes)| bytes).sum();
+pub fn check(ranges: &[(u64, u64)], file: &File, id: &SaveId) -> Result<(), ImageError> {
+    let ram: u64 = ranges.iter().map(|(_, bytes)| bytes).sum();
     let found = file.metadata().map_err(ImageError::Read)?.len();
     let expected = ram + PAGE as u64;
     if found != expected {
@@ -222,7 +221,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::layout::{HOLE_END, MIB};
+    use crate::layout::{HOLE_END, Layout, MIB};
 
     const ID: SaveId = [7; 16];
 
@@ -242,7 +241,7 @@ mod tests {
     }
 
     fn restored(file: &tempfile::NamedTempFile) -> Result<GuestMemoryMmap, MemoryError> {
-        map(&layout(), File::open(file.path()).unwrap(), &ID)
+        map(&layout().ram(), File::open(file.path()).unwrap(), &ID)
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Guest RAM.
 
+pub mod chunks;
 pub mod image;
 
 use std::io;
@@ -34,17 +35,17 @@ pub enum MemoryError {
 /// # Errors
 /// When the host refuses the address space.
 pub fn map(layout: &Layout) -> Result<GuestMemoryMmap, MemoryError> {
-    map_with(layout, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, |_| None)
+    map_ranges(&layout.ram(), ANONYMOUS, |_| None)
 }
 
 /// `source` tells for each range, by its length in bytes, which file it is mapped from.
-fn map_with(
-    layout: &Layout,
+fn map_ranges(
+    ranges: &[(u64, u64)],
     flags: libc::c_int,
     mut source: impl FnMut(u64) -> Option<FileOffset>,
 ) -> Result<GuestMemoryMmap, MemoryError> {
-    let mut regions = Vec::with_capacity(2);
-    for (start, bytes) in layout.ram() {
+    let mut regions = Vec::with_capacity(ranges.len());
+    for &(start, bytes) in ranges {
         let size = usize::try_from(bytes).map_err(|_| MemoryError::Overflow { start })?;
         let mapping = match source(bytes) {
             None => map_aligned(size, flags),
@@ -62,6 +63,7 @@ fn map_with(
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)
 }
 
+const ANONYMOUS: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 const PROTECTION: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 
 /// A huge page of the host. KVM gives a guest one only where guest and host addresses agree below this.
@@ -86,6 +88,21 @@ fn map_aligned(size: usize, flags: libc::c_int) -> Result<MmapRegion, MmapRegion
     }
     // SAFETY: what is left of the mapping is `size` bytes from `aligned` on, and nothing unmaps it.
     unsafe { MmapRegionBuilder::new(size).with_raw_mmap_pointer(aligned.cast()) }.with_mmap_prot(PROTECTION).with_mmap_flags(flags).build()
+}
+
+/// Gives the host back what lies in `region`, which stays mapped and holds zeros then, also when it came from a file.
+fn empty(region: &GuestRegionMmap) -> io::Result<()> {
+    let (begin, size) = (region.as_ptr().cast(), region.size());
+    // SAFETY: the new mapping takes the place of one of the same size and protection that `region` owns, in one step. What it held is the
+    // guest's alone: no Rust reference points into it.
+    if unsafe { libc::mmap(begin, size, PROTECTION, ANONYMOUS | libc::MAP_FIXED, -1, 0) } == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the range is the mapping just made; MADV_DONTDUMP changes nothing but core dumps.
+    if unsafe { libc::madvise(begin, size, libc::MADV_DONTDUMP) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 #[cfg(test)]

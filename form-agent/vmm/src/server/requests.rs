@@ -81,7 +81,14 @@ impl Server {
                 (ControlRequest::Plug { disk }, VmState::Running) => changed(channel, machine.plug(&disk, &mut Descriptors::new(fds))),
                 (ControlRequest::Unplug { id, gone }, VmState::Running) => changed(channel, unplug(machine, &id, gone, fds)),
                 (ControlRequest::Grow { id, size_bytes }, VmState::Running) => changed(channel, machine.grow(&id, size_bytes)),
-                (ControlRequest::Plug { .. } | ControlRequest::Unplug { .. } | ControlRequest::Grow { .. }, _) => refuse(channel, state),
+                (ControlRequest::Memory { mib }, VmState::Running) => changed(channel, machine.set_memory(mib)),
+                (
+                    ControlRequest::Memory { .. }
+                    | ControlRequest::Plug { .. }
+                    | ControlRequest::Unplug { .. }
+                    | ControlRequest::Grow { .. },
+                    _,
+                ) => refuse(channel, state),
                 (ControlRequest::LimitDisk { id, limits }, _) => changed(channel, machine.limit_disk(&id, limits)),
                 (ControlRequest::LimitNetwork { id, bytes_per_second }, _) => {
                     changed(channel, machine.limit_network(&id, bytes_per_second))

@@ -6,13 +6,14 @@ pub mod chain;
 pub mod features;
 pub mod iovec;
 pub mod limit;
+pub mod mem;
 pub mod net;
 pub mod pci;
 pub mod ring;
 pub mod rng;
 pub mod task;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod vsock;
 pub mod worker;
 
@@ -22,6 +23,8 @@ use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+/// Guest memory changes while the VM runs ([`mem`]): a device looks it up anew for each chain that it takes from a queue, since the driver may
+/// have got the memory that the chain names after the one before.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// Tells the guest that something happened. The transport implements it with MSI-X over irqfd; tests with a counter.
@@ -62,7 +65,7 @@ pub enum DeviceError {
 /// A virtio device. Its worker runs on a thread of its own between `activate` and `stop`; everything else is called by the
 /// transport on a vCPU thread or the main thread, never two calls at once.
 pub trait VirtioDevice: Send {
-    /// The virtio device id (virtio 1.2, section 5): 1 network, 2 block, 4 entropy, 5 balloon, 19 socket.
+    /// The virtio device id (virtio 1.2, section 5): 1 network, 2 block, 4 entropy, 5 balloon, 19 socket, 24 memory.
     fn device_type(&self) -> u32;
     /// For thread names, messages and metrics.
     fn id(&self) -> &str;

@@ -12,6 +12,7 @@ pub enum WorkerKind {
     Vsock,
     Rng,
     Balloon,
+    Mem,
 }
 
 /// Enough for the qcow2 driver's nested calls; a default stack of 2 MiB can cost a huge page each.

@@ -19,7 +19,7 @@ const MODULES: [&str; 12] = [
     "virtio_balloon",
     "button",
 ];
-const MORE_MODULES: [&str; 4] = ["evdev", "vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport"];
+const MORE_MODULES: [&str; 5] = ["virtio_mem", "evdev", "vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport"];
 /// Speaks vsock, which busybox does not; it and what it needs.
 const PERL: [&str; 5] = [
     "/usr/bin/perl",

@@ -9,6 +9,7 @@
 //! busybox. Part of the tests needs root, as the daemon does.
 
 mod guest;
+mod memory;
 mod plug;
 mod restore;
 mod vm;

@@ -212,11 +212,14 @@ impl BalloonWorker {
     }
 
     fn drain(&mut self, at: usize, exit: &Exit, chain: &mut Chain) -> Result<(), Fault> {
-        let memory = self.session.memory.memory();
+        let mut memory = self.session.memory.memory();
         loop {
             self.rings[at].disarm(&memory)?;
             let mut served = false;
-            while !exit.requested() && self.rings[at].pop(&memory, chain)? {
+            while !exit.requested() && {
+                memory = self.session.memory.memory();
+                self.rings[at].pop(&memory, chain)?
+            } {
                 self.perform(self.rings[at].index(), &memory, chain)?;
                 self.rings[at].complete(&memory, chain.head, 0)?;
                 served = true;

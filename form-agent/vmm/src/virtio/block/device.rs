@@ -322,12 +322,15 @@ impl BlockWorker {
     /// Serves what the driver made available until there is no more, or the limits of the disk are reached: then it gives the time after
     /// which the next request, which stays in the ring, may be served. The driver is not asked to kick meanwhile.
     fn drain(&mut self, exit: &Exit, chain: &mut Chain) -> Result<Option<Duration>, Fault> {
-        let memory = self.session.memory.memory();
+        let mut memory = self.session.memory.memory();
         loop {
             self.ring.disarm(&memory)?;
             let mut waiting = 0;
             let mut limited = None;
-            while !exit.requested() && self.ring.pop(&memory, chain)? {
+            while !exit.requested() && {
+                memory = self.session.memory.memory();
+                self.ring.pop(&memory, chain)?
+            } {
                 let request = self.parse(&memory, chain)?;
                 if let Err(wait) = self.limiter.take(request.cost(chain)) {
                     self.ring.undo_pop(1);

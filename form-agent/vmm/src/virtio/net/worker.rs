@@ -142,7 +142,6 @@ impl NetWorker {
 
     /// Moves packets from the tap to the guest.
     fn receive(&mut self) -> Result<Progress, Fault> {
-        let memory = self.session.memory.memory();
         let mut moved = 0;
         let progress = loop {
             if !self.tap_ready {
@@ -151,34 +150,34 @@ impl NetWorker {
             if moved == BUDGET {
                 break Progress::More;
             }
-            if !self.refill(&memory)? {
+            if !self.refill()? {
                 break Progress::Idle;
             }
             if let Err(wait) = self.limiter.may_receive() {
                 break Progress::Limited(wait);
             }
-            match self.receive_one(&memory) {
+            match self.receive_one(&self.session.memory.memory()) {
                 Ok(()) => moved += 1,
                 Err(Fault::Host { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => self.tap_ready = false,
                 Err(fault) => return Err(fault),
             }
         };
         if moved > 0 {
-            self.receive.notify(&memory)?;
+            self.receive.notify(&self.session.memory.memory())?;
         }
         Ok(progress)
     }
 
     /// Takes chains from the ring until the longest packet fits. `false`: the guest has to give some first, and will kick.
-    fn refill(&mut self, memory: &GuestMemoryMmap) -> Result<bool, Fault> {
+    fn refill(&mut self) -> Result<bool, Fault> {
         if self.buffers.enough(self.mode) {
             return Ok(true);
         }
         loop {
-            self.receive.disarm(memory)?;
+            self.receive.disarm(&self.session.memory.memory())?;
             loop {
                 let mut chain = self.buffers.blank();
-                if !self.receive.pop(memory, &mut chain)? {
+                if !self.receive.pop(&self.session.memory.memory(), &mut chain)? {
                     self.buffers.keep(chain);
                     break;
                 }
@@ -193,7 +192,7 @@ impl NetWorker {
             if self.receive.size() < SMALL_RING && self.buffers.chains() > 0 {
                 return Ok(true);
             }
-            if !self.receive.arm(memory)? {
+            if !self.receive.arm(&self.session.memory.memory())? {
                 return Ok(false);
             }
         }
@@ -236,12 +235,15 @@ impl NetWorker {
 
     /// Moves packets from the guest to the tap.
     fn transmit(&mut self, chain: &mut Chain) -> Result<Progress, Fault> {
-        let memory = self.session.memory.memory();
+        let mut memory = self.session.memory.memory();
         let mut moved = 0;
         let progress = loop {
             self.transmit.disarm(&memory)?;
             let mut limited = None;
-            while moved < BUDGET && self.transmit.pop(&memory, chain)? {
+            while moved < BUDGET && {
+                memory = self.session.memory.memory();
+                self.transmit.pop(&memory, chain)?
+            } {
                 // What is no packet is dropped, and that costs nothing.
                 let bytes = if request::sendable(&chain.readable) { chain.readable.len() - HEADER } else { 0 };
                 if let Err(wait) = self.limiter.take_sent(bytes) {

@@ -119,12 +119,15 @@ impl RngWorker {
 
     /// Serves requests until there is none (`None`) or the budget is used up (the time to wait).
     fn drain(&mut self, exit: &Exit, chain: &mut Chain) -> Result<Option<Duration>, Fault> {
-        let memory = self.session.memory.memory();
+        let mut memory = self.session.memory.memory();
         loop {
             self.ring.disarm(&memory)?;
             let mut served = false;
             let mut wait = None;
-            while !exit.requested() && self.ring.pop(&memory, chain)? {
+            while !exit.requested() && {
+                memory = self.session.memory.memory();
+                self.ring.pop(&memory, chain)?
+            } {
                 match self.budget.take(chain.writable.len(), Instant::now()) {
                     Ok(length) => {
                         self.fill(&memory, chain, length)?;

@@ -244,11 +244,14 @@ impl VsockWorker {
 
     /// Moves packets from the guest. `true`: there is more at once.
     fn transmit(&mut self, chain: &mut Chain) -> Result<bool, Fault> {
-        let memory = self.session.memory.memory();
+        let mut memory = self.session.memory.memory();
         let mut moved = 0;
         let more = loop {
             self.transmit.disarm(&memory)?;
-            while moved < BUDGET && !self.is_clogged() && self.transmit.pop(&memory, chain)? {
+            while moved < BUDGET && !self.is_clogged() && {
+                memory = self.session.memory.memory();
+                self.transmit.pop(&memory, chain)?
+            } {
                 self.take_packet(&memory, chain)?;
                 self.transmit.complete(&memory, chain.head, 0)?;
                 moved += 1;
@@ -343,10 +346,10 @@ impl VsockWorker {
 
     /// Moves packets to the guest. `true`: there is more at once.
     fn receive(&mut self, chain: &mut Chain) -> Result<bool, Fault> {
-        let memory = self.session.memory.memory();
         let mut moved = 0;
         let mut armed = false;
         while self.links.has_work() && moved < BUDGET {
+            let memory = self.session.memory.memory();
             if !self.receive.pop(&memory, chain)? {
                 if armed || !self.receive.arm(&memory)? {
                     break;
@@ -366,7 +369,7 @@ impl VsockWorker {
             }
         }
         if moved > 0 {
-            self.receive.notify(&memory)?;
+            self.receive.notify(&self.session.memory.memory())?;
         }
         Ok(moved == BUDGET && self.links.has_work())
     }

@@ -1,0 +1,94 @@
+//! Memory that comes and goes while the guest runs, and while it is away.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use form_vmm::control::{ClientError, ErrorKind, MemoryMetrics};
+
+use crate::vm::{Shape, Vm, shape};
+use crate::wanted;
+
+/// A file of 64 MiB fills memory that came, since that is where Linux puts what it can move; and the disk is read straight into it.
+const SCRIPT: &str = "for m in virtio_blk virtio_mem; do insmod_virtio $m; done
+    echo auto-movable >/sys/module/memory_hotplug/parameters/online_policy
+    echo online >/sys/devices/system/memory/auto_online_blocks
+    mount -t tmpfs none /mnt; yes DISK | dd of=/dev/vda bs=1M count=8 iflag=fullblock conv=fsync 2>/dev/null
+    n=0
+    while :; do n=$((n+1))
+      mib=$(($(awk '/MemTotal/{print $2}' /proc/meminfo) / 1024))
+      if [ $mib -gt 400 ] && [ ! -e /mnt/x ]; then
+        for i in 1 2 3 4 5 6 7 8; do dd if=/dev/vda iflag=direct bs=8M 2>/dev/null; done >/mnt/x
+      fi
+      [ -e /mnt/x ] && sum=$(cksum </mnt/x) || sum=none
+      echo TICK $n ${mib} $sum END; sleep 0.3
+    done";
+
+/// The guest's own figure and what it reads in its file, of the last tick.
+fn last(log: &str) -> Option<(u64, u64, String)> {
+    let line = log.lines().rfind(|line| line.starts_with("TICK ") && line.trim_end().ends_with("END"))?;
+    let mut words = line.split_whitespace().skip(1);
+    let (number, mib) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    Some((number, mib, words.collect::<Vec<_>>().join(" ")))
+}
+
+fn refused(result: Result<(), ClientError>, expected: ErrorKind) {
+    assert!(matches!(&result, Err(ClientError::Refused { kind, .. }) if *kind == expected), "{result:?}");
+}
+
+fn memory(vm: &Vm) -> MemoryMetrics {
+    vm.client().metrics().unwrap().memory.unwrap()
+}
+
+/// Asks for so much, waits until the guest has it, and gives the figures of a tick after that.
+fn resize(vm: &Vm, mib: u64) -> (u64, u64, String) {
+    vm.client().memory(mib).unwrap();
+    vm.await_metric("so much memory", |metrics| metrics.memory.is_some_and(|memory| memory.present_mib == mib));
+    let before = last(&vm.log()).map_or(0, |tick| tick.0);
+    vm.await_log("a tick", |log| last(log).is_some_and(|tick| tick.0 > before + 1));
+    last(&vm.log()).unwrap()
+}
+
+#[test]
+#[ignore = "boots a guest and restores it: FORM_TEST_KVM=1"]
+fn kvm_memory_comes_and_goes_and_outlives_a_save() {
+    wanted();
+    let with = Shape { disk_mib: Some(8), user: Some(4242), ..shape(SCRIPT) };
+    let vm = Vm::boot(&with);
+    vm.await_log("a tick", |log| last(log).is_some_and(|tick| tick.1 < 256));
+    let MemoryMetrics { booted_mib, step_mib, most_mib, wanted_mib, present_mib } = memory(&vm);
+    assert_eq!((booted_mib, step_mib, wanted_mib, present_mib), (256, 128, 256, 256));
+    assert!(most_mib > 4096, "{most_mib}");
+    for impossible in [128, 300, most_mib + 128, u64::MAX] {
+        refused(vm.client().memory(impossible), ErrorKind::Invalid);
+    }
+    // What it has already changes nothing, not even the devices.
+    vm.client().memory(256).unwrap();
+
+    let (_, small, _) = last(&vm.log()).unwrap();
+    let (_, grown, _) = resize(&vm, 512);
+    assert!((small + 240..=small + 256).contains(&grown), "{small} and then {grown}");
+    vm.await_log("the file", |log| last(log).is_some_and(|tick| tick.2.ends_with(" 67108864 END")));
+    let whole = last(&vm.log()).unwrap().2;
+    vm.assert_jailed(4242);
+
+    let directory = tempfile::tempdir().unwrap();
+    let create = |name| File::options().read(true).write(true).create(true).truncate(false).open(directory.path().join(name)).unwrap();
+    let (state, saved) = (create("state"), create("memory"));
+    vm.client().pause().unwrap();
+    refused(vm.client().memory(256), ErrorKind::WrongState);
+    vm.client().save_aside(state.as_fd(), saved.as_fd()).unwrap().wait().unwrap();
+    vm.kill();
+    vm.wait();
+    assert_eq!(saved.metadata().unwrap().len(), (512 << 20) + 4096);
+
+    let again = Vm::restore(&vm, &with, &state, &saved, true).unwrap();
+    let before = memory(&again);
+    assert_eq!((before.booted_mib, before.wanted_mib, before.present_mib, before.most_mib), (256, 512, 512, most_mib));
+    again.await_log("a tick after the restore", |log| last(log).is_some_and(|tick| tick.2 == whole));
+    // What lies there moves to what stays.
+    let (_, shrunk, sum) = resize(&again, 256);
+    assert_eq!((shrunk, sum), (small, whole.clone()));
+    let (_, between, sum) = resize(&again, 384);
+    assert!((small + 120..=small + 128).contains(&between) && sum == whole, "{small}, {between}, {sum}");
+    again.assert_jailed(4242);
+}
