@@ -1,8 +1,10 @@
 //! One cgroup (v2) a VM: what it may use of the host, and one place that holds all its threads. `docs.kernel.org/admin-guide/cgroup-v2`.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -38,39 +40,67 @@ pub fn create(mark: &str, vm: &VmId, resources: &Resources) -> io::Result<Option
     }
     let group = parent.join(vm.to_string());
     fs::create_dir_all(&group)?;
-    fs::write(group.join("memory.max"), limit(resources).to_string())?;
+    fs::write(group.join("memory.max"), limit(resources.memory_mib).to_string())?;
     fs::write(group.join("pids.max"), (resources.vcpus + THREADS).to_string())?;
     fs::write(group.join("cpu.max"), format!("{} 100000", u64::from(resources.vcpus) * 100_000 + 50_000))?;
     Ok(Some(group))
 }
 
 /// Memory of the VM's processes, in bytes.
-const fn limit(resources: &Resources) -> u64 {
-    (resources.memory_mib << 20) + OVERHEAD
+const fn limit(memory_mib: u64) -> u64 {
+    (memory_mib << 20) + OVERHEAD
+}
+
+/// VMs that may have their memory twice now. Their limits are left alone meanwhile.
+static DOUBLED: Mutex<BTreeSet<VmId>> = Mutex::new(BTreeSet::new());
+
+fn doubled() -> MutexGuard<'static, BTreeSet<VmId>> {
+    DOUBLED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A VM that runs may have so much from now on. `false`: not yet, since it may have its memory twice for now.
+///
+/// # Errors
+/// When the limit cannot be changed.
+pub fn set_memory(mark: &str, vm: &VmId, memory_mib: u64) -> io::Result<bool> {
+    let doubled = doubled();
+    if doubled.contains(vm) {
+        return Ok(false);
+    }
+    let file = parent(mark).join(vm.to_string()).join("memory.max");
+    if file.exists() {
+        fs::write(file, limit(memory_mib).to_string())?;
+    }
+    Ok(true)
 }
 
 /// As long as this is there, the VM's processes may have its memory twice: a copy of the process writes it while the VM goes on.
 #[derive(Debug)]
 pub struct Twice {
+    vm: VmId,
     file: PathBuf,
     usual: u64,
 }
 
 impl Twice {
+    /// `memory_mib` is what the VM has.
+    ///
     /// # Errors
     /// When the limit cannot be changed.
-    pub fn allow(mark: &str, vm: &VmId, resources: &Resources) -> io::Result<Self> {
+    pub fn allow(mark: &str, vm: &VmId, memory_mib: u64) -> io::Result<Self> {
         let file = parent(mark).join(vm.to_string()).join("memory.max");
-        let usual = limit(resources);
+        let mut doubled = doubled();
         if file.exists() {
-            fs::write(&file, (usual + (resources.memory_mib << 20)).to_string())?;
+            fs::write(&file, limit(memory_mib * 2).to_string())?;
         }
-        Ok(Self { file, usual })
+        doubled.insert(*vm);
+        Ok(Self { vm: *vm, file, usual: limit(memory_mib) })
     }
 }
 
 impl Drop for Twice {
     fn drop(&mut self) {
+        doubled().remove(&self.vm);
         if self.file.exists()
             && let Err(error) = fs::write(&self.file, self.usual.to_string())
         {

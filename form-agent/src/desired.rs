@@ -196,6 +196,13 @@ pub fn same_boot(one: &DeployRequest, other: &DeployRequest) -> bool {
     boot_digest(one, 0) == boot_digest(other, 0)
 }
 
+/// The request with so much memory.
+pub fn with_memory(request: &DeployRequest, memory_mib: u64) -> DeployRequest {
+    let mut changed = request.clone();
+    changed.spec.resources.memory_mib = memory_mib;
+    changed
+}
+
 /// The request of a VM that has got another name, with what refers to the old one.
 pub fn renamed(request: &DeployRequest, name: &Name) -> DeployRequest {
     DeployRequest { spec: request.spec.clone().renamed(name), ..request.clone() }

@@ -30,6 +30,8 @@ pub struct Observed {
     pub boot: Option<Digest>,
     /// For this boot the driver will try no more by itself.
     pub gave_up: bool,
+    /// What its guest has of memory, in MiB, as long as that is not what it should have.
+    pub memory_mib: Option<u64>,
 }
 
 impl Observed {
@@ -44,6 +46,7 @@ impl Observed {
             guest: None,
             boot: None,
             gave_up: false,
+            memory_mib: None,
         }
     }
 }

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use form_api::{
     ApiError, ErrorCode,
+    deploy::DeployRequest,
     operation::{Operation, OperationKind},
     snapshot::RestoreRequest,
     vm::{SetRequest, VmState},
@@ -20,7 +21,7 @@ use crate::{
     desired::{self, DesiredVm, Run},
     driver::{live, process::RuntimeDirectory},
     fleet::Observed,
-    kept, limits,
+    kept, limits, memory,
     operation::{Begun, Opening, Record},
     snapshot,
 };
@@ -121,7 +122,7 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -
                 if let (Ok(()), Change::Set(_)) = (&result, &progress.change) {
                     kept::keep_change(&agent, &progress.vm, &signed);
                 }
-                agent.operations.finish(id, result);
+                agent.operations.finish(id, settled(&agent, &progress, result).await);
             });
         }
         Err(error) => agent.operations.finish(id, Err(error)),
@@ -148,15 +149,7 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<bool, ApiErro
                     .hint("say what: labels, restart policy, vcpus, memory, limits"));
             }
             let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
-            let resources = (&changed.spec.resources, &vm.request.spec.resources);
-            if resources.0 != resources.1 && !set.restart && matches!(state, VmState::Starting | VmState::Running) {
-                let name = vm.name();
-                return Err(ApiError::new(
-                    ErrorCode::Conflict,
-                    format!("vm/{name} is {}, and vCPUs and memory change with a start", state.as_str()),
-                )
-                .hint(format!("add --restart, or stop it before with `form vm stop {name}`")));
-            }
+            may_start(agent, vm, &changed, state, set.restart)?;
             return Ok(changed != vm.request || with_limits(vm, set)? != vm.limits);
         }
         Change::Restore(request) => return snapshot::restore::check(agent, vm, &request.snapshot).map(|_| true),
@@ -165,11 +158,44 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<bool, ApiErro
     Ok(needed)
 }
 
+/// Why what runs has to be started again to be `changed`: the end of a sentence.
+fn needs_start(agent: &Agent, vm: &DesiredVm, changed: &DeployRequest, state: VmState) -> Option<String> {
+    let (new, old) = (&changed.spec.resources, &vm.request.spec.resources);
+    match state {
+        _ if new == old => None,
+        VmState::Starting => Some("vCPUs and memory change with a start until its guest is ready".to_owned()),
+        VmState::Running if new.vcpus != old.vcpus => Some("vCPUs change with a start".to_owned()),
+        VmState::Running => memory::check(agent, vm, new.memory_mib).err(),
+        _ => None,
+    }
+}
+
+/// Whether the change comes without a start; one that does not is a conflict unless a start `is_allowed`.
+fn may_start(agent: &Agent, vm: &DesiredVm, changed: &DeployRequest, state: VmState, is_allowed: bool) -> Result<bool, ApiError> {
+    let name = vm.name();
+    match needs_start(agent, vm, changed, state) {
+        None => Ok(true),
+        Some(_) if is_allowed => Ok(false),
+        Some(reason) => Err(ApiError::new(ErrorCode::Conflict, format!("vm/{name} is {}, and {reason}", state.as_str()))
+            .hint(format!("add --restart, or stop it before with `form vm stop {name}`"))),
+    }
+}
+
+/// Gives a VM that runs the memory that it should have from now on, if it can. Whatever else needs a start brings that memory, too.
+fn give_memory(agent: &Agent, vm: &DesiredVm, changed: &DeployRequest, restart: bool) -> Result<(), ApiError> {
+    let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
+    let memory_mib = changed.spec.resources.memory_mib;
+    // Again: it may have been otherwise a moment ago.
+    let without_start = may_start(agent, vm, changed, state, restart)?;
+    let differs = memory_mib != vm.request.spec.resources.memory_mib && state == VmState::Running;
+    if differs && without_start { memory::give(agent, vm, memory_mib) } else { Ok(()) }
+}
+
 fn with_limits(vm: &DesiredVm, set: &SetRequest) -> Result<VmLimits, ApiError> {
     desired::with_limits(vm.limits, set).map_err(|error| ApiError::new(ErrorCode::Invalid, error.to_string()))
 }
 
-fn record(agent: &Agent, caller: &Caller, id: OperationId, progress: &Progress, needed: bool) -> Result<(), ApiError> {
+fn record(agent: &Arc<Agent>, caller: &Caller, id: OperationId, progress: &Progress, needed: bool) -> Result<(), ApiError> {
     agent.operations.remember(id, serde_json::to_value(progress).map_err(|error| internal(&error))?)?;
     if !needed {
         return Ok(());
@@ -181,8 +207,14 @@ fn record(agent: &Agent, caller: &Caller, id: OperationId, progress: &Progress, 
         let vm = agent.desired(&progress.vm).ok_or_else(gone)?;
         let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
         admit::admit(&changed, false, &agent.capacity(Some(vm.name()))?)?;
+        give_memory(agent, &vm, &changed, set.restart)?;
     }
-    agent.submit(&caller.signed)?;
+    if let Err(error) = agent.submit(&caller.signed) {
+        if matches!(progress.change, Change::Set(_)) {
+            tokio::spawn(memory::reconcile(Arc::clone(agent), progress.vm));
+        }
+        return Err(error);
+    }
     reach(Failpoint::LifecycleSubmitted);
     Ok(())
 }
@@ -225,6 +257,14 @@ async fn reached(agent: &Arc<Agent>, progress: &Progress) -> Result<(), ApiError
             let state = observed.map_or("gone", |observed| observed.state.as_str());
             return Err(ApiError::new(ErrorCode::TimedOut, format!("it is still {state}")).hint("see `form events` and `form logs`"));
         }
+    }
+}
+
+/// After that, what only its guest can do.
+async fn settled(agent: &Arc<Agent>, progress: &Progress, reached: Result<(), ApiError>) -> Result<(), ApiError> {
+    match (reached, &progress.change, agent.desired(&progress.vm)) {
+        (Ok(()), Change::Set(set), Some(vm)) if set.memory_mib.is_some() => memory::settled(agent, &vm).await,
+        (reached, ..) => reached,
     }
 }
 
@@ -309,7 +349,10 @@ pub fn resume(agent: &Arc<Agent>, record: &Record) {
         (Some(vm), change) if !is_recorded(&vm, change, &progress.boot) => nothing_done(),
         (Some(_), _) => {
             let agent = Arc::clone(agent);
-            tokio::spawn(async move { agent.operations.finish(id, reached(&agent, &progress).await) });
+            tokio::spawn(async move {
+                let result = reached(&agent, &progress).await;
+                agent.operations.finish(id, settled(&agent, &progress, result).await);
+            });
         }
     }
 }

@@ -27,6 +27,7 @@ mod lifecycle;
 mod limits;
 mod logs;
 mod machine;
+mod memory;
 mod metrics;
 mod operation;
 mod plan;

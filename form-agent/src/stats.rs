@@ -137,6 +137,7 @@ fn fill(stats: &mut VmStats, before: Option<&Look>, after: &Look) {
     stats.cpu_ms = after.cpu_us / 1000;
     stats.cpu_percent = rate(before.map(|before| before.cpu_us), after.cpu_us).map(|us| us / 10_000.0);
     stats.resident_bytes = after.resident;
+    stats.memory_bytes = after.metrics.memory.map_or(stats.memory_bytes, |memory| memory.present_mib << 20);
     stats.exits = after.metrics.vcpu_exits;
     stats.exits_per_second = rate(before.map(|before| before.metrics.vcpu_exits), after.metrics.vcpu_exits);
     let disks = after.metrics.disks.iter().map(|disk| DiskStats {

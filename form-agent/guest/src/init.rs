@@ -13,7 +13,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::{
     accounts,
-    boot::{handoff, modules, mounts, root, volumes},
+    boot::{handoff, memory, modules, mounts, root, volumes},
     environment,
     error::Error,
     files,
@@ -35,6 +35,7 @@ pub fn run() -> ! {
     if let Err(error) = mounts::take_console() {
         say(format_args!("{error}"));
     }
+    report.warn_on("memory", memory::use_what_comes(Path::new("/")));
     modules::insert_all(&mut report);
     // Read before the initramfs is emptied.
     let program = fs::read("/proc/self/exe").unwrap_or_default();

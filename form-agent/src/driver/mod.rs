@@ -33,6 +33,7 @@ use crate::{
     agent::Agent,
     cgroup, create,
     desired::{DesiredVm, Run},
+    memory,
     snapshot::restore::due as restore_due,
     vm::SHUTDOWN_TIMEOUT_MS,
     volume,
@@ -111,6 +112,8 @@ enum Next {
     Pause,
     Resume,
     Restore(Box<DesiredVm>, Name),
+    /// What runs has become what it should be, without a start.
+    Become(Box<DesiredVm>),
     Start(Box<DesiredVm>),
     Wait,
 }
@@ -169,6 +172,7 @@ impl Driver {
                 Next::Pause => self.pause().await,
                 Next::Resume => self.resume().await,
                 Next::Restore(desired, snapshot) => self.restore(&desired, &snapshot).await,
+                Next::Become(desired) => self.has_become(&desired),
                 Next::Start(desired) => self.start(&desired).await,
                 Next::Wait => self.wait().await,
             }
@@ -194,6 +198,9 @@ impl Driver {
                 if record.boot != boot {
                     if let Some(snapshot) = restore_due(&self.agent, &desired).cloned() {
                         return Next::Restore(Box::new(desired), snapshot);
+                    }
+                    if memory::makes_up(&self.agent, &desired, record) {
+                        return Next::Become(Box::new(desired));
                     }
                     return if desired.resets > record.resets { Next::Reset } else { Next::Restart };
                 }
@@ -347,6 +354,17 @@ impl Driver {
         }
     }
 
+    /// The process got while it ran what another start would have brought.
+    fn has_become(&mut self, desired: &DesiredVm) {
+        let Some(running) = &mut self.running else { return };
+        let boot = desired.boot_digest();
+        if let Err(error) = running.process.has_become(boot, desired.request.clone()) {
+            // What it was given is noted, too: another agent comes to the same.
+            tracing::warn!(vm = %self.id, "that it has become what it should be is not on record: {error}");
+        }
+        self.agent.fleet.update(&self.id, |observed| observed.boot = Some(boot));
+    }
+
     fn begin_start(&self, boot: Digest) {
         // Not there for most: only a VM that has ended leaves it.
         let _ = std::fs::remove_file(self.ended_file());
@@ -407,6 +425,7 @@ impl Driver {
                     // It asks the guest, which answers while this goes on.
                     let (agent, id) = (Arc::clone(&self.agent), self.id);
                     tokio::task::spawn_blocking(move || volume::live::reconcile(&agent, &id));
+                    tokio::spawn(memory::reconcile(Arc::clone(&self.agent), self.id));
                 }
                 reach(Failpoint::GuestReady);
             }
@@ -570,6 +589,7 @@ impl Driver {
     async fn clean_up(&self) {
         let directory = RuntimeDirectory::new(&self.agent.paths().vm_runtime(), &self.id);
         launch::clean_up(&self.agent, &self.id, &directory).await;
+        self.agent.fleet.update(&self.id, |observed| observed.memory_mib = None);
     }
 
     /// Removes everything of a VM that nobody wants any more.

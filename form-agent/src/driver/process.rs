@@ -63,6 +63,14 @@ struct HeldVolumes {
     volumes: Vec<VolumeId>,
 }
 
+/// What a process was told while it ran.
+#[derive(Debug, Serialize, Deserialize)]
+struct GivenMemory {
+    pid: i32,
+    start_time: u64,
+    memory_mib: u64,
+}
+
 /// The files of a running VM, in a directory of its own below `/run`.
 #[derive(Clone, Debug)]
 pub struct RuntimeDirectory(PathBuf);
@@ -131,6 +139,28 @@ impl RuntimeDirectory {
         let record = self.read_record().ok_or(io::ErrorKind::NotFound)?;
         let held = HeldVolumes { pid: record.pid, start_time: record.start_time, volumes };
         write_atomically(&self.volumes(), 0o600, &serde_json::to_vec(&held)?)
+    }
+
+    fn memory_note(&self) -> PathBuf {
+        self.0.join("memory.json")
+    }
+
+    /// What the VM process was last told that its guest should have, in MiB; none when that is what it was started with.
+    pub fn memory(&self) -> Option<u64> {
+        let record = self.read_record()?;
+        let given = fs::read(self.memory_note()).ok().and_then(|bytes| serde_json::from_slice::<GivenMemory>(&bytes).ok())?;
+        // Of a process that is gone it says nothing.
+        ((given.pid, given.start_time) == (record.pid, record.start_time)).then_some(given.memory_mib)
+    }
+
+    /// Notes that it was told so.
+    ///
+    /// # Errors
+    /// When there is no process, or it cannot be written.
+    pub fn set_memory(&self, memory_mib: u64) -> io::Result<()> {
+        let record = self.read_record().ok_or(io::ErrorKind::NotFound)?;
+        let given = GivenMemory { pid: record.pid, start_time: record.start_time, memory_mib };
+        write_atomically(&self.memory_note(), 0o600, &serde_json::to_vec(&given)?)
     }
 
     fn output(&self) -> PathBuf {
@@ -304,6 +334,15 @@ impl Process {
     /// When the record cannot be written.
     pub fn stays_for(&mut self, boot: Digest) -> Result<(), ProcessError> {
         self.record.boot = boot;
+        write_record(&self.directory, &self.record)
+    }
+
+    /// Takes it for what was started from `boot` with `request`: it has become that since.
+    ///
+    /// # Errors
+    /// When the record cannot be written.
+    pub fn has_become(&mut self, boot: Digest, request: DeployRequest) -> Result<(), ProcessError> {
+        (self.record.boot, self.record.request) = (boot, request);
         write_record(&self.directory, &self.record)
     }
 

@@ -22,6 +22,7 @@ use crate::{
     agent::Agent,
     create,
     desired::DesiredVm,
+    memory,
     snapshot::{self, restore},
     vm::{self, Disk},
 };
@@ -169,6 +170,7 @@ pub fn hold(
     ];
     descriptors.extend(prepared.backing.iter().map(AsFd::as_fd));
     process.restore(&config, &descriptors)?;
+    memory::restored(agent, &desired.id).map_err(io_error("its limit of memory"))?;
     reach(Failpoint::RestoreHeld);
     prepared.restored.publish(&agent.store, &desired.id)?;
     reach(Failpoint::RestoreSwapped);

@@ -10,7 +10,7 @@ use std::{
 use form_api::{ApiError, ErrorCode, snapshot::Consistency, vm::VmState};
 use form_guest::protocol::{Reply, Request};
 use form_store::{SnapshotDraft, StoreError};
-use form_types::{Failpoint, Name, OperationId, VmId, failpoint::reach, spec::Resources};
+use form_types::{Failpoint, Name, OperationId, VmId, failpoint::reach};
 use form_vmm::control::{Aside, Client, ClientError, ErrorKind, VmState as ProcessState};
 use jiff::Timestamp;
 
@@ -20,7 +20,7 @@ use crate::{
     cgroup::Twice,
     desired::DesiredVm,
     driver::{guest, live, process::RuntimeDirectory},
-    headroom, machine,
+    headroom, machine, memory,
     serve::store_error,
 };
 
@@ -60,7 +60,7 @@ pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Na
         let frozen = runs && running.freeze().await;
         details.consistency = if frozen { Consistency::Quiesced } else { Consistency::Crash };
         agent.operations.step(id, "saving memory, devices and disk");
-        let saved = running.save(draft, details.request.spec.resources.clone()).await;
+        let saved = running.save(draft, details.request.spec.resources.memory_mib).await;
         if runs {
             running.thaw(frozen).await;
         }
@@ -136,12 +136,13 @@ impl Running<'_> {
     }
 
     /// Pauses it, saves it, lets it go on if it ran.
-    async fn save(&self, draft: SnapshotDraft, resources: Resources) -> Result<Saved, ApiError> {
+    async fn save(&self, draft: SnapshotDraft, memory_mib: u64) -> Result<Saved, ApiError> {
         let (agent, vm, directory) = (Arc::clone(self.agent), *self.vm, self.directory.clone());
+        let memory_mib = memory::held_mib(&agent, &vm, memory_mib);
         let done = tokio::task::spawn_blocking(move || {
             // An agent that is killed now leaves a VM that stands: the next one finds the mark and lets it go on.
             directory.mark_saving().map_err(|error| internal(&error))?;
-            let result = stand_and_save(&agent, &vm, &resources, &directory.control(), draft);
+            let result = stand_and_save(&agent, &vm, memory_mib, &directory.control(), draft);
             if !matches!(result, Err(Fault::Stands(_))) {
                 directory.unmark_saving();
             }
@@ -187,13 +188,13 @@ impl Fault {
     }
 }
 
-fn stand_and_save(agent: &Agent, vm: &VmId, resources: &Resources, control: &Path, mut draft: SnapshotDraft) -> Result<Saved, Fault> {
+fn stand_and_save(agent: &Agent, vm: &VmId, memory_mib: u64, control: &Path, mut draft: SnapshotDraft) -> Result<Saved, Fault> {
     let client = Client::connect(control).map_err(|error| Fault::Api(process_error(&error)))?;
     let ran = match client.status() {
         Ok((state, _)) => state == ProcessState::Running,
         Err(error) => return Err(Fault::Api(process_error(&error))),
     };
-    let twice = if ran { room_for_copy(agent, vm, resources) } else { None };
+    let twice = if ran { room_for_copy(agent, vm, memory_mib) } else { None };
     let begun = Instant::now();
     let mut aside = None;
     let saved = pause(&client, ran).and_then(|()| {
@@ -222,13 +223,13 @@ fn stand_and_save(agent: &Agent, vm: &VmId, resources: &Resources, control: &Pat
 
 /// Room for the VM's memory a second time, while a copy of its process writes it and the VM changes it. Without that it stands until all is
 /// written.
-fn room_for_copy(agent: &Agent, vm: &VmId, resources: &Resources) -> Option<Twice> {
+fn room_for_copy(agent: &Agent, vm: &VmId, memory_mib: u64) -> Option<Twice> {
     let available = machine::available_memory_mib().ok()?;
-    if available < resources.memory_mib + SPARE_MIB {
+    if available < memory_mib + SPARE_MIB {
         tracing::info!(vm = %vm, available, "it stands until its memory is written: the host has too little to hold it twice");
         return None;
     }
-    match Twice::allow(&agent.host_id().mark(), vm, resources) {
+    match Twice::allow(&agent.host_id().mark(), vm, memory_mib) {
         Ok(twice) => Some(twice),
         Err(error) => {
             tracing::warn!(vm = %vm, %error, "it stands until its memory is written: its limit cannot be raised");

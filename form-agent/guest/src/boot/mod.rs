@@ -3,6 +3,7 @@
 pub mod devices;
 pub mod ext4;
 pub mod handoff;
+pub mod memory;
 pub mod modules;
 pub mod mounts;
 pub mod root;
