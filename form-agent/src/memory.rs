@@ -99,22 +99,27 @@ pub fn give(agent: &Agent, vm: &DesiredVm, wanted_mib: u64) -> Result<(), ApiErr
     let limit = cgroup::set_memory(&agent.host_id().mark(), &vm.id, wanted_mib.max(present_mib));
     limit.map_err(|error| failed(format!("its limit of memory cannot be raised: {error}")))?;
     client.memory(wanted_mib).map_err(|error| failed(format!("its process does not take {wanted_mib} MiB: {error}")))?;
-    let noted = directory(agent, &vm.id).set_memory(wanted_mib);
-    noted.map_err(|error| failed(format!("that it has other memory cannot be noted: {error}")))
+    directory(agent, &vm.id).set_memory(wanted_mib).map_err(|error| {
+        // What is not noted would be made good by a start that nobody asked for.
+        if let Some(memory) = before.memory
+            && let Err(error) = client.memory(memory.wanted_mib)
+        {
+            tracing::warn!(vm = %vm.id, "it keeps {wanted_mib} MiB until its guest is ready anew: {error}");
+        }
+        failed(format!("that it has other memory cannot be noted: {error}"))
+    })
 }
 
 /// Whether what runs, of which `record` tells how it was started, is as `desired` says because it got other memory since.
 pub fn makes_up(agent: &Agent, desired: &DesiredVm, record: &Record) -> bool {
-    let wanted = desired.request.spec.resources.memory_mib;
-    wanted != record.request.spec.resources.memory_mib
-        && as_started(desired, record) == record.boot
-        && directory(agent, &desired.id).memory() == Some(wanted)
+    let given = directory(agent, &desired.id).memory();
+    given.is_some_and(|given_mib| is_only_memory(desired, record.request.spec.resources.memory_mib, &record.boot, given_mib))
 }
 
-/// What `desired` would have been started from with the memory of the record.
-fn as_started(desired: &DesiredVm, record: &Record) -> Digest {
-    let request = with_memory(&desired.request, record.request.spec.resources.memory_mib);
-    DesiredVm { request, ..desired.clone() }.boot_digest()
+/// Whether a VM that was started from `boot`, with `started_mib`, and was given `given_mib` since is `desired`.
+fn is_only_memory(desired: &DesiredVm, started_mib: u64, boot: &Digest, given_mib: u64) -> bool {
+    let as_started = DesiredVm { request: with_memory(&desired.request, started_mib), ..desired.clone() };
+    desired.request.spec.resources.memory_mib == given_mib && as_started.boot_digest() == *boot
 }
 
 /// How much of the host's memory a VM has: the `should_mib` that it should have, or more as long as its guest has not given it back.
@@ -219,6 +224,21 @@ pub async fn settled(agent: &Arc<Agent>, vm: &DesiredVm) -> Result<(), ApiError>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::vm;
+
+    #[test]
+    fn what_was_given_makes_up_for_other_memory_and_nothing_else() {
+        let before = vm("web");
+        let boot = before.boot_digest();
+        let started_mib = before.request.spec.resources.memory_mib;
+        let more = DesiredVm { request: with_memory(&before.request, 1024), ..before.clone() };
+        assert!(is_only_memory(&more, started_mib, &boot, 1024));
+        assert!(!is_only_memory(&more, started_mib, &boot, 512), "it was given other memory than it should have");
+        assert!(!is_only_memory(&DesiredVm { starts: 2, ..more.clone() }, started_mib, &boot, 1024), "somebody asked for a start");
+        let mut other = more;
+        other.request.spec.resources.vcpus += 1;
+        assert!(!is_only_memory(&other, started_mib, &boot, 1024));
+    }
 
     #[test]
     fn what_a_vm_can_have_without_a_start() {

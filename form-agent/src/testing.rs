@@ -1,7 +1,10 @@
 //! Values that several unit tests need.
 
 use form_api::deploy::DeployRequest;
-use form_types::{Digest, spec};
+use form_types::{Digest, HostId, SecretKey, VmId, VmLimits, spec};
+use jiff::Timestamp;
+
+use crate::desired::{DesiredVm, Run};
 
 pub fn request(name: &str) -> DeployRequest {
     let spec = spec::Spec {
@@ -27,4 +30,22 @@ pub fn request(name: &str) -> DeployRequest {
         model: None,
     };
     DeployRequest { spec, passwd_hashes: Default::default(), image: Digest::of(b"image"), kernel: Digest::of(b"kernel") }
+}
+
+/// A VM that should run, started once.
+pub fn vm(name: &str) -> DesiredVm {
+    DesiredVm {
+        id: VmId::from_bytes([1; 16]),
+        host: HostId::from_bytes([2; 16]),
+        epoch: 1,
+        run: Run::Running,
+        starts: 1,
+        resets: 0,
+        restore: None,
+        ipv4: [10, 64, 0, 2].into(),
+        actor: SecretKey::from_bytes([3; 32]).public(),
+        created_at: Timestamp::UNIX_EPOCH,
+        request: request(name),
+        limits: VmLimits::default(),
+    }
 }

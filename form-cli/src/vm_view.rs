@@ -65,6 +65,15 @@ pub fn table(vms: &[Vm]) -> Table {
     table
 }
 
+/// `512 MiB`; `512 MiB (its guest has 640 MiB)`.
+fn memory(detail: &VmDetail) -> String {
+    let should = bytes(detail.vm.memory_mib * MIB);
+    match detail.memory_present_mib {
+        Some(present) => format!("{should} (its guest has {})", bytes(present * MIB)),
+        None => should,
+    }
+}
+
 pub fn record(detail: &VmDetail) -> Record {
     let vm = &detail.vm;
     let labels: Vec<String> = vm.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
@@ -79,7 +88,7 @@ pub fn record(detail: &VmDetail) -> Record {
         .field("dns", &vm.dns_name)
         .field("ports", ports(vm))
         .field("vcpus", vm.vcpus)
-        .field("memory", bytes(vm.memory_mib * MIB))
+        .field("memory", memory(detail))
         .field("disk", bytes(vm.disk_gib * GIB))
         .optional("disk limits", limits_text(detail.limits.disk))
         .optional("net limit", detail.limits.net_bytes_per_second.map(|bytes| format!("{} each way", BitRate::of_bytes(bytes))))

@@ -310,7 +310,8 @@ fn kvm_a_vm_is_paused_renamed_set_and_reset() {
     let app = host.vm("app");
     assert_eq!((app["labels"]["tier"].as_str(), host.process(&app).1), (Some("front"), pid));
     let refused = host.form(&["vm", "set", "app", "--memory", "160M"]).exits(5);
-    assert!(refused.stderr.contains("--restart"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("--restart") && refused.stderr.contains("128 or 256 MiB without a start"), "{}", refused.stderr);
+    memory_comes_and_goes(&host, pid);
     let before: u64 = guest(&host, "app", &["awk", "/MemTotal/ {print $2}", "/proc/meminfo"]).parse().unwrap();
     let _ = host.form(&["vm", "set", "app", "--memory", "160M", "--restart"]).ok();
     let after: u64 = guest(&host, "app", &["awk", "/MemTotal/ {print $2}", "/proc/meminfo"]).parse().unwrap();
@@ -331,6 +332,26 @@ fn kvm_a_vm_is_paused_renamed_set_and_reset() {
     assert!(!events.contains("did not power off in time"), "{events}");
     let _ = host.form(&["destroy", "app", "-y"]).ok();
     host.is_clean();
+}
+
+/// `app` has 128 MiB from its start.
+fn memory_comes_and_goes(host: &Host, pid: u32) {
+    let app = host.vm("app");
+    let has = || {
+        let ran = host.form(&["exec", "app", "--", "/bin/busybox", "awk", "/MemTotal/ {print $2}", "/proc/meminfo"]).ok();
+        let groups = std::fs::read_dir("/sys/fs/cgroup").unwrap().map(|group| group.unwrap().path().join(app["id"].as_str().unwrap()));
+        let limit = groups.map(|group| group.join("memory.max")).find(|file| file.exists()).unwrap();
+        let limit: u64 = std::fs::read_to_string(limit).unwrap().trim().parse().unwrap();
+        (ran.stdout.trim().parse::<u64>().unwrap() >> 10, limit >> 20)
+    };
+    let (before, limit) = has();
+    for (size, more) in [("256M", 128), ("128M", 0)] {
+        let _ = host.form(&["vm", "set", "app", "--memory", size]).ok();
+        let app = host.vm("app");
+        assert_eq!((app["memory_mib"].as_u64(), host.process(&app).1), (Some(128 + more), pid), "{app}");
+        let (after, limit_after) = has();
+        assert!((before + more).abs_diff(after) < 4 && limit_after == limit + more, "{before} and {limit}, then {after} and {limit_after}");
+    }
 }
 
 #[test]

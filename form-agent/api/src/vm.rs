@@ -118,6 +118,9 @@ pub struct VmDetail {
     /// What it may do in a second (`form vm set`).
     #[serde(default)]
     pub limits: VmLimits,
+    /// What its guest has of memory, in MiB, as long as that is not what it should have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_present_mib: Option<u64>,
     /// What the guest found: devices by serial, its addresses, its kernel.
     pub guest: Option<GuestReport>,
 }
@@ -299,7 +302,7 @@ pub struct SetRequest {
     /// At the next start.
     #[serde(default)]
     pub vcpus: Option<u32>,
-    /// At the next start.
+    /// At once where the guest can, which is in steps of 128 MiB above what it was started with; else at the next start.
     #[serde(default)]
     pub memory_mib: Option<u64>,
     /// Operations a second of its root disk, reads and writes together; `null` ends the limit. At once, as the other limits, and no

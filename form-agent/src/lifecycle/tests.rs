@@ -1,24 +1,8 @@
-use form_types::{SecretKey, VmId};
-use jiff::Timestamp;
-
 use super::*;
-use crate::testing::request;
+use crate::testing::vm;
 
 fn desired(run: Run, starts: u64) -> DesiredVm {
-    DesiredVm {
-        id: VmId::from_bytes([1; 16]),
-        host: form_types::HostId::from_bytes([2; 16]),
-        epoch: 1,
-        run,
-        starts,
-        resets: 0,
-        restore: None,
-        ipv4: [10, 64, 0, 2].into(),
-        actor: SecretKey::from_bytes([3; 32]).public(),
-        created_at: Timestamp::UNIX_EPOCH,
-        request: request("web"),
-        limits: VmLimits::default(),
-    }
+    DesiredVm { run, starts, ..vm("web") }
 }
 
 fn observed(state: VmState, ready: bool, boot: &DesiredVm) -> Observed {

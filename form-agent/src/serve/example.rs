@@ -72,7 +72,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
     let vm = vm(&name);
     let limits = DiskLimits { iops: Some(500), bytes_per_second: Some(50 << 20) };
     let of_vm = VmLimits { disk: limits, net_bytes_per_second: Some(12_500_000) };
-    let detail = VmDetail { vm: vm.clone(), desired: deploy.clone(), limits: of_vm, guest: Some(guest()) };
+    let detail = VmDetail { vm: vm.clone(), desired: deploy.clone(), limits: of_vm, memory_present_mib: None, guest: Some(guest()) };
     let event = Event {
         cursor: 42,
         at: at(2),

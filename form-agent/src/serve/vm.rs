@@ -65,8 +65,10 @@ pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Json<
 pub async fn show(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Result<Json<VmDetail>, ApiError> {
     reading(&agent, request).await?;
     let desired = agent.vm_named(&parsed(&name)?)?;
-    let guest = agent.fleet.observed(&desired.id).and_then(|observed| observed.guest);
-    Ok(Json(VmDetail { vm: agent.vm(&desired), limits: desired.limits, desired: desired.request, guest }))
+    let observed = agent.fleet.observed(&desired.id);
+    let memory_present_mib = observed.as_ref().and_then(|observed| observed.memory_mib);
+    let guest = observed.and_then(|observed| observed.guest);
+    Ok(Json(VmDetail { vm: agent.vm(&desired), limits: desired.limits, memory_present_mib, desired: desired.request, guest }))
 }
 
 async fn change(agent: Shared, name: String, request: Request, change: Change) -> Accepted {

@@ -31,7 +31,7 @@ pub struct Args {
     /// Virtual CPUs, from its next start on
     #[arg(long, value_name = "COUNT")]
     vcpus: Option<u32>,
-    /// Memory, from its next start on: 512M, 2G
+    /// Memory: 512M, 2G. A VM that runs has it at once, in steps of 128M above what it was started with
     #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
     memory: Option<u64>,
     /// Most operations a second of its root disk, reads and writes together; none ends the limit
