@@ -156,6 +156,9 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             | OperationKind::VolumeSet
             | OperationKind::VolumeClone
             | OperationKind::VolumeMove
+            | OperationKind::VolumeRestore
+            | OperationKind::VolumeSnapshotCreate
+            | OperationKind::VolumeSnapshotRemove
             | OperationKind::VolumeImport
             | OperationKind::VolumeExport
             | OperationKind::VolumeUnexport

@@ -10,7 +10,7 @@ use form_api::{
     ApiError, ErrorCode,
     host::{Check, CheckStatus, DoctorReport},
 };
-use form_types::VmId;
+use form_types::{Name, VmId};
 
 use crate::{agent::Agent, cgroup, desired, headroom, machine, volume};
 
@@ -150,6 +150,8 @@ enum Leftover {
     Log(VmId),
     Snapshots(VmId),
     PartialSnapshot(PathBuf),
+    /// Of a volume that was to go back to a snapshot.
+    Restore(Name),
 }
 
 /// VMs that run with other volumes than the state says, and how.
@@ -172,6 +174,7 @@ impl Leftover {
                 (format!("snapshots/{vm}/{name}"), "a snapshot that was never finished")
             }
             Self::Log(id) => (format!("log/{id}"), "a log without a VM"),
+            Self::Restore(name) => (format!("volume/{name}"), "files of a restore that nobody is at work on"),
         };
         Check {
             name: format!("leftover/{name}"),
@@ -217,6 +220,9 @@ async fn leftovers(agent: &Arc<Agent>) -> Vec<Leftover> {
         Ok(paths) => found.extend(paths.into_iter().map(Leftover::PartialSnapshot)),
         Err(error) => tracing::warn!("the snapshots cannot be examined: {error}"),
     }
+    let task_agent = Arc::clone(agent);
+    let unsettled = tokio::task::spawn_blocking(move || volume::snapshot::unsettled(&task_agent)).await.unwrap_or_default();
+    found.extend(unsettled.into_iter().map(Leftover::Restore));
     found
 }
 
@@ -231,6 +237,11 @@ pub async fn fix(agent: &Arc<Agent>) -> Result<(), ApiError> {
             Leftover::Network(network) => agent.network.remove(network).await.map_err(|error| error.to_string()),
             Leftover::Cgroup(id) => cgroup::remove(&agent.host_id().mark(), id).await.map_err(|error| error.to_string()),
             Leftover::PartialSnapshot(_) => agent.store.remove_partial_snapshots().map_err(|error| error.to_string()),
+            Leftover::Restore(name) => {
+                let (agent, name) = (Arc::clone(agent), name.clone());
+                let settled = tokio::task::spawn_blocking(move || volume::snapshot::settle(&agent, &name)).await;
+                settled.map_err(|error| error.to_string()).and_then(|settled| settled.map_err(|error| error.message))
+            }
             // A driver knows how: it adopts or kills what runs there, and then removes everything.
             Leftover::Runtime(_) | Leftover::Disk(_) | Leftover::Log(_) | Leftover::Snapshots(_) => {
                 agent.fleet.reconcile(agent);

@@ -225,6 +225,11 @@ impl Operations {
         self.bump();
     }
 
+    /// Whether something is being done to `volume/data`, say.
+    pub fn is_under_way(&self, subject: &str) -> bool {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner).values().any(|active| active.subject == subject)
+    }
+
     fn vm_of(&self, id: OperationId) -> Option<Name> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner).get(&id).and_then(|active| active.vm.clone())
     }

@@ -87,6 +87,13 @@ pub fn snapshots(typed: &OsStr) -> Vec<CompletionCandidate> {
     candidates(names, typed)
 }
 
+pub fn volume_snapshots(typed: &OsStr) -> Vec<CompletionCandidate> {
+    let names = ask(|client| async move {
+        Ok(client.all_volume_snapshots().await?.into_iter().map(|snapshot| snapshot.name.to_string()).collect())
+    });
+    candidates(names, typed)
+}
+
 pub fn pools(typed: &OsStr) -> Vec<CompletionCandidate> {
     let names = ask(|client| async move { Ok(client.pools().await?.into_iter().map(|pool| pool.name.to_string()).collect()) });
     candidates(names, typed)

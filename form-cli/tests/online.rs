@@ -300,6 +300,41 @@ fn ctrl_c_leaves_the_operation_going() {
 }
 
 #[test]
+fn snapshots_of_volumes() {
+    let setting = Setting::new();
+    assert_data_eq!(
+        setting.run(&["volume", "snapshot", "ls"]).out,
+        str![[r#"
+NAME    VOLUME  SIZE   USED   STATE     AGE
+before  data    5 GiB  2 MiB  quiesced  [..]d
+
+"#]]
+    );
+    let shown = setting.run(&["volume", "snapshot", "show", "data", "before"]).out;
+    assert!(shown.contains("5 GiB (5368709120 bytes)") && shown.contains("12 ms") && shown.contains("quiesced"), "{shown}");
+    let run = setting.run(&["volume", "snapshot", "show", "data", "missing"]);
+    assert!(run.code == 3 && run.err.contains("form volume snapshot ls"), "{run:?}");
+    assert_eq!(setting.run(&["volume", "snapshot", "create", "nope"]).code, 3);
+    assert_eq!(setting.run(&["volume", "snapshot", "create", "spare", "-n", "before"]).out, "spare: snapshot before made\n");
+    let run = setting.run(&["volume", "snapshot", "create", "data"]);
+    assert!(run.code == 5 && run.err.contains("stand still") && run.err.contains("form vm stop web"), "{run:?}");
+
+    let run = setting.run(&["volume", "snapshot", "restore", "spare", "before"]);
+    assert!(run.code == 2 && run.err.contains("lost, and it has 5 GiB again"), "{run:?}");
+    assert_eq!(setting.run(&["volume", "snapshot", "restore", "spare", "missing", "-y"]).code, 3);
+    assert_eq!(setting.run(&["volume", "snapshot", "restore", "spare", "before", "-y"]).out, "spare: restored from before\n");
+    assert_eq!(setting.run(&["volume", "clone", "spare", "copy", "--snapshot", "before"]).out, "copy: holds what spare held at before\n");
+    assert_eq!(setting.run(&["volume", "clone", "spare", "copy"]).out, "copy: holds what spare holds\n");
+
+    let run = setting.run(&["volume", "snapshot", "rm", "spare", "before"]);
+    assert!(run.code == 2 && run.err.contains("Remove the snapshots before of spare?"), "{run:?}");
+    assert_eq!(setting.run(&["volume", "snapshot", "rm", "spare", "before", "-y"]).out, "spare: snapshot before removed\n");
+    let run = setting.run(&["volume", "rm", "spare", "-y"]);
+    assert!(run.code == 5 && run.err.contains("has snapshots: before") && run.err.contains("--snapshots"), "{run:?}");
+    assert_eq!(setting.run(&["volume", "rm", "spare", "--snapshots", "-y"]).out, "spare: removed\n");
+}
+
+#[test]
 fn volumes_and_pools() {
     let setting = Setting::new();
     assert_data_eq!(

@@ -31,7 +31,7 @@ enum Way {
     Clone,
     /// Only with a guest that runs.
     Guest,
-    /// A volume that comes to a guest that runs, or leaves it: `kvm_volumes` walks these.
+    /// A volume that comes to a guest that runs, or leaves it, or has a snapshot made meanwhile: `kvm_volumes` walks these.
     Hotplug,
     /// A command about snapshots, also only with such a guest: `kvm_snapshots` walks these.
     Snapshot,
@@ -50,8 +50,10 @@ const fn way(point: Failpoint) -> Way {
         CleanTapRemoved | CleanDirectoryRemoved | CleanCgroupRemoved => Way::Destroy,
         RemoveDiskRemoved | RemoveDirectoryRemoved | RemoveLogRemoved => Way::Destroy,
         VolumeDrafted | VolumeNamed | VolumeMade | VolumeSubmitted | VolumeGrown | VolumeForgotten => Way::Volume,
+        VolumeSnapshotDrafted | VolumeSnapshotNamed | VolumeSnapshotRetired => Way::Volume,
+        VolumeRestoreDrafted | VolumeRestoreMoved | VolumeRestoreSwitched => Way::Volume,
         PoolMarked | PoolRecorded | PoolForgotten => Way::Pool,
-        VolumePlugged | VolumeUnplugged => Way::Hotplug,
+        VolumePlugged | VolumeUnplugged | VolumeSnapshotPaused => Way::Hotplug,
         SnapshotPaused | SnapshotSaved | SnapshotDrafted | SnapshotNamed | SnapshotRetired => Way::Snapshot,
         ForkShared | ForkTold => Way::Snapshot,
         RestoreDrafted | RestoreEnded | RestoreHeld | RestoreSwapped | RestoreRecorded => Way::Snapshot,
@@ -196,13 +198,48 @@ const OF_VOLUMES: &[Walk] = &[
     },
 ];
 
+const OF_SNAPSHOTS: &[Walk] = &[
+    Walk {
+        command: &["volume", "snapshot", "create", "data", "-n", "one"],
+        points: &[OperationRecorded, VolumeSnapshotDrafted, VolumeSnapshotNamed, OperationEnded],
+        undo: &[&["volume", "snapshot", "rm", "data", "one", "-y"]],
+    },
+    // To another size, so that the volume tells which of the two it is.
+    Walk {
+        command: &["volume", "snapshot", "restore", "data", "one", "-y"],
+        points: &[
+            OperationRecorded,
+            VolumeRestoreDrafted,
+            StateStored,
+            VolumeSubmitted,
+            VolumeRestoreMoved,
+            VolumeRestoreSwitched,
+            OperationEnded,
+        ],
+        undo: &[&["volume", "resize", "data", "32M"]],
+    },
+    Walk {
+        command: &["volume", "clone", "data", "copy", "--snapshot", "one"],
+        points: &[VolumeDrafted, VolumeMade, VolumeSubmitted],
+        undo: &[&["volume", "rm", "copy", "-y"]],
+    },
+    Walk {
+        command: &["volume", "snapshot", "rm", "data", "one", "-y"],
+        points: &[OperationRecorded, VolumeSnapshotRetired],
+        undo: &[&["volume", "snapshot", "create", "data", "-n", "one"]],
+    },
+];
+
 /// Name, size and VM of every volume. Each has its file, no file is nobody's, and nothing is wrong with any.
-fn volumes(host: &Host) -> Vec<(String, u64, String)> {
+fn volumes(host: &Host) -> Vec<(String, u64, String, u64)> {
     let all = host.form(&["volume", "ls", "-o", "json"]).ok().json();
     let told = all.as_array().unwrap().iter().map(|volume| {
         assert!(volume["fault"].is_null() && volume["allocated_bytes"].is_u64(), "{volume}");
         let vm = volume["attachment"]["vm"].as_str().unwrap_or_default().to_owned();
-        (volume["name"].as_str().unwrap().to_owned(), volume["size_bytes"].as_u64().unwrap(), vm)
+        let directory = host.root().join("var/lib/formation/volumes").join(volume["id"].as_str().unwrap());
+        let expected = if volume["snapshots"] == 0 { 2 } else { 3 };
+        assert_eq!(fs::read_dir(directory).unwrap().count(), expected, "its record, its file, its snapshots: {volume}");
+        (volume["name"].as_str().unwrap().to_owned(), volume["size_bytes"].as_u64().unwrap(), vm, volume["snapshots"].as_u64().unwrap())
     });
     let told: Vec<_> = told.collect();
     let kept = |directory: &str| {
@@ -232,39 +269,83 @@ fn system_a_volume_is_what_was_asked_for_or_what_it_was_wherever_the_agent_dies(
     host.start_agent();
     host.stopped_vms(&["web"]);
     let _ = host.form(&["volume", "create", "data", "-s", "16M"]).ok();
-    for Walk { command, points, undo } in OF_VOLUMES {
-        let (old, _) = (volumes(&host), host.form(command).ok());
-        let new = volumes(&host);
+    walk(&mut host, OF_VOLUMES);
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    let _ = host.form(&["volume", "rm", "copy", "data", "-y"]).ok();
+    assert_eq!(volumes(&host), []);
+    host.is_clean();
+}
+
+#[test]
+#[ignore = "needs root: tests/run-system"]
+fn system_a_volume_goes_back_to_a_snapshot_or_stays_what_it_is_wherever_the_agent_dies() {
+    enter_own_network();
+    let mut host = Host::new();
+    host.configure(Host::IMPATIENT);
+    host.start_agent();
+    let _ = host.form(&["volume", "create", "data", "-s", "16M"]).ok();
+    let data = host.form(&["volume", "show", "data", "-o", "json"]).ok().json();
+    let file = host.root().join("var/lib/formation/volumes").join(data["id"].as_str().unwrap()).join("volume.raw");
+    fs::write(&file, [vec![7; 1 << 20], vec![0; 15 << 20]].concat()).unwrap();
+    walk(&mut host, &OF_SNAPSHOTS[..1]);
+    let _ = host.form(&["volume", "resize", "data", "32M"]).ok();
+    walk(&mut host, &OF_SNAPSHOTS[1..]);
+    // What it holds now is what the snapshot held.
+    let out = host.path("out.raw");
+    let _ = host.form(&["volume", "export", "copy", "--to", out.to_str().unwrap()]).ok();
+    assert_eq!(fs::read(&out).unwrap(), [vec![7; 1 << 20], vec![0; 15 << 20]].concat());
+    let _ = host.form(&["volume", "rm", "copy", "data", "-y"]).ok();
+    assert_eq!(volumes(&host), []);
+    for point in Failpoint::ALL.iter().filter(|point| way(**point) == Way::Volume) {
+        let walked = |walks: &[Walk]| walks.iter().any(|walk| walk.points.contains(point));
+        assert!(walked(OF_VOLUMES) || walked(OF_SNAPSHOTS), "{} is walked nowhere", point.as_str());
+    }
+    host.is_clean();
+}
+
+/// The agent dies at each step of each command, which then is done, or is not and succeeds.
+fn walk(host: &mut Host, walks: &[Walk]) {
+    for Walk { command, points, undo } in walks {
+        let (old, _) = (volumes(host), host.form(command).ok());
+        let new = volumes(host);
         assert_ne!(old, new);
         for point in *points {
             println!("=== {} at {}", command.join(" "), point.as_str());
-            all_ok(&host, undo);
-            assert_eq!(volumes(&host), old);
+            all_ok(host, undo);
+            assert_eq!(volumes(host), old);
             host.kill_agent();
             host.start_agent_with(Some(point.as_str()));
-            let mut client = spawn(&host, command);
+            let mut client = spawn(host, command);
             let died = host.dies_at(point.as_str(), |_| false);
             let _ = (client.kill(), client.wait());
             assert!(died, "{command:?} does not come to {}", point.as_str());
             host.start_agent();
             wait("the operation ends", || host.no_operation_is_under_way());
-            let operation = newest(&host, &format!("volume-{}", if command[1] == "rm" { "remove" } else { command[1] }));
+            let operation = newest(host, kind(command));
             if operation["status"] == "failed" {
                 assert!(operation["error"]["hint"].as_str().unwrap().contains("run the same command again"), "{operation}");
-                assert_eq!(volumes(&host), old);
+                assert_eq!(volumes(host), old);
                 let _ = host.form(command).ok();
             }
-            assert_eq!(volumes(&host), new);
+            assert_eq!(volumes(host), new);
         }
     }
-    let walked = |point: &Failpoint| OF_VOLUMES.iter().any(|walk| walk.points.contains(point));
-    for point in Failpoint::ALL.iter().filter(|point| way(**point) == Way::Volume) {
-        assert!(walked(point), "{} is walked nowhere", point.as_str());
+}
+
+/// That of the operation.
+fn kind(command: &[&str]) -> &'static str {
+    match command[1..] {
+        ["create", ..] => "volume-create",
+        ["clone", ..] => "volume-clone",
+        ["resize", ..] => "volume-resize",
+        ["attach", ..] => "volume-attach",
+        ["detach", ..] => "volume-detach",
+        ["rm", ..] => "volume-remove",
+        ["snapshot", "create", ..] => "volume-snapshot-create",
+        ["snapshot", "restore", ..] => "volume-restore",
+        ["snapshot", "rm", ..] => "volume-snapshot-remove",
+        _ => panic!("{command:?} is no command about volumes"),
     }
-    let _ = host.form(&["destroy", "web", "-y"]).ok();
-    let _ = host.form(&["volume", "rm", "copy", "data", "-y"]).ok();
-    assert_eq!(volumes(&host), []);
-    host.is_clean();
 }
 
 /// The steps of a move between pools.

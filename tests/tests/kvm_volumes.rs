@@ -93,6 +93,7 @@ fn kvm_volumes_outlive_everything_and_are_never_mistaken() {
     assert!(size > 36 << 10, "the file system was grown to its volume: {size} MiB");
 
     one_vm_at_a_time(&host);
+    let host = kept_at_one_instant(host);
     let mut host = come_grow_and_go(host);
 
     // The agent is killed: the VM goes on, and the new agent knows its volumes.
@@ -129,6 +130,90 @@ fn one_vm_at_a_time(host: &Host) {
     let data = file(host, &volume(host, "data"));
     let foreign = Command::new("qemu-io").args(["-f", "raw", "-c", "write 0 4k"]).arg(data).output().unwrap();
     assert!(!foreign.status.success() && String::from_utf8_lossy(&foreign.stderr).contains("lock"), "{foreign:?}");
+}
+
+/// A file system that is unmounted when this is gone.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(path: PathBuf, options: &[&str]) -> Self {
+        fs::create_dir_all(&path).unwrap();
+        run("mount", &[options, &[path.to_str().unwrap()]].concat());
+        Self(path)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").args(["--lazy".as_ref(), self.0.as_os_str()]).status();
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let ran = Command::new(program).args(arguments).output().unwrap();
+    assert!(ran.status.success(), "{program} {arguments:?}: {ran:?}");
+}
+
+/// Snapshots of a volume that the running guest writes to: it stands for a moment and goes on, whatever its agent does meanwhile.
+fn kept_at_one_instant(mut host: Host) -> Host {
+    let (_, pid) = host.process(&host.vm("web"));
+    let image = host.path("xfs.img");
+    fs::File::create(&image).unwrap().set_len(400 << 20).unwrap();
+    run("mkfs.xfs", &["-q", "-m", "reflink=1", image.to_str().unwrap()]);
+    let shares = Mount::new(host.path("shares"), &["-o", "loop", image.to_str().unwrap()]);
+    let plain = Mount::new(host.path("plain"), &["-t", "tmpfs", "-o", "size=128m", "tmpfs"]);
+    for (pool, mount) in [("shares", &shares), ("plain", &plain)] {
+        let _ = host.form(&["pool", "create", pool, "--path", mount.0.to_str().unwrap()]).ok();
+    }
+    let _ = host.form(&["volume", "create", "log", "-s", "64M", "--format", "qcow2", "--pool", "shares"]).ok();
+    let _ = host.form(&["volume", "attach", "log", "web", "/log"]).ok();
+    // Nothing of it is asked to be on the disk.
+    sh(&host, "web", "echo log > /log/name; echo first > /log/it");
+    let one = ["volume", "snapshot", "create", "log", "-n", "one"];
+    host.kill_agent();
+    host.start_agent_with(Some("volume-snapshot.paused"));
+    is_ready_again(&host, "web");
+    let mut client = host.form_command(&one).spawn().unwrap();
+    assert!(host.dies_at("volume-snapshot.paused", |_| false));
+    let _ = (client.kill(), client.wait());
+    host.start_agent();
+    is_ready_again(&host, "web");
+    assert_eq!(host.form(&["volume", "snapshot", "ls", "log", "-o", "name"]).ok().stdout, "", "nothing of it was kept");
+    let _ = host.form(&one).ok();
+    let shown = host.form(&["volume", "snapshot", "show", "log", "one", "-o", "json"]).ok().json();
+    assert!(shown["consistency"] == "quiesced" && shown["pause_ms"].is_u64() && shown["fault"].is_null(), "{shown}");
+    sh(&host, "web", "echo second > /log/it; busybox sync");
+    let runs = host.form(&["volume", "snapshot", "restore", "log", "one", "-y"]).exits(5);
+    assert!(runs.stderr.contains("vm/web runs with volume/log"), "{runs:?}");
+    // One that stands already is not asked, and stays where it is.
+    let _ = host.form(&["vm", "pause", "web"]).ok();
+    let _ = host.form(&["volume", "snapshot", "create", "log", "-n", "two"]).ok();
+    assert_eq!(host.vm("web")["state"], "paused");
+    let shown = host.form(&["volume", "snapshot", "show", "log", "two", "-o", "json"]).ok().json();
+    assert!(shown["consistency"] == "crash" && shown["pause_ms"].is_null(), "{shown}");
+    let _ = host.form(&["vm", "resume", "web"]).ok();
+
+    let _ = host.form(&["volume", "detach", "log"]).ok();
+    for (snapshot, held) in [("one", "first\n"), ("two", "second\n")] {
+        let _ = host.form(&["volume", "snapshot", "restore", "log", snapshot, "-y"]).ok();
+        let _ = host.form(&["volume", "attach", "log", "web", "/log"]).ok();
+        assert_eq!(sh(&host, "web", "busybox cat /log/it"), held);
+        all_in_place(&host, "web", 5);
+        let _ = host.form(&["volume", "detach", "log"]).ok();
+    }
+
+    // Where blocks are not shared a VM would have to wait for a copy.
+    let _ = host.form(&["volume", "create", "slow", "-s", "16M", "--pool", "plain"]).ok();
+    let _ = host.form(&["volume", "attach", "slow", "web"]).ok();
+    let waits = host.form(&["volume", "snapshot", "create", "slow"]).exits(5);
+    assert!(waits.stderr.contains("stand still") && waits.stderr.contains("form volume move"), "{waits:?}");
+    let _ = host.form(&["volume", "detach", "slow"]).ok();
+    let _ = host.form(&["volume", "snapshot", "create", "slow"]).ok();
+    let _ = host.form(&["volume", "rm", "log", "slow", "--snapshots", "-y"]).ok();
+    let _ = host.form(&["pool", "rm", "shares", "plain", "-y"]).ok();
+    assert_eq!(host.process(&host.vm("web")).1, pid, "it was never started again");
+    all_in_place(&host, "web", 4);
+    host
 }
 
 /// The VM that runs gets volumes, has them grow, and gives them back, whatever its agent does meanwhile. It is the same VM afterwards.

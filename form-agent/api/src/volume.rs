@@ -12,6 +12,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use crate::snapshot::Consistency;
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Volume {
     pub id: VolumeId,
@@ -30,6 +32,9 @@ pub struct Volume {
     #[serde(default)]
     pub limits: DiskLimits,
     pub attachment: Option<Attachment>,
+    /// How many snapshots there are of it.
+    #[serde(default)]
+    pub snapshots: u32,
     /// Where programs of the host reach it over NBD.
     #[serde(default)]
     pub export: Option<Export>,
@@ -165,6 +170,69 @@ pub struct ResizeRequest {
 pub struct CloneRequest {
     /// Of the new volume.
     pub name: Name,
+    /// A snapshot of the other one: what it held then, and not what it holds now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<Name>,
+    /// That of the snapshot, when it is not the other volume's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 16_777_216, maximum = 70_368_744_177_664_i64, multiple_of = 512)]
+    pub size_bytes: Option<u64>,
+}
+
+/// What a volume held at one instant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VolumeSnapshot {
+    /// One volume has no two of the same name.
+    pub name: Name,
+    pub volume: Name,
+    pub volume_id: VolumeId,
+    pub host: HostId,
+    pub host_name: String,
+    /// The volume's own.
+    pub pool: Name,
+    pub format: VolumeFormat,
+    pub created_at: Option<Timestamp>,
+    /// None of one that cannot be used. `stopped`: nobody could write to the volume.
+    pub consistency: Option<Consistency>,
+    /// Of the volume, as a guest saw it then.
+    pub size_bytes: Option<u64>,
+    /// What its file takes. Blocks that it shares with the volume are counted.
+    pub allocated_bytes: Option<u64>,
+    /// How long the VM stood still for it, in milliseconds; none when none had to.
+    pub pause_ms: Option<u64>,
+    /// Why it cannot be used.
+    pub fault: Option<String>,
+}
+
+/// `POST /v1/volumes/{name}/snapshots`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeSnapshotRequest {
+    /// Without it the agent makes one of the time.
+    #[serde(default)]
+    pub name: Option<Name>,
+}
+
+/// `POST /v1/volumes/{name}/restore`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRestoreRequest {
+    pub snapshot: Name,
+    /// That of the snapshot, which the volume then has; needed when it is another than the volume's now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 16_777_216, maximum = 70_368_744_177_664_i64, multiple_of = 512)]
+    pub size_bytes: Option<u64>,
+}
+
+/// `DELETE /v1/volumes/{name}`: how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveVolumeQuery {
+    /// Remove its snapshots as well. Without it a volume that has some is not removed.
+    #[serde(default)]
+    #[param(required = false)]
+    pub snapshots: bool,
 }
 
 /// `POST /v1/volumes/{name}/move`
@@ -250,11 +318,14 @@ pub struct Pool {
     pub path: PathBuf,
     pub total_bytes: u64,
     pub free_bytes: u64,
-    /// The sizes of its volumes together, which may be more than there is room for: they take room as they fill.
+    /// The sizes of its volumes together, and what their snapshots take; it may be more than there is room for: volumes take room as they fill.
     pub provisioned_bytes: u64,
-    /// What its volumes take.
+    /// What its volumes and their snapshots take. Blocks that they share are counted for each.
     pub allocated_bytes: u64,
     pub volumes: u32,
+    /// Of all its volumes.
+    #[serde(default)]
+    pub snapshots: u32,
     /// With less free room than this nothing new is begun in it.
     #[serde(default)]
     pub reserve_bytes: u64,

@@ -23,7 +23,7 @@ use form_api::{
     },
     volume::{
         AttachRequest, Attachment, AttachmentState, CloneRequest, CreateRequest, DetachRequest, ExportRequest, MoveRequest, Pool, PoolKind,
-        ResizeRequest, SetVolumeRequest, Volume,
+        ResizeRequest, SetVolumeRequest, Volume, VolumeRestoreRequest, VolumeSnapshot, VolumeSnapshotRequest,
     },
 };
 use form_types::{
@@ -107,7 +107,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("AttachRequest", json!(attach)),
         ("DetachRequest", json!(DetachRequest { force: false })),
         ("BlocksReply", json!(BlocksReply { stored: 32 })),
-        ("CloneRequest", json!(CloneRequest { name: copy })),
+        ("CloneRequest", json!(CloneRequest { name: copy, snapshot: None, size_bytes: None })),
         ("CreateRequest", json!(create)),
         ("ClaimRequest", json!(ClaimRequest { secret: "5d".repeat(32) })),
         ("CreateVmRequest", json!(CreateVmRequest { vm: deploy.clone(), start: true, disk_of: None, fork_of: None })),
@@ -138,7 +138,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("RollbackRequest", json!(RollbackRequest { to: earlier.request.clone() })),
         ("SetVolumeRequest", json!(SetVolumeRequest { iops: Some(Some(500)), bytes_per_second: Some(None) })),
         ("Snapshot", json!(snapshot(&before, &vm))),
-        ("SnapshotRequest", json!(SnapshotRequest { name: Some(before) })),
+        ("SnapshotRequest", json!(SnapshotRequest { name: Some(before.clone()) })),
         ("Spec", json!(spec(&name))),
         ("SshAccess", json!(ssh_access(&vm))),
         ("Verification", json!(verification(&name))),
@@ -147,6 +147,9 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("VmVersion", json!(earlier)),
         ("VmStats", json!(stats(&vm))),
         ("Volume", json!(volume(&data, &local, &name))),
+        ("VolumeRestoreRequest", json!(VolumeRestoreRequest { snapshot: before.clone(), size_bytes: Some(10 << 30) })),
+        ("VolumeSnapshot", json!(volume_snapshot(&before, volume(&data, &local, &name)))),
+        ("VolumeSnapshotRequest", json!(VolumeSnapshotRequest { name: Some(before) })),
     ])
 }
 
@@ -409,8 +412,27 @@ fn volume(name: &Name, pool: &Name, vm: &Name) -> Volume {
         serial: id.serial(),
         limits: DiskLimits { iops: Some(500), bytes_per_second: Some(50 << 20) },
         attachment: Some(attachment),
+        snapshots: 1,
         export: None,
         created_at: at(0),
+        fault: None,
+    }
+}
+
+fn volume_snapshot(name: &Name, volume: Volume) -> VolumeSnapshot {
+    VolumeSnapshot {
+        name: name.clone(),
+        volume: volume.name,
+        volume_id: volume.id,
+        host: volume.host,
+        host_name: volume.host_name,
+        pool: volume.pool,
+        format: volume.format,
+        created_at: Some(at(60)),
+        consistency: Some(Consistency::Quiesced),
+        size_bytes: Some(10 << 30),
+        allocated_bytes: Some(151_519_232),
+        pause_ms: Some(12),
         fault: None,
     }
 }
@@ -436,6 +458,7 @@ fn pool(name: &Name) -> Pool {
         provisioned_bytes: 20 << 30,
         allocated_bytes: 187_432_960,
         volumes: 1,
+        snapshots: 1,
         reserve_bytes: 10 << 30,
         limit_bytes: None,
         labels: [].into(),

@@ -39,8 +39,11 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
     let code = match error {
         StoreError::NoRoom { .. } => ErrorCode::NoRoom,
         StoreError::NoImage(_) | StoreError::NoImageDigest(_) | StoreError::NoKernel(_) | StoreError::NoDisk(_) => ErrorCode::NotFound,
-        StoreError::NoPool(_) | StoreError::NoVolume(_) | StoreError::NoSnapshot(_) => ErrorCode::NotFound,
-        StoreError::SnapshotExists(_) => ErrorCode::Conflict,
+        StoreError::NoPool(_) | StoreError::NoVolume(_) | StoreError::NoSnapshot(_) | StoreError::NoVolumeSnapshot(_) => {
+            ErrorCode::NotFound
+        }
+        StoreError::SnapshotExists(_) | StoreError::VolumeSnapshotExists(_) | StoreError::NoSharing(_) => ErrorCode::Conflict,
+        StoreError::VolumeSnapshotVersion { .. } | StoreError::VolumeSnapshotDamaged { .. } => ErrorCode::Failed,
         StoreError::SnapshotVersion { .. } | StoreError::SnapshotDamaged { .. } => ErrorCode::Failed,
         StoreError::Manifest(_) | StoreError::Kernel(_) | StoreError::Block(_) | StoreError::DiskTooSmall { .. } => ErrorCode::Invalid,
         StoreError::VolumeSize(_) | StoreError::VolumeShrinks { .. } | StoreError::VolumeTooLarge { .. } => ErrorCode::Invalid,

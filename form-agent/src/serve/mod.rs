@@ -15,6 +15,7 @@ mod stats;
 mod stream;
 mod vm;
 mod volume;
+mod volume_snapshot;
 
 use std::sync::Arc;
 
@@ -106,6 +107,12 @@ api! {
     volume::import,
     volume::contents,
     volume::remove,
+    volume_snapshot::list_all,
+    volume_snapshot::list,
+    volume_snapshot::create,
+    volume_snapshot::show,
+    volume_snapshot::remove,
+    volume_snapshot::restore,
     pool::list,
     pool::create,
     pool::show,

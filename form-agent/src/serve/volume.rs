@@ -13,8 +13,8 @@ use form_api::{
     operation::Operation,
     server::{self, read_json},
     volume::{
-        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, MoveRequest, Piece, ResizeRequest,
-        SetVolumeRequest, Volume,
+        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, MoveRequest, Piece, RemoveVolumeQuery,
+        ResizeRequest, SetVolumeRequest, Volume,
     },
 };
 use form_types::Name;
@@ -74,9 +74,9 @@ pub async fn show(State(agent): State<Shared>, Segment(name): Segment, request: 
     blocking(move || Ok(describe::volume(&agent, &describe::volume_named(&agent, &name)?))).await.map(Json)
 }
 
-type Accepted = Result<(StatusCode, Json<Operation>), ApiError>;
+pub(super) type Accepted = Result<(StatusCode, Json<Operation>), ApiError>;
 
-async fn begin(agent: Arc<Agent>, caller: Caller, name: Name, change: Change) -> Accepted {
+pub(super) async fn begin(agent: Arc<Agent>, caller: Caller, name: Name, change: Change) -> Accepted {
     let runtime = tokio::runtime::Handle::current();
     blocking(move || {
         // What it goes on with is a task of this runtime.
@@ -87,7 +87,7 @@ async fn begin(agent: Arc<Agent>, caller: Caller, name: Name, change: Change) ->
     .map(accepted)
 }
 
-async fn change<T: DeserializeOwned>(agent: Shared, name: &str, request: Request, change: impl FnOnce(T) -> Change) -> Accepted {
+pub(super) async fn change<T: DeserializeOwned>(agent: Shared, name: &str, request: Request, change: impl FnOnce(T) -> Change) -> Accepted {
     let (caller, body) = changing(&agent, request).await?;
     let body: T = read_json(&body)?;
     begin(agent, caller, parsed(name)?, change(body)).await
@@ -186,7 +186,9 @@ pub async fn set(State(agent): State<Shared>, Segment(name): Segment, request: R
     change(agent, &name, request, Change::Set).await
 }
 
-/// Makes a new volume that holds what another holds now. No VM may run with that one.
+/// Makes a new volume that holds what another holds now, or held when a snapshot of it was made.
+///
+/// No VM may run with the other one, unless it is a snapshot that is copied.
 #[utoipa::path(
     post,
     path = "/v1/volumes/{name}/clone",
@@ -201,7 +203,7 @@ pub async fn clone(State(agent): State<Shared>, Segment(name): Segment, request:
     change(agent, &name, request, Change::Clone).await
 }
 
-/// Moves a volume to another pool of its host. No VM may run with it, and it may not be exported.
+/// Moves a volume to another pool of its host, with its snapshots. No VM may run with it, and it may not be exported.
 ///
 /// It is copied and compared before the first one is removed: at every moment one of the two is the volume, whole.
 #[utoipa::path(
@@ -362,16 +364,17 @@ async fn sent(client: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> bool {
     matches!(tokio::time::timeout(STANDSTILL, client.write_all(&frame.encode())).await, Ok(Ok(())))
 }
 
-/// Removes a volume that no VM has, with everything it holds.
+/// Removes a volume that no VM has, with everything it holds. One that has snapshots is in the way of that, unless they go as well.
 #[utoipa::path(
     delete,
     path = "/v1/volumes/{name}",
     operation_id = "remove_volume",
     tag = "volumes",
-    params(("name" = Name, Path, description = "The volume"), ChangeHeaders),
+    params(("name" = Name, Path, description = "The volume"), RemoveVolumeQuery, ChangeHeaders),
     responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
     security((), ("key" = [], "signature" = []))
 )]
 pub async fn remove(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
-    bare_change(agent, &name, request, Change::Remove).await
+    let RemoveVolumeQuery { snapshots } = query(request.uri())?;
+    bare_change(agent, &name, request, if snapshots { Change::RemoveWithSnapshots } else { Change::Remove }).await
 }

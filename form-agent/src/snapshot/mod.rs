@@ -3,6 +3,7 @@
 pub mod describe;
 pub mod operate;
 pub mod restore;
+pub mod still;
 mod take;
 
 use form_api::{ApiError, ErrorCode, deploy::DeployRequest, snapshot::Consistency};

@@ -113,7 +113,10 @@ fn state_of(agent: &Agent, vm: &VmId) -> VmState {
 }
 
 /// `s20260131-120000`: in UTC, so that names sort by time.
-fn name_of(now: Timestamp) -> Result<Name, ApiError> {
+///
+/// # Errors
+/// Never: it is a name.
+pub fn name_of(now: Timestamp) -> Result<Name, ApiError> {
     now.strftime("s%Y%m%d-%H%M%S").to_string().parse().map_err(|error| internal(&error))
 }
 

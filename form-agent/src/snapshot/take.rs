@@ -87,10 +87,10 @@ pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Na
 }
 
 /// A VM with a process.
-struct Running<'a> {
-    agent: &'a Arc<Agent>,
-    vm: &'a VmId,
-    directory: RuntimeDirectory,
+pub(super) struct Running<'a> {
+    pub(super) agent: &'a Arc<Agent>,
+    pub(super) vm: &'a VmId,
+    pub(super) directory: RuntimeDirectory,
 }
 
 impl Running<'_> {
@@ -107,7 +107,7 @@ impl Running<'_> {
     }
 
     /// Whether the guest holds back writes now.
-    async fn freeze(&self) -> bool {
+    pub(super) async fn freeze(&self) -> bool {
         let limit_ms = u64::try_from(FREEZE_LIMIT.as_millis()).unwrap_or(u64::MAX);
         match guest::ask(&self.directory.control(), &Request::Freeze { limit_ms }, QUIESCE).await {
             Ok(Reply::Done) => true,
@@ -120,7 +120,7 @@ impl Running<'_> {
     }
 
     /// Also when the freeze was not answered: it may have come to pass. A guest that does not hear thaws by itself.
-    async fn thaw(&self, frozen: bool) {
+    pub(super) async fn thaw(&self, frozen: bool) {
         let control = self.directory.control();
         if let Err(error) = guest::ask(&control, &Request::Thaw, ANSWER).await
             && frozen
@@ -173,7 +173,7 @@ impl Writing {
     }
 }
 
-enum Fault {
+pub(super) enum Fault {
     /// The VM is as it was.
     Api(ApiError),
     /// It could not be let go on.
@@ -181,7 +181,7 @@ enum Fault {
 }
 
 impl Fault {
-    fn into_api(self) -> ApiError {
+    pub(super) fn into_api(self) -> ApiError {
         match self {
             Self::Api(error) | Self::Stands(error) => error,
         }
@@ -238,7 +238,7 @@ fn room_for_copy(agent: &Agent, vm: &VmId, memory_mib: u64) -> Option<Twice> {
     }
 }
 
-fn pause(client: &Client, ran: bool) -> Result<(), ApiError> {
+pub(super) fn pause(client: &Client, ran: bool) -> Result<(), ApiError> {
     match if ran { client.pause() } else { Ok(()) } {
         Ok(()) => Ok(()),
         Err(error) => Err(process_error(&error)),
@@ -281,7 +281,7 @@ fn save_aside(client: &Client, vm: &VmId, state: BorrowedFd<'_>, memory: Borrowe
 }
 
 /// Asked of the very process that was saved.
-fn still_stands(client: &Client) -> Result<(), ApiError> {
+pub(super) fn still_stands(client: &Client) -> Result<(), ApiError> {
     match client.status() {
         Ok((ProcessState::Paused, _)) => Ok(()),
         Ok(_) => Err(ApiError::new(ErrorCode::Conflict, "somebody let the VM go on while it was being saved").hint("try again")),
@@ -290,7 +290,7 @@ fn still_stands(client: &Client) -> Result<(), ApiError> {
 }
 
 /// On a connection of its own: that of the save is used up when the save has failed.
-fn go_on(control: &Path) -> Result<(), ApiError> {
+pub(super) fn go_on(control: &Path) -> Result<(), ApiError> {
     let mut last = None;
     for _ in 0..RESUMES {
         match Client::connect(control).and_then(|client| client.resume()) {
@@ -305,7 +305,7 @@ fn go_on(control: &Path) -> Result<(), ApiError> {
         .hint("start it again with `form vm reset`"))
 }
 
-fn process_error(error: &ClientError) -> ApiError {
+pub(super) fn process_error(error: &ClientError) -> ApiError {
     match error {
         ClientError::Gone | ClientError::Connect(_) => {
             ApiError::new(ErrorCode::Conflict, "the VM ended while it was being saved").hint("see `form ps`, and try again when it runs")

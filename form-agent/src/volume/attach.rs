@@ -48,6 +48,8 @@ pub fn open_one(agent: &Agent, volume: DesiredVolume) -> Result<Ready, AttachErr
     }
     let open = || {
         let pool = agent.store.pool(&volume.pool)?;
+        // What a restore that was interrupted left to do.
+        pool.settle_restore(&volume.id, volume.restored.as_ref())?;
         let entry = pool.ensure(&volume.id, volume.format, volume.size_bytes)?;
         if entry.size_bytes < volume.size_bytes {
             pool.grow(&volume.id, volume.size_bytes)?;

@@ -25,6 +25,7 @@ pub fn held_by(agent: &Agent, vm: &VmId) -> Vec<VolumeId> {
 
 pub fn volume(agent: &Agent, volume: &DesiredVolume) -> Volume {
     let entry = agent.store.pool(&volume.pool).and_then(|pool| pool.volume(&volume.id));
+    let snapshots = agent.store.pool(&volume.pool).and_then(|pool| pool.snapshots(&volume.id)).unwrap_or_default();
     let (allocated_bytes, fault) = match entry {
         Ok(entry) => (Some(entry.allocated_bytes), None),
         // It is made when it is first needed.
@@ -43,6 +44,7 @@ pub fn volume(agent: &Agent, volume: &DesiredVolume) -> Volume {
         serial: volume.id.serial(),
         limits: volume.limits,
         attachment: volume.attached.as_ref().and_then(|attached| attachment(agent, &volume.id, attached)),
+        snapshots: u32::try_from(snapshots.len()).unwrap_or(u32::MAX),
         export: agent.exports.of(&volume.id),
         created_at: volume.created_at,
         fault,
@@ -80,7 +82,10 @@ pub fn pool_named(agent: &Agent, name: &Name) -> Result<Pool, ApiError> {
 pub fn pool(agent: &Agent, pool: &form_store::Pool) -> Pool {
     let here = super::pool::volumes_in(agent, pool.name());
     let settings = pool.settings();
-    let allocated = here.iter().filter_map(|volume| pool.volume(&volume.id).ok()).map(|entry| entry.allocated_bytes).sum();
+    let of_volumes = here.iter().filter_map(|volume| pool.volume(&volume.id).ok()).map(|entry| entry.allocated_bytes);
+    let of_snapshots = here.iter().map(|volume| pool.snapshot_bytes(&volume.id));
+    let allocated = of_volumes.chain(of_snapshots).fold(0, u64::saturating_add);
+    let snapshots = here.iter().filter_map(|volume| pool.snapshots(&volume.id).ok()).map(|names| names.len()).sum::<usize>();
     let (space, fault) = match pool.space() {
         Ok(space) => (space, None),
         Err(error) => (Space { total: 0, free: 0 }, Some(error.to_string())),
@@ -93,9 +98,10 @@ pub fn pool(agent: &Agent, pool: &form_store::Pool) -> Pool {
         path: pool.directory().to_owned(),
         total_bytes: space.total,
         free_bytes: space.free,
-        provisioned_bytes: here.iter().map(|volume| volume.size_bytes).fold(0, u64::saturating_add),
+        provisioned_bytes: super::pool::promised(pool, &here),
         allocated_bytes: allocated,
         volumes: u32::try_from(here.len()).unwrap_or(u32::MAX),
+        snapshots: u32::try_from(snapshots).unwrap_or(u32::MAX),
         reserve_bytes: settings.reserve_bytes,
         limit_bytes: settings.limit_bytes,
         labels: settings.labels,
@@ -124,6 +130,7 @@ impl rules::VolumeFault {
             Self::Path(_) => (ErrorCode::Invalid, "write a path like /var/lib/data".to_owned()),
             Self::Shrinks { .. } => (ErrorCode::Invalid, "make a smaller volume, and copy what it shall hold".to_owned()),
             Self::Limit(_) => (ErrorCode::Invalid, "write `none` for no limit".to_owned()),
+            Self::CloneSize => (ErrorCode::Invalid, "name the snapshot, or make the clone larger with `form volume resize`".to_owned()),
             Self::Size(_) => (ErrorCode::Invalid, "write a size like 512M, 20G or 20971520".to_owned()),
         };
         ApiError::new(code, self.to_string()).hint(hint)
@@ -139,6 +146,7 @@ pub fn faults(agent: &Agent) -> Vec<(String, String)> {
         .filter(|volume| volume.host == agent.host_id())
         .filter_map(|desired| Some((format!("volume/{}", desired.name), volume(agent, desired).fault?)))
         .collect();
+    found.extend(super::snapshot::faults(agent));
     // Of two that claimed one name at once the loser is in the state, and has no name.
     let pool_of = |id: &VolumeId| view.cluster().record(form_state::Table::Volumes, *id)?.get("pool")?.as_text().map(str::to_owned);
     for pool in agent.store.pools() {

@@ -141,6 +141,8 @@ pub fn start(agent: &Agent, pool: &Pool, volume: &DesiredVolume, request: &Expor
 /// When somebody else has it, or it cannot be opened.
 pub fn open(pool: &Pool, volume: &DesiredVolume, writable: bool) -> Result<Contents, ApiError> {
     let open = || {
+        // What a restore that was interrupted left to do.
+        pool.settle_restore(&volume.id, volume.restored.as_ref())?;
         pool.ensure(&volume.id, volume.format, volume.size_bytes)?;
         pool.open_volume(&volume.id, !writable)
     };

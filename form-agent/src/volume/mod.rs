@@ -8,12 +8,13 @@ pub mod operate;
 pub mod plan;
 pub mod pool;
 pub mod rules;
+pub mod snapshot;
 pub mod transfer;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use form_state::{Record, RecordId, Scalar, Table, View};
-use form_types::{DiskLimits, HostId, Name, VmId, VolumeFormat, VolumeId};
+use form_types::{DiskLimits, HostId, Name, OperationId, VmId, VolumeFormat, VolumeId};
 use jiff::Timestamp;
 
 /// Most volumes of one VM: the slots of its bus, less those of the other devices.
@@ -30,6 +31,8 @@ pub struct DesiredVolume {
     pub size_bytes: u64,
     pub created_at: Timestamp,
     pub limits: DiskLimits,
+    /// The last restore from a snapshot: what is in the pool is to be what that one made.
+    pub restored: Option<OperationId>,
     /// The one VM that has it.
     pub attached: Option<Attached>,
 }
@@ -65,6 +68,7 @@ impl DesiredVolume {
             size_bytes: number("size")?,
             created_at: Timestamp::from_second(i64::try_from(number("created_at")?).ok()?).ok()?,
             limits: crate::desired::read_disk_limits(record, rules::IOPS, rules::BYTES_PER_SECOND),
+            restored: text(rules::RESTORED).and_then(|text| text.parse().ok()),
             attached,
         })
     }

@@ -8,14 +8,17 @@ use std::{
 use form_api::{
     ApiError, ErrorCode,
     operation::{Operation, OperationKind},
-    volume::{AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, MoveRequest, ResizeRequest, SetVolumeRequest},
+    volume::{
+        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, MoveRequest, ResizeRequest, SetVolumeRequest,
+        VolumeRestoreRequest,
+    },
 };
 use form_state::Table;
 use form_store::{Hold, Pool, StoreError};
 use form_types::{Failpoint, Name, OperationId, VmId, VolumeFormat, VolumeId, failpoint::reach};
 use serde::{Deserialize, Serialize};
 
-use super::{DesiredVolume, describe, export, live, of_vm, pool, rules};
+use super::{DesiredVolume, describe, export, live, of_vm, pool, rules, snapshot};
 use crate::{
     agent::{Agent, internal},
     authorise::{self, Caller, SignedRequest},
@@ -39,6 +42,11 @@ pub enum Change {
     Export(ExportRequest),
     Unexport,
     Remove,
+    RemoveWithSnapshots,
+    /// A new one of this name.
+    Snapshot(Name),
+    RemoveSnapshot(Name),
+    Restore(VolumeRestoreRequest),
 }
 
 impl Change {
@@ -54,7 +62,10 @@ impl Change {
             Self::Import(_) => OperationKind::VolumeImport,
             Self::Export(_) => OperationKind::VolumeExport,
             Self::Unexport => OperationKind::VolumeUnexport,
-            Self::Remove => OperationKind::VolumeRemove,
+            Self::Remove | Self::RemoveWithSnapshots => OperationKind::VolumeRemove,
+            Self::Snapshot(_) => OperationKind::VolumeSnapshotCreate,
+            Self::RemoveSnapshot(_) => OperationKind::VolumeSnapshotRemove,
+            Self::Restore(_) => OperationKind::VolumeRestore,
         }
     }
 }
@@ -67,6 +78,9 @@ pub(super) struct Progress {
     pub(super) pool: Name,
     pub(super) change: Change,
     request: SignedRequest,
+    /// None of one that an earlier release began.
+    #[serde(default)]
+    pub(super) operation: Option<OperationId>,
 }
 
 /// How [`open`] went.
@@ -113,7 +127,9 @@ pub(super) fn open(agent: &Agent, caller: &Caller, name: &Name, change: Change) 
     };
     match change {
         // These free room, or hold back who takes it.
-        Change::Remove | Change::Detach(_) | Change::Set(_) => agent.use_headroom(),
+        Change::Remove | Change::RemoveWithSnapshots | Change::RemoveSnapshot(_) | Change::Detach(_) | Change::Set(_) => {
+            agent.use_headroom()
+        }
         _ => agent.keep_headroom(),
     }
     // A repeated request is answered whatever has become of the volume by now.
@@ -149,7 +165,7 @@ fn remember(agent: &Agent, caller: &Caller, id: OperationId, name: &Name, change
             (volume.id, volume.pool)
         }
     };
-    let progress = Progress { id: id_of_it, pool, change, request: caller.signed.clone() };
+    let progress = Progress { id: id_of_it, pool, change, request: caller.signed.clone(), operation: Some(id) };
     agent.operations.remember(id, serde_json::to_value(&progress).map_err(|error| internal(&error))?)?;
     Ok(progress)
 }
@@ -200,8 +216,12 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
         }
         Change::Set(request) => rules::check_set(&volume, request).map(drop).map_err(fault),
         Change::Clone(request) => {
-            rules::check_new(&request.name, volume.size_bytes, &view).map_err(fault)?;
-            pool::may_promise(agent, &*pool_of(agent, &volume)?, volume.size_bytes)?;
+            let size_bytes = rules::clone_size(&volume, request).map_err(fault)?;
+            rules::check_new(&request.name, size_bytes, &view).map_err(fault)?;
+            pool::may_promise(agent, &*pool_of(agent, &volume)?, size_bytes)?;
+            if let Some(snapshot) = &request.snapshot {
+                return snapshot::check_clone(agent, &volume, request, snapshot);
+            }
             not_exported(agent, &volume, "be cloned", Writable)?;
             not_held(agent, &volume, "be cloned")
         }
@@ -209,12 +229,19 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
             rules::check_move(&volume, &request.pool).map_err(fault)?;
             let target = agent.store.pool(&request.pool).map_err(|error| store_error(&error))?;
             target.is_there().map_err(|error| store_error(&error))?;
-            pool::may_promise(agent, &target, volume.size_bytes)?;
+            let snapshots = pool_of(agent, &volume)?.snapshot_bytes(&volume.id);
+            pool::may_promise(agent, &target, volume.size_bytes.saturating_add(snapshots))?;
             not_exported(agent, &volume, "be moved", Whatever)?;
             not_held(agent, &volume, "be moved")
         }
-        Change::Remove => {
+        Change::Snapshot(name) => snapshot::check_create(agent, &volume, name),
+        Change::RemoveSnapshot(name) => snapshot::one(agent, &volume, name).map(drop),
+        Change::Restore(request) => snapshot::check_restore(agent, &volume, request),
+        Change::Remove | Change::RemoveWithSnapshots => {
             rules::check_remove(&volume, &view).map_err(fault)?;
+            if matches!(change, Change::Remove) {
+                snapshot::none_left(agent, &volume)?;
+            }
             not_exported(agent, &volume, "be removed", Writable)?;
             not_held(agent, &volume, "be removed")
         }
@@ -265,12 +292,19 @@ fn can_be_let_go(agent: &Agent, volume: &DesiredVolume) -> Result<(), ApiError> 
     }
 }
 
-fn perform(agent: &Agent, name: &Name, progress: &Progress) -> Result<(), ApiError> {
+fn perform(agent: &Arc<Agent>, name: &Name, progress: &Progress) -> Result<(), ApiError> {
     let pool = agent.store.pool(&progress.pool).map_err(|error| store_error(&error))?;
     let pool = &*pool;
     let _in_use = pool.enter().map_err(|error| store_error(&error))?;
-    if let Change::Move(request) = &progress.change {
-        return relocate(agent, pool, name, progress, request);
+    match &progress.change {
+        Change::Move(request) => return relocate(agent, pool, name, progress, request),
+        Change::Snapshot(snapshot) => return snapshot::create(agent, pool, name, progress, snapshot),
+        Change::RemoveSnapshot(snapshot) => return pool.remove_snapshot(&progress.id, snapshot).map_err(|error| store_error(&error)),
+        Change::Restore(request) => {
+            let check = || check(agent, name, &progress.change);
+            return snapshot::restore(agent, pool, name, (progress, &progress.request), check, request);
+        }
+        _ => {}
     }
     make(agent, pool, name, progress)?;
     let Some(vm) = vm_of(agent, name, &progress.change) else { return complete(agent, pool, name, progress) };
@@ -300,6 +334,10 @@ fn relocate(agent: &Agent, from: &Pool, name: &Name, progress: &Progress, reques
     let target = agent.store.pool(&request.pool).map_err(store)?;
     let _in_use = target.enter().map_err(store)?;
     let volume = describe::volume_named(agent, name)?;
+    {
+        let _turn = agent.volume_turn();
+        from.settle_restore(&volume.id, volume.restored.as_ref()).map_err(store)?;
+    }
     pool::has_room(&target)?;
     target.can_hold(volume.format, volume.size_bytes).map_err(store)?;
     let held = target.copy_from(from, &progress.id).map_err(store)?;
@@ -372,14 +410,15 @@ fn make(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Result<
             pool.can_hold(request.format, request.size_bytes).map_err(store)?;
             pool.create(&progress.id, request.format, request.size_bytes).map_err(store)?;
         }
-        Change::Clone(_) => {
+        Change::Clone(request) => {
             pool::has_room(pool)?;
             let source = describe::volume_named(agent, name)?;
-            match pool.volume(&source.id) {
-                Ok(_) => pool.clone_volume(&source.id, &progress.id).map_err(store)?,
+            match (&request.snapshot, pool.volume(&source.id)) {
+                (Some(snapshot), _) => pool.clone_snapshot(&source.id, snapshot, &progress.id).map_err(store)?,
+                (None, Ok(_)) => pool.clone_volume(&source.id, &progress.id).map_err(store)?,
                 // Of one that was never used there is nothing to copy.
-                Err(StoreError::NoVolume(_)) => pool.create(&progress.id, source.format, source.size_bytes).map_err(store)?,
-                Err(error) => return Err(store(error)),
+                (None, Err(StoreError::NoVolume(_))) => pool.create(&progress.id, source.format, source.size_bytes).map_err(store)?,
+                (None, Err(error)) => return Err(store(error)),
             };
         }
         Change::Resize(request) => {
@@ -418,7 +457,7 @@ fn record(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Resul
             return Ok(());
         }
         // They end an export that only reads.
-        Change::Remove | Change::Detach(_) => {
+        Change::Remove | Change::RemoveWithSnapshots | Change::Detach(_) => {
             check(agent, name, &progress.change)?;
             agent.exports.end(&progress.id);
         }
@@ -437,14 +476,14 @@ fn record(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Resul
 /// The volume, when it may be changed only while nobody has it open: the state may be wrong about that, its lock is not.
 fn hold(pool: &Pool, name: &Name, progress: &Progress) -> Result<Option<Hold>, ApiError> {
     match (&progress.change, pool.hold(&progress.id)) {
-        (Change::Remove | Change::Detach(_), Err(error @ StoreError::VolumeInUse { .. })) => {
+        (Change::Remove | Change::RemoveWithSnapshots | Change::Detach(_), Err(error @ StoreError::VolumeInUse { .. })) => {
             Err(ApiError::new(ErrorCode::Conflict, format!("volume/{name}: {error}")).hint("end what uses it, and try again"))
         }
-        (Change::Remove, Err(error)) => {
+        (Change::Remove | Change::RemoveWithSnapshots, Err(error)) => {
             let gone = store_error(&error);
             Err(gone.hint("is the file system of its pool mounted? If it is gone for good, make an empty directory in its place"))
         }
-        (Change::Remove, Ok(held)) => Ok(Some(held)),
+        (Change::Remove | Change::RemoveWithSnapshots, Ok(held)) => Ok(Some(held)),
         (Change::Detach(_), held) => Ok(held.ok()),
         _ => Ok(None),
     }
@@ -454,7 +493,7 @@ fn hold(pool: &Pool, name: &Name, progress: &Progress) -> Result<Option<Hold>, A
 fn settle(pool: &Pool, progress: &Progress, held: Option<Hold>) -> Result<(), ApiError> {
     match &progress.change {
         // What is in the pool that it came from.
-        Change::Remove | Change::Move(_) => {
+        Change::Remove | Change::RemoveWithSnapshots | Change::Move(_) => {
             let held = held.map_or_else(|| pool.hold(&progress.id), Ok).map_err(|error| store_error(&error))?;
             pool.remove(held).map_err(|error| store_error(&error))
         }
@@ -465,6 +504,8 @@ fn settle(pool: &Pool, progress: &Progress, held: Option<Hold>) -> Result<(), Ap
         },
         Change::Create(_) | Change::Clone(_) | Change::Import(_) | Change::Attach(_) | Change::Detach(_) | Change::Set(_) => Ok(()),
         Change::Export(_) | Change::Unexport => Ok(()),
+        Change::Snapshot(_) | Change::RemoveSnapshot(_) => Ok(()),
+        Change::Restore(_) => pool.settle_restore(&progress.id, progress.operation.as_ref()).map_err(|error| store_error(&error)),
     }
 }
 
@@ -489,16 +530,19 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
         // Exports have ended with the agent that had them.
         Change::Export(_) => false,
         Change::Unexport => true,
-        Change::Remove => !known,
-        Change::Move(request) => desired.is_none_or(|volume| volume.pool == request.pool),
-        Change::Resize(request) => desired.is_some_and(|volume| volume.size_bytes == request.size_bytes),
+        Change::Remove | Change::RemoveWithSnapshots => !known,
+        Change::Snapshot(name) => desired.as_ref().is_some_and(|volume| snapshot::is_made(agent, volume, name, progress.operation)),
+        Change::RemoveSnapshot(name) => desired.as_ref().is_none_or(|volume| snapshot::one(agent, volume, name).is_err()),
+        Change::Restore(_) => desired.as_ref().is_some_and(|volume| volume.restored == progress.operation),
+        Change::Move(request) => desired.as_ref().is_none_or(|volume| volume.pool == request.pool),
+        Change::Resize(request) => desired.as_ref().is_some_and(|volume| volume.size_bytes == request.size_bytes),
         // A VM that runs is told when its guest is next heard of.
-        Change::Set(request) => desired.is_some_and(|volume| rules::check_set(&volume, request) == Ok(volume.limits)),
+        Change::Set(request) => desired.as_ref().is_some_and(|volume| rules::check_set(volume, request) == Ok(volume.limits)),
         Change::Attach(request) => {
             let vm = crate::desired::vm_named(&view, &request.vm);
             vm.is_some_and(|vm| of_vm(&view, &vm.id).iter().any(|volume| volume.id == progress.id))
         }
-        Change::Detach(_) => desired.is_some_and(|volume| volume.attached.is_none()),
+        Change::Detach(_) => desired.as_ref().is_some_and(|volume| volume.attached.is_none()),
     };
     let _turn = agent.volume_turn();
     let pool = agent.store.pool(&progress.pool).map_err(|error| store_error(&error))?;
@@ -509,6 +553,9 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
     if let Change::Move(request) = &progress.change {
         let target = agent.store.pool(&request.pool).map_err(|error| store_error(&error))?;
         target.hold(&progress.id).and_then(|held| target.remove(held)).map_err(|error| store_error(&error))?;
+    }
+    if let (Change::Restore(_), Some(operation)) = (&progress.change, &progress.operation) {
+        pool.drop_restore(&progress.id, operation).map_err(|error| store_error(&error))?;
     }
     if matches!(progress.change, Change::Create(_) | Change::Clone(_) | Change::Import(_)) {
         pool.hold(&progress.id).and_then(|held| pool.remove(held)).map_err(|error| store_error(&error))?;

@@ -242,15 +242,25 @@ pub fn has_room(pool: &Pool) -> Result<(), ApiError> {
 /// # Errors
 /// `no-room`, with the figures.
 pub fn may_promise(agent: &Agent, pool: &Pool, more_bytes: u64) -> Result<(), ApiError> {
-    let promised = volumes_in(agent, pool.name()).iter().map(|volume| volume.size_bytes).fold(0, u64::saturating_add);
-    fits(pool.name(), promised, more_bytes, pool.settings().limit_bytes)
+    let limit = pool.settings().limit_bytes;
+    if limit.is_none() {
+        return Ok(());
+    }
+    fits(pool.name(), promised(pool, &volumes_in(agent, pool.name())), more_bytes, limit)
+}
+
+/// What these volumes may come to take together, with their snapshots. These take what they have for good: no more, and no less once the volume
+/// has been written to.
+pub fn promised(pool: &Pool, volumes: &[DesiredVolume]) -> u64 {
+    let of_one = |volume: &DesiredVolume| volume.size_bytes.saturating_add(pool.snapshot_bytes(&volume.id));
+    volumes.iter().map(of_one).fold(0, u64::saturating_add)
 }
 
 fn fits(name: &Name, promised: u64, more_bytes: u64, limit: Option<u64>) -> Result<(), ApiError> {
     match limit {
         Some(limit) if more_bytes > 0 && promised.saturating_add(more_bytes) > limit => {
             let text = format!(
-                "pool/{name} has no room for {} more: its volumes promise {} of the {} that they may",
+                "pool/{name} has no room for {} more: its volumes and their snapshots promise {} of the {} that they may",
                 Bytes(more_bytes),
                 Bytes(promised),
                 Bytes(limit)

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 
 use form_api::{
     deploy::DeployRequest,
-    volume::{AttachRequest, CloneRequest, CreateRequest, ImportQuery, MoveRequest, ResizeRequest, SetVolumeRequest},
+    volume::{AttachRequest, CloneRequest, CreateRequest, ImportQuery, MoveRequest, ResizeRequest, SetVolumeRequest, VolumeRestoreRequest},
 };
 use form_state::{Claim, Refusal, Scalar, Table, View, Write};
-use form_types::{DiskLimits, HostId, IdempotencyKey, Name, PublicKey, VmId, VolumeFormat, VolumeId, limits::LimitError, volume};
+use form_types::{
+    DiskLimits, HostId, IdempotencyKey, Name, OperationId, PublicKey, VmId, VolumeFormat, VolumeId, limits::LimitError, volume,
+};
 
 use super::{DesiredVolume, MAX_ATTACHED, of_vm, volumes};
 use crate::desired::{self, Authority};
@@ -48,6 +50,8 @@ pub enum VolumeFault {
     Shrinks { name: Name, has: u64 },
     #[error("volume/{volume} lives in pool/{pool} already")]
     There { volume: Name, pool: Name },
+    #[error("only a clone of a snapshot may have another size than the volume")]
+    CloneSize,
     #[error(transparent)]
     Size(#[from] volume::VolumeSizeError),
     #[error(transparent)]
@@ -81,9 +85,10 @@ pub fn derive(method: &str, words: &[&str], body: &[u8], asked: Asked<'_>, view:
         ("POST", []) => new(json(body)?, asked, view),
         ("POST", [name, "clone"]) => {
             let (source, request) = (named(name)?, json::<CloneRequest>(body)?);
-            check_new(&request.name, source.size_bytes, view)?;
+            let size_bytes = clone_size(&source, &request)?;
+            check_new(&request.name, size_bytes, view)?;
             let place = Place { host: &source.host, pool: &source.pool, format: source.format };
-            let mut writes = created(&place, &request.name, source.size_bytes, asked);
+            let mut writes = created(&place, &request.name, size_bytes, asked);
             let id = VolumeId::derive(asked.signer, asked.key, request.name.as_str());
             writes.extend(limited(&id, DiskLimits::default(), source.limits));
             Ok(writes)
@@ -112,6 +117,13 @@ pub fn derive(method: &str, words: &[&str], body: &[u8], asked: Asked<'_>, view:
             let (volume, request) = (named(name)?, json::<MoveRequest>(body)?);
             check_move(&volume, &request.pool)?;
             Ok(vec![Write::put(Table::Volumes, volume.id, "pool", request.pool.as_str())])
+        }
+        ("POST", [name, "restore"]) => {
+            let (volume, request) = (named(name)?, json::<VolumeRestoreRequest>(body)?);
+            let size_bytes = restored_size(&volume, &request)?;
+            let operation = OperationId::derive(asked.signer, asked.key);
+            let put = |field: &str, value: Scalar| Write::put(Table::Volumes, volume.id, field, value);
+            Ok(vec![put("size", size_bytes.into()), put(RESTORED, operation.to_string().into())])
         }
         ("DELETE", [name]) => {
             let volume = named(name)?;
@@ -211,6 +223,27 @@ pub fn check_move(volume: &DesiredVolume, pool: &Name) -> Result<(), VolumeFault
     if volume.pool == *pool { Err(VolumeFault::There { volume: volume.name.clone(), pool: pool.clone() }) } else { Ok(()) }
 }
 
+/// The size of a clone. That of a snapshot is in the signed request, since the state knows nothing of snapshots; the host looks whether it is true.
+///
+/// # Errors
+/// When a size is asked for without a snapshot that has it.
+pub fn clone_size(source: &DesiredVolume, request: &CloneRequest) -> Result<u64, VolumeFault> {
+    match request.size_bytes {
+        Some(size_bytes) if request.snapshot.is_none() && size_bytes != source.size_bytes => Err(VolumeFault::CloneSize),
+        asked => Ok(asked.unwrap_or(source.size_bytes)),
+    }
+}
+
+/// The size that a volume has when it has gone back to a snapshot: see [`clone_size`].
+///
+/// # Errors
+/// When no volume has such a size.
+pub fn restored_size(volume: &DesiredVolume, request: &VolumeRestoreRequest) -> Result<u64, VolumeFault> {
+    let size_bytes = request.size_bytes.unwrap_or(volume.size_bytes);
+    volume::check_size(size_bytes)?;
+    Ok(size_bytes)
+}
+
 /// # Errors
 /// When a VM has it.
 pub fn check_remove(volume: &DesiredVolume, view: &View) -> Result<(), VolumeFault> {
@@ -271,6 +304,9 @@ fn created(place: &Place<'_>, name: &Name, size_bytes: u64, asked: Asked<'_>) ->
 /// Fields of a volume's record: what a VM may do with it in a second. 0 is no limit.
 pub(super) const IOPS: &str = "iops";
 pub(super) const BYTES_PER_SECOND: &str = "bytes_per_second";
+
+/// Field of a volume's record: the operation by which it last went back to a snapshot.
+pub(super) const RESTORED: &str = "restored";
 
 /// Only of those limits that differ: what two change at once and apart holds both.
 fn limited(id: &VolumeId, before: DiskLimits, after: DiskLimits) -> Vec<Write> {

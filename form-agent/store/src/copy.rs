@@ -12,11 +12,23 @@ use rustix::{
 /// # Errors
 /// Those of the file system.
 pub fn share_or_copy(source: &File, target: &File) -> io::Result<()> {
+    match share(source, target)? {
+        Some(()) => Ok(()),
+        None => copy_sparse(source, target),
+    }
+}
+
+/// Makes `target`, which is empty, a copy of `source` at this instant: both have the same blocks until one is written to. None when the file
+/// system cannot do that.
+///
+/// # Errors
+/// Those of the file system.
+pub fn share(source: &File, target: &File) -> io::Result<Option<()>> {
     match rustix::fs::ioctl_ficlone(target, source) {
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(Some(())),
         Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => Err(error.into()),
         // Every file system has its own word for "cannot".
-        Err(_) => copy_sparse(source, target),
+        Err(_) => Ok(None),
     }
 }
 

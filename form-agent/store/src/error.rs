@@ -84,6 +84,17 @@ pub enum StoreError {
     SnapshotVersion { name: Name, found: u32, known: u32 },
     #[error("the snapshot `{name}` cannot be used: {reason}. Remove it with `form vm snapshot rm`")]
     SnapshotDamaged { name: Name, reason: String },
+    #[error("there is no snapshot `{0}` of this volume: list them with `form volume snapshot ls`")]
+    NoVolumeSnapshot(Name),
+    #[error("there is a snapshot `{0}` of this volume already: choose another name, or remove it with `form volume snapshot rm`")]
+    VolumeSnapshotExists(Name),
+    #[error("the snapshot `{name}` has version {found}, this agent reads {known}: use the release that made it")]
+    VolumeSnapshotVersion { name: Name, found: u32, known: u32 },
+    #[error("the snapshot `{name}` cannot be used: {reason}. Remove it with `form volume snapshot rm`")]
+    VolumeSnapshotDamaged { name: Name, reason: String },
+    /// Files cannot share blocks there: a copy takes its time.
+    #[error("the file system of {0} does not share blocks between files")]
+    NoSharing(PathBuf),
     #[error("{what} was changed on disk: {reason}. Run `form image verify`, or remove it and deploy again")]
     Damaged { what: String, reason: String },
     #[error("a disk of {wanted} bytes is smaller than the {least} bytes it has to hold")]

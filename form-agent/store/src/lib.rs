@@ -6,6 +6,7 @@
 mod blocks;
 mod contents;
 mod copy;
+mod described;
 mod disks;
 mod durable;
 mod error;
@@ -42,7 +43,7 @@ pub use crate::{
     manifests::ManifestWriter,
     pools::{MARKER, PoolSettings},
     snapshots::{RestoredDisk, SavedMemory, SnapshotDraft, SnapshotEntry},
-    volumes::{Hold, OpenVolume, Pool, VolumeEntry},
+    volumes::{Hold, OpenVolume, Pool, VolumeEntry, VolumeSnapshotDraft, VolumeSnapshotEntry},
 };
 
 /// The store of one agent. It can be shared between threads; changes take turns.

@@ -2,8 +2,7 @@
 //!
 //! One that is being made or removed is called `<name>.part`, which is no name that anybody could give.
 //!
-//! `snapshot.json` has two lines: what it is (format, version and BLAKE3 digest of the second line), and the record. The version covers
-//! what is in the directory; `state` and `memory` have versions and checksums of their own.
+//! `snapshot.json` is as [`crate::described`] says. Its version covers what is in the directory; `state` and `memory` have versions and checksums of their own.
 
 use std::{
     collections::BTreeSet,
@@ -22,26 +21,18 @@ use crate::{
     Store,
     blocks::read_dir,
     copy::share_or_copy,
+    described::{Fault, Kind},
     disks::{self, DISK, DiskFiles, DiskFormat, create, file_name},
     durable::{Draft, make_dir, remove_tree, retire, sync_dir, to_json, write_file},
     error::{Result, StoreError},
 };
 
-/// Raised with every change of what is in the directory.
-const VERSION: u32 = 1;
-const FORMAT: &str = "formation-snapshot";
+/// The version is raised with every change of what is in the directory.
+const KIND: Kind = Kind { format: "formation-snapshot", version: 1 };
 const RECORD: &str = "snapshot.json";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
 const PART: &str = ".part";
-
-#[derive(Serialize, Deserialize)]
-struct Head {
-    format: String,
-    version: u32,
-    /// Of the line with the record.
-    digest: Digest,
-}
 
 #[derive(Serialize, Deserialize)]
 struct Record {
@@ -156,10 +147,7 @@ impl SnapshotDraft {
     /// Writes the record, and gives the snapshot its name, durably.
     fn name(mut self, record: &Record) -> Result<()> {
         let path = self.path.join(RECORD);
-        let body = to_json(&path, record)?;
-        let mut text = to_json(&path, &Head { format: FORMAT.to_owned(), version: VERSION, digest: Digest::of(&body) })?;
-        text.push(b'\n');
-        text.extend_from_slice(&body);
+        let text = KIND.write(&path, record)?;
         write_file(&path, &text, 0o600)?;
         sync_dir(&self.path)?;
         reach(Failpoint::SnapshotDrafted);
@@ -405,17 +393,8 @@ impl Store {
 fn read_record(directory: &Path, name: &Name) -> Result<Record> {
     let path = directory.join(RECORD);
     let text = fs::read(&path).map_err(|error| damaged(directory, format!("{RECORD}: {error}")))?;
-    let (head, body) = text.split_at(text.iter().position(|byte| *byte == b'\n').unwrap_or(text.len()));
-    let body = body.get(1..).unwrap_or_default();
-    let head: Head = serde_json::from_slice(head).map_err(|_| damaged(directory, format!("{RECORD} is not a snapshot's")))?;
-    if head.format != FORMAT {
-        return Err(damaged(directory, format!("{RECORD} is not a snapshot's")));
-    }
-    if head.version != VERSION {
-        return Err(StoreError::SnapshotVersion { name: name.clone(), found: head.version, known: VERSION });
-    }
-    if Digest::of(body) != head.digest {
-        return Err(damaged(directory, format!("{RECORD} is torn: its checksum is wrong")));
-    }
-    serde_json::from_slice(body).map_err(|error| damaged(directory, format!("{RECORD}: {error}")))
+    KIND.read(RECORD, &text).map_err(|fault| match fault {
+        Fault::Version(found) => StoreError::SnapshotVersion { name: name.clone(), found, known: KIND.version },
+        Fault::Damaged(reason) => damaged(directory, reason),
+    })
 }

@@ -1,7 +1,9 @@
-//! Pools and the volumes in them: `<pool>/<id>/{volume.json, volume.raw or volume.qcow2}`.
+//! Pools and the volumes in them: `<pool>/<id>/{volume.json, volume.raw or volume.qcow2}`, and what belongs to a volume beside these (`snapshots`).
 //!
 //! What was made here is also noted beside the store, so that a volume whose file is gone (its pool is not mounted) is never taken for
 //! one that was not made yet, and made anew.
+
+mod snapshots;
 
 use std::{
     fs::{self, File},
@@ -36,6 +38,7 @@ use crate::{
     pools::{Marker, PoolSettings},
     space_of,
 };
+pub use snapshots::{VolumeSnapshotDraft, VolumeSnapshotEntry};
 
 const RECORD: &str = "volume.json";
 
@@ -84,11 +87,33 @@ pub struct Hold {
     _locked: Option<File>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Record {
     format: VolumeFormat,
     size_bytes: u64,
+    /// How often the volume has gone back to a snapshot: each time it gets another file, and this record alone says which one it is.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    restores: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+const fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+impl Record {
+    const fn new(format: VolumeFormat, size_bytes: u64) -> Self {
+        Self { format, size_bytes, restores: 0 }
+    }
+
+    /// The name of the file with the volume's bytes.
+    fn file_name(&self) -> String {
+        match self.restores {
+            0 => file_name(self.format).to_owned(),
+            restores => format!("volume-{restores}.{}", self.format.as_str()),
+        }
+    }
 }
 
 impl Pool {
@@ -159,8 +184,8 @@ impl Pool {
         self.directory.join(id.to_string())
     }
 
-    fn file(&self, id: &VolumeId, format: VolumeFormat) -> PathBuf {
-        self.place(id).join(file_name(format))
+    fn file(&self, id: &VolumeId, record: &Record) -> PathBuf {
+        self.place(id).join(record.file_name())
     }
 
     fn mark(&self, id: &VolumeId) -> PathBuf {
@@ -206,7 +231,7 @@ impl Pool {
     /// behind then.
     pub fn create(&self, id: &VolumeId, format: VolumeFormat, size_bytes: u64) -> Result<VolumeEntry> {
         volume::check_size(size_bytes)?;
-        self.make(id, &Record { format, size_bytes }, |path| create_empty(path, format, size_bytes)?.sync_all())
+        self.make(id, &Record::new(format, size_bytes), |path| create_empty(path, format, size_bytes)?.sync_all())
     }
 
     /// Makes a volume that holds what `fill` writes to it.
@@ -221,7 +246,7 @@ impl Pool {
         fill: impl FnOnce(&Contents) -> io::Result<()>,
     ) -> Result<VolumeEntry> {
         volume::check_size(size_bytes)?;
-        self.make(id, &Record { format, size_bytes }, |path| {
+        self.make(id, &Record::new(format, size_bytes), |path| {
             let contents = Contents::of_file(create_empty(path, format, size_bytes)?, format, size_bytes, true)?;
             fill(&contents)?;
             contents.finish()
@@ -266,13 +291,25 @@ impl Pool {
     }
 
     fn make(&self, id: &VolumeId, record: &Record, write: impl FnOnce(&Path) -> io::Result<()>) -> Result<VolumeEntry> {
+        self.make_with(id, record, write, |_| Ok(()))
+    }
+
+    /// As `make`, with what else belongs to the volume: `more` is given its directory.
+    fn make_with(
+        &self,
+        id: &VolumeId,
+        record: &Record,
+        write: impl FnOnce(&Path) -> io::Result<()>,
+        more: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<VolumeEntry> {
         self.is_new(id)?;
         self.is_there()?;
         let draft = Draft::new(&self.directory)?;
-        let path = draft.path().join(file_name(record.format));
+        let path = draft.path().join(record.file_name());
         write(&path).map_err(StoreError::io("write", &path))?;
         let entry = draft.path().join(RECORD);
         write_file(&entry, &to_json(&entry, record)?, 0o600)?;
+        more(draft.path())?;
         reach(Failpoint::VolumeDrafted);
         // What took long is done: the others' turn comes soon.
         let _turn = hold(&self.turn);
@@ -300,8 +337,8 @@ impl Pool {
     /// # Errors
     /// [`StoreError::NoVolume`], [`StoreError::VolumeGone`].
     pub fn volume(&self, id: &VolumeId) -> Result<VolumeEntry> {
-        let Record { format, size_bytes } = self.record(id)?;
-        let path = self.file(id, format);
+        let record = self.record(id)?;
+        let (path, Record { format, size_bytes, .. }) = (self.file(id, &record), record);
         let meta = match fs::metadata(&path) {
             Ok(meta) => meta,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(StoreError::VolumeGone { id: *id, path }),
@@ -314,7 +351,7 @@ impl Pool {
         Ok(VolumeEntry { id: *id, format, path, size_bytes, allocated_bytes: meta.blocks().saturating_mul(512) })
     }
 
-    /// The volumes that are in the pool, known or not.
+    /// The volumes that are in the pool, known or not; also one of which there are only snapshots.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -323,8 +360,11 @@ impl Pool {
             self.is_there()?;
         }
         let named = |path: &PathBuf| path.file_name()?.to_str()?.parse().ok();
-        let mut found: Vec<VolumeId> =
-            read_dir(&self.directory)?.iter().filter(|path| path.join(RECORD).exists()).filter_map(named).collect();
+        let mut found: Vec<VolumeId> = read_dir(&self.directory)?
+            .iter()
+            .filter(|path| path.join(RECORD).exists() || snapshots::are_in(path))
+            .filter_map(named)
+            .collect();
         found.sort();
         Ok(found)
     }
@@ -334,11 +374,26 @@ impl Pool {
     /// # Errors
     /// [`StoreError::VolumeInUse`], [`StoreError::NoVolume`], [`StoreError::VolumeGone`].
     pub fn open_volume(&self, id: &VolumeId, read_only: bool) -> Result<OpenVolume> {
-        let entry = self.volume(id)?;
-        let file = File::options().read(true).write(!read_only).open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
-        lock::take(&file, &entry.path, !read_only)?;
+        let (entry, file) = self.locked(id, !read_only)?;
         let is_blank = is_blank(&file, entry.format).map_err(StoreError::io("read", &entry.path))?;
         Ok(OpenVolume { file, format: entry.format, size_bytes: entry.size_bytes, is_blank })
+    }
+
+    /// The volume's file, locked: against everybody when it is opened for writing, else against writers.
+    fn locked(&self, id: &VolumeId, write: bool) -> Result<(VolumeEntry, File)> {
+        loop {
+            let entry = self.volume(id)?;
+            let file = File::options().read(true).write(write).open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
+            lock::take(&file, &entry.path, write)?;
+            let same = |there: &fs::Metadata, here: &fs::Metadata| (there.dev(), there.ino()) == (here.dev(), here.ino());
+            // It may have gone back to a snapshot before it was locked, and then has another file.
+            if self.volume(id).is_ok_and(|now| now.path == entry.path)
+                && let (Ok(there), Ok(here)) = (fs::metadata(&entry.path), file.metadata())
+                && same(&there, &here)
+            {
+                return Ok((entry, file));
+            }
+        }
     }
 
     /// Makes a volume that nobody uses larger; that it has the size already is fine. Guests grow what they keep on it when they start.
@@ -348,7 +403,7 @@ impl Pool {
     pub fn grow(&self, id: &VolumeId, size_bytes: u64) -> Result<VolumeEntry> {
         volume::check_size(size_bytes)?;
         let _turn = hold(&self.turn);
-        let entry = self.volume(id)?;
+        let (entry, before) = (self.volume(id)?, self.record(id)?);
         if size_bytes < entry.size_bytes {
             return Err(StoreError::VolumeShrinks { has: entry.size_bytes, wanted: size_bytes });
         }
@@ -375,7 +430,7 @@ impl Pool {
         grow().map_err(StoreError::io("grow", &entry.path))?;
         reach(Failpoint::VolumeGrown);
         let record = self.place(id).join(RECORD);
-        replace_file(&self.directory, &record, &to_json(&record, &Record { format: entry.format, size_bytes })?, 0o600)?;
+        replace_file(&self.directory, &record, &to_json(&record, &Record { size_bytes, ..before })?, 0o600)?;
         self.volume(id)
     }
 
@@ -386,12 +441,12 @@ impl Pool {
     pub fn note_grown(&self, id: &VolumeId, size_bytes: u64) -> Result<()> {
         volume::check_size(size_bytes)?;
         let _turn = hold(&self.turn);
-        let entry = self.volume(id)?;
-        if size_bytes <= entry.size_bytes {
+        let before = self.record(id)?;
+        if size_bytes <= self.volume(id)?.size_bytes {
             return Ok(());
         }
         let record = self.place(id).join(RECORD);
-        replace_file(&self.directory, &record, &to_json(&record, &Record { format: entry.format, size_bytes })?, 0o600)
+        replace_file(&self.directory, &record, &to_json(&record, &Record { size_bytes, ..before })?, 0o600)
     }
 
     /// Makes a volume `new` with what `id` holds now: blocks are shared where the file system can, else copied.
@@ -399,43 +454,33 @@ impl Pool {
     /// # Errors
     /// [`StoreError::VolumeInUse`] while somebody may write to it, [`StoreError::VolumeExists`], [`StoreError::NoRoom`].
     pub fn clone_volume(&self, id: &VolumeId, new: &VolumeId) -> Result<VolumeEntry> {
-        let entry = self.volume(id)?;
-        let source = File::open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
-        lock::take(&source, &entry.path, false)?;
-        self.make(new, &Record { format: entry.format, size_bytes: entry.size_bytes }, |path| {
+        let (entry, source) = self.locked(id, false)?;
+        self.make(new, &Record::new(entry.format, entry.size_bytes), |path| {
             let target = create(path)?;
             share_or_copy(&source, &target)?;
             target.sync_all()
         })
     }
 
-    /// Makes the volume `id` of the pool `from` here too, with what it holds, and compares the two. Give back is a lock that keeps everybody from
-    /// writing to the other: it has to live until this one has taken the other's place. None when the other was never made: there is
-    /// nothing to copy.
+    /// Makes the volume `id` of the pool `from` here too, with what it and its snapshots hold, and compares them. Given back is a lock that keeps
+    /// everybody from writing to the other: it has to live until this one has taken the other's place. None when the other was never
+    /// made: there is nothing to copy.
     ///
     /// # Errors
     /// [`StoreError::VolumeInUse`] while somebody may write to it, [`StoreError::VolumeExists`], [`StoreError::NoRoom`],
     /// [`StoreError::Damaged`] when the copy is not the same. Nothing is left behind then.
     pub fn copy_from(&self, from: &Self, id: &VolumeId) -> Result<Option<Hold>> {
-        let entry = match from.volume(id) {
-            Ok(entry) => entry,
+        let (entry, source) = match from.locked(id, false) {
+            Ok(locked) => locked,
             Err(StoreError::NoVolume(_)) => return Ok(None),
             Err(error) => return Err(error),
         };
-        let source = File::open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
-        lock::take(&source, &entry.path, false)?;
-        let mut differs = false;
-        let made = self.make(id, &Record { format: entry.format, size_bytes: entry.size_bytes }, |path| {
-            let target = create(path)?;
-            share_or_copy(&source, &target)?;
-            target.sync_all()?;
-            differs = !same(&source, &target)?;
-            if differs { Err(io::ErrorKind::InvalidData.into()) } else { Ok(()) }
-        });
+        let record = Record::new(entry.format, entry.size_bytes);
+        let made = self.make_with(id, &record, |path| copy_and_compare(&source, path), |place| from.copy_snapshots(id, place));
         match made {
-            Err(_) if differs => {
-                let reason = "its copy in the other pool is not the same: look at that disk".to_owned();
-                Err(StoreError::Damaged { what: self.file(id, entry.format).display().to_string(), reason })
+            Err(StoreError::Io { source, path, .. }) if source.kind() == io::ErrorKind::InvalidData => {
+                let reason = "a copy in the other pool is not the same: look at that disk".to_owned();
+                Err(StoreError::Damaged { what: path.display().to_string(), reason })
             }
             made => made.map(|_| Some(Hold { id: *id, _locked: Some(source) })),
         }
@@ -448,13 +493,14 @@ impl Pool {
     /// [`StoreError::VolumeInUse`]; the pool's directory is not there.
     pub fn hold(&self, id: &VolumeId) -> Result<Hold> {
         self.is_there()?;
-        let Ok(entry) = self.volume(id) else { return Ok(Hold { id: *id, _locked: None }) };
-        let file = File::options().read(true).write(true).open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
-        lock::take(&file, &entry.path, true)?;
+        if self.volume(id).is_err() {
+            return Ok(Hold { id: *id, _locked: None });
+        }
+        let (_, file) = self.locked(id, true)?;
         Ok(Hold { id: *id, _locked: Some(file) })
     }
 
-    /// Removes a volume with all it holds; that there is none is fine.
+    /// Removes a volume with all it holds, its snapshots too; that there is none is fine.
     ///
     /// # Errors
     /// Those of the file system.
@@ -476,6 +522,17 @@ const fn file_name(format: VolumeFormat) -> &'static str {
         VolumeFormat::Raw => "volume.raw",
         VolumeFormat::Qcow2 => "volume.qcow2",
     }
+}
+
+/// Makes `path` a copy of `source`, on the disk, and reads both.
+///
+/// # Errors
+/// [`io::ErrorKind::InvalidData`] when they are not the same; those of the file system.
+fn copy_and_compare(source: &File, path: &Path) -> io::Result<()> {
+    let target = create(path)?;
+    share_or_copy(source, &target)?;
+    target.sync_all()?;
+    if same(source, &target)? { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
 /// A new file of an empty volume.

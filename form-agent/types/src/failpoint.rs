@@ -120,6 +120,20 @@ failpoints! {
     VolumeGrown = "volume.grown",
     /// Nobody knows a volume any more; its file is still there.
     VolumeForgotten = "volume.forgotten",
+    /// A VM stands still for a snapshot of its volume, of which nothing is written.
+    VolumeSnapshotPaused = "volume-snapshot.paused",
+    /// A snapshot of a volume has its bytes and its record, and no name yet.
+    VolumeSnapshotDrafted = "volume-snapshot.drafted",
+    /// A snapshot of a volume has its name; the operation does not know.
+    VolumeSnapshotNamed = "volume-snapshot.named",
+    /// A snapshot of a volume that is to be removed has lost its name; its files are still there.
+    VolumeSnapshotRetired = "volume-snapshot.retired",
+    /// What a volume goes back to lies beside it; the state does not say so.
+    VolumeRestoreDrafted = "volume-restore.drafted",
+    /// It lies where it is to be; the volume is still what it was.
+    VolumeRestoreMoved = "volume-restore.moved",
+    /// The volume is what it was then; what it was since still takes room.
+    VolumeRestoreSwitched = "volume-restore.switched",
     /// A directory bears the marker of a pool that is not on record.
     PoolMarked = "pool.marked",
     /// A pool is on record; its operation is still executing.

@@ -125,6 +125,57 @@ async fn show_volume(Path(name): Path<String>) -> Result<axum::Json<Value>, ApiE
     }
 }
 
+fn volume_snapshot(volume: &str, name: &str) -> Value {
+    json!({
+        "name": name, "volume": volume, "volume_id": ID, "host": ID, "host_name": "den", "pool": "local", "format": "raw",
+        "created_at": "2026-01-01T00:00:00Z", "consistency": "quiesced", "size_bytes": 5_u64 << 30, "allocated_bytes": 2_u64 << 20,
+        "pause_ms": 12, "fault": null
+    })
+}
+
+async fn volume_snapshots(Path(volume): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    let _ = show_volume(Path(volume.clone())).await?;
+    Ok(axum::Json(json!([volume_snapshot(&volume, "before")])))
+}
+
+async fn create_volume_snapshot(Path(volume): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    let _ = show_volume(Path(volume.clone())).await?;
+    if volume == "data" {
+        let text = "vm/web runs with volume/data, and would stand still until all of it is copied";
+        return Err(ApiError::new(ErrorCode::Conflict, text).hint("`form vm stop web` first"));
+    }
+    Ok(axum::Json(operation("volume-snapshot-create", &format!("volume/{volume}"), "completed")))
+}
+
+async fn show_volume_snapshot(Path((volume, name)): Path<(String, String)>) -> Result<axum::Json<Value>, ApiError> {
+    let _ = show_volume(Path(volume.clone())).await?;
+    if name == "missing" {
+        let error =
+            ApiError::new(ErrorCode::NotFound, "there is no snapshot `missing` of this volume: list them with `form volume snapshot ls`");
+        return Err(error);
+    }
+    Ok(axum::Json(volume_snapshot(&volume, &name)))
+}
+
+async fn remove_volume_snapshot(Path((volume, _)): Path<(String, String)>) -> axum::Json<Value> {
+    axum::Json(operation("volume-snapshot-remove", &format!("volume/{volume}"), "completed"))
+}
+
+/// The size of the snapshot is part of what is signed.
+async fn restore_volume(Path(volume): Path<String>, axum::Json(body): axum::Json<Value>) -> Result<axum::Json<Value>, ApiError> {
+    if body != json!({"snapshot": "before", "size_bytes": 5_u64 << 30}) {
+        return Err(ApiError::new(ErrorCode::Invalid, format!("not what was asked for: {body}")));
+    }
+    Ok(axum::Json(operation("volume-restore", &format!("volume/{volume}"), "completed")))
+}
+
+async fn clone_volume(Path(_): Path<String>, axum::Json(body): axum::Json<Value>) -> Result<axum::Json<Value>, ApiError> {
+    if body != json!({"name": "copy", "snapshot": "before", "size_bytes": 5_u64 << 30}) && body != json!({"name": "copy"}) {
+        return Err(ApiError::new(ErrorCode::Invalid, format!("not what was asked for: {body}")));
+    }
+    Ok(axum::Json(operation("volume-clone", "volume/copy", "completed")))
+}
+
 async fn show_pool(Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
     match name.as_str() {
         "local" => Ok(axum::Json(pool())),
@@ -154,8 +205,12 @@ async fn set_pool(Path(name): Path<String>) -> Result<axum::Json<Value>, ApiErro
     Ok(axum::Json(operation("pool-set", &format!("pool/{name}"), "completed")))
 }
 
-async fn remove_volume(Path(name): Path<String>) -> axum::Json<Value> {
-    axum::Json(operation("volume-remove", &format!("volume/{name}"), "completed"))
+async fn remove_volume(Path(name): Path<String>, uri: axum::http::Uri) -> Result<axum::Json<Value>, ApiError> {
+    if name == "spare" && uri.query() != Some("snapshots=true") {
+        return Err(ApiError::new(ErrorCode::Conflict, "volume/spare has snapshots: before")
+            .hint("remove them first: `form volume snapshot rm spare before`, or with it: `form volume rm spare --snapshots`"));
+    }
+    Ok(axum::Json(operation("volume-remove", &format!("volume/{name}"), "completed")))
 }
 
 fn detail(vm: &Value) -> Value {
@@ -239,6 +294,11 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/vms/{name}/stats", get(show_stats))
         .route("/v1/volumes", get(async || axum::Json(json!([volume("data", Some("web")), volume("spare", None)]))))
         .route("/v1/volumes/{name}", delete(remove_volume).get(show_volume).patch(set_volume))
+        .route("/v1/volumes/{name}/clone", post(clone_volume))
+        .route("/v1/volumes/{name}/restore", post(restore_volume))
+        .route("/v1/volumes/{name}/snapshots", get(volume_snapshots).post(create_volume_snapshot))
+        .route("/v1/volumes/{name}/snapshots/{snapshot}", get(show_volume_snapshot).delete(remove_volume_snapshot))
+        .route("/v1/volume-snapshots", get(async || axum::Json(json!([volume_snapshot("data", "before")]))))
         .route("/v1/pools", get(async || axum::Json(json!([pool()]))).post(create_pool))
         .route("/v1/pools/{name}", get(show_pool).patch(set_pool).delete(remove_pool))
         .route("/v1/operations/{id}", get(wait))

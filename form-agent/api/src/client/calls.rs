@@ -24,7 +24,7 @@ use crate::{
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, SshAccess, Vm, VmDetail},
     volume::{
         AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, MoveRequest, Pool, ResizeRequest,
-        SetVolumeRequest, Volume,
+        SetVolumeRequest, Volume, VolumeRestoreRequest, VolumeSnapshot, VolumeSnapshotRequest,
     },
 };
 
@@ -341,8 +341,35 @@ impl Client {
         self.tunnel(Call::get(format!("/v1/volumes/{name}/contents")).signed(fresh_key()?), "form-contents").await
     }
 
-    pub async fn remove_volume(&self, name: &Name) -> Result<Operation, ClientError> {
-        self.read(&Call::delete(format!("/v1/volumes/{name}")).signed(fresh_key()?)).await
+    /// `snapshots`: those of the volume as well; else one that has some is not removed.
+    pub async fn remove_volume(&self, name: &Name, snapshots: bool) -> Result<Operation, ClientError> {
+        let path = Query::new(&format!("/v1/volumes/{name}")).with("snapshots", snapshots.then_some(true));
+        self.read(&Call::delete(path.0).signed(fresh_key()?)).await
+    }
+
+    pub async fn all_volume_snapshots(&self) -> Result<Vec<VolumeSnapshot>, ClientError> {
+        self.read(&Call::get("/v1/volume-snapshots")).await
+    }
+
+    pub async fn volume_snapshots(&self, volume: &Name) -> Result<Vec<VolumeSnapshot>, ClientError> {
+        self.read(&Call::get(format!("/v1/volumes/{volume}/snapshots"))).await
+    }
+
+    pub async fn volume_snapshot(&self, volume: &Name, name: &Name) -> Result<VolumeSnapshot, ClientError> {
+        self.read(&Call::get(format!("/v1/volumes/{volume}/snapshots/{name}"))).await
+    }
+
+    pub async fn create_volume_snapshot(&self, volume: &Name, request: &VolumeSnapshotRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/volumes/{volume}/snapshots")).json(request)?.signed(fresh_key()?)).await
+    }
+
+    pub async fn remove_volume_snapshot(&self, volume: &Name, name: &Name) -> Result<Operation, ClientError> {
+        self.read(&Call::delete(format!("/v1/volumes/{volume}/snapshots/{name}")).signed(fresh_key()?)).await
+    }
+
+    /// Puts a volume back to what it held when a snapshot was made.
+    pub async fn restore_volume(&self, volume: &Name, request: &VolumeRestoreRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/volumes/{volume}/restore")).json(request)?.signed(fresh_key()?)).await
     }
 
     pub async fn pools(&self) -> Result<Vec<Pool>, ClientError> {

@@ -338,3 +338,48 @@ fn a_volume_moves_to_another_pool_of_its_host() {
     host.ask("POST", "/v1/volumes/nope/move", &json!({"pool": "local"})).unwrap_err();
     host.ask("POST", "/v1/volumes/data/move", &json!({"pool": "../local"})).unwrap_err();
 }
+
+/// The state knows nothing of snapshots: their size is in what is signed, and the host looks whether it is true.
+#[test]
+fn a_volume_goes_back_and_is_cloned_with_the_size_that_a_snapshot_had() {
+    let host = Host::new();
+    host.ask("POST", "/v1/volumes", &json!({"name": "data", "size_bytes": 32 << 20, "format": "qcow2", "limits": {"iops": 500}})).unwrap();
+    host.deploy("web", &[]).unwrap();
+    host.ask("POST", "/v1/volumes/data/attach", &json!({"vm": "web", "path": "/data"})).unwrap();
+    let before = host.volume("data");
+    assert_eq!(before.restored, None);
+    host.ask("POST", "/v1/volumes/data/restore", &json!({"snapshot": "one"})).unwrap();
+    let once = host.volume("data");
+    let operation = OperationId::derive(&host.key.public(), &IdempotencyKey::from_bytes([host.asked.get(); 16]));
+    assert_eq!(once, DesiredVolume { restored: Some(operation), ..before.clone() }, "whoever has it keeps it");
+    // Smaller and larger.
+    for size in [16 << 20, 64 << 20] {
+        host.ask("POST", "/v1/volumes/data/restore", &json!({"snapshot": "one", "size_bytes": size})).unwrap();
+        let now = host.volume("data");
+        assert_eq!((now.size_bytes, &now.attached), (size, &before.attached));
+        assert_ne!(now.restored, once.restored, "each is another");
+    }
+    for bad in [
+        json!({"snapshot": "one", "size_bytes": (16 << 20) + 1}),
+        json!({"snapshot": "one", "size_bytes": 0}),
+        json!({"snapshot": "../one"}),
+        json!({"snapshot": "one", "force": true}),
+        json!({}),
+    ] {
+        assert!(host.ask("POST", "/v1/volumes/data/restore", &bad).is_err(), "{bad}");
+    }
+    assert!(host.ask("POST", "/v1/volumes/nope/restore", &json!({"snapshot": "one"})).is_err());
+
+    host.ask("POST", "/v1/volumes/data/clone", &json!({"name": "then", "snapshot": "one", "size_bytes": 16 << 20})).unwrap();
+    let then = host.volume("then");
+    assert_eq!((then.size_bytes, then.format, then.limits.iops, then.restored), (16 << 20, VolumeFormat::Qcow2, Some(500), None));
+    host.ask("POST", "/v1/volumes/data/clone", &json!({"name": "same", "snapshot": "one"})).unwrap();
+    assert_eq!(host.volume("same").size_bytes, 64 << 20);
+    let error = host.ask("POST", "/v1/volumes/data/clone", &json!({"name": "large", "size_bytes": 1 << 30})).unwrap_err();
+    assert!(error.contains("clone of a snapshot"), "{error}");
+    // A request for nothing but snapshots says nothing to the state.
+    assert!(host.ask("POST", "/v1/volumes/data/snapshots", &json!({"name": "one"})).is_err());
+    assert!(host.ask("DELETE", "/v1/volumes/data/snapshots/one", &json!({})).is_err());
+    host.ask("DELETE", "/v1/volumes/then?snapshots=true", &json!({})).unwrap();
+    assert!(!volumes(&host.replica.view()).contains_key(&"then".parse().unwrap()));
+}

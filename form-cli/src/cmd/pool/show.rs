@@ -27,6 +27,7 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .optional("fault", pool.fault.as_ref())
         .field("path", pool.path.display())
         .field("volumes", pool.volumes)
+        .optional("snapshots", (pool.snapshots > 0).then_some(pool.snapshots))
         .field("promised", bytes(pool.provisioned_bytes))
         .field("used", bytes(pool.allocated_bytes))
         .field("free", bytes(pool.free_bytes))

@@ -58,7 +58,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     }
     let code = outcome?;
     let removed = each(session, &volumes, async |name: Name| {
-        let operation = settle(session, &client, client.remove_volume(&name).await?).await?;
+        let operation = settle(session, &client, client.remove_volume(&name, false).await?).await?;
         session.terminal.done(&operation, name.as_str(), &format!("{name}: removed"))
     })
     .await?;

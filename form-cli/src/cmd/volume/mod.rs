@@ -13,6 +13,7 @@ pub mod resize;
 pub mod rm;
 pub mod set;
 pub mod show;
+pub mod snapshot;
 mod transfer;
 pub mod unexport;
 
@@ -34,6 +35,7 @@ pub enum Verb {
     Resize(resize::Args),
     Set(set::Args),
     Clone(clone::Args),
+    Snapshot(snapshot::Args),
     Move(relocate::Args),
     Import(import::Args),
     Export(export::Args),
@@ -52,6 +54,7 @@ impl Verb {
             Self::Resize(args) => resize::run(&args, session).await,
             Self::Set(args) => set::run(&args, session).await,
             Self::Clone(args) => clone::run(args, session).await,
+            Self::Snapshot(args) => snapshot::run(args, session).await,
             Self::Move(args) => relocate::run(args, session).await,
             Self::Import(args) => import::run(args, session).await,
             Self::Export(args) => export::run(args, session).await,

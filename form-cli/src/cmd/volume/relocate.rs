@@ -12,7 +12,7 @@ use crate::{
 
 /// Move a volume to another pool of its host
 ///
-/// It is copied and compared before the first one is removed. No VM may run with it meanwhile, and it may not be exported.
+/// Its snapshots go with it. It is copied and compared before the first one is removed. No VM may run with it meanwhile, and it may not be exported.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The volume

@@ -31,6 +31,7 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .optional("fault", volume.fault.as_ref())
         .field("size", format!("{} ({} bytes)", bytes(volume.size_bytes), volume.size_bytes))
         .optional("used", volume.allocated_bytes.map(bytes))
+        .optional("snapshots", (volume.snapshots > 0).then_some(volume.snapshots))
         .optional("limits", limits_text(volume.limits))
         .optional("vm", attachment.map(|attachment| &attachment.vm))
         .optional("path", attachment.and_then(|attachment| attachment.path.as_ref()))
