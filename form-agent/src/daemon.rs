@@ -157,6 +157,7 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             | OperationKind::VolumeClone
             | OperationKind::VolumeMove
             | OperationKind::VolumeRestore
+            | OperationKind::VolumeSync
             | OperationKind::VolumeSnapshotCreate
             | OperationKind::VolumeSnapshotRemove
             | OperationKind::VolumeImport

@@ -100,6 +100,7 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("volume snapshot show", &["nope", "nope"], Needs::Host),
     ("volume snapshot restore", &["nope", "nope"], Needs::HostAndYes),
     ("volume snapshot rm", &["nope", "nope"], Needs::HostAndYes),
+    ("volume sync", &["nope"], Needs::Host),
     ("volume move", &["nope", "--to", "local"], Needs::Host),
     ("volume import", &["new", "nope"], Needs::Nothing),
     ("volume export", &["nope", "--nbd"], Needs::Host),

@@ -300,7 +300,7 @@ fn ctrl_c_leaves_the_operation_going() {
 }
 
 #[test]
-fn snapshots_of_volumes() {
+fn volumes_go_back_and_are_brought_in_line() {
     let setting = Setting::new();
     assert_data_eq!(
         setting.run(&["volume", "snapshot", "ls"]).out,
@@ -325,6 +325,11 @@ before  data    5 GiB  2 MiB  quiesced  [..]d
     assert_eq!(setting.run(&["volume", "snapshot", "restore", "spare", "before", "-y"]).out, "spare: restored from before\n");
     assert_eq!(setting.run(&["volume", "clone", "spare", "copy", "--snapshot", "before"]).out, "copy: holds what spare held at before\n");
     assert_eq!(setting.run(&["volume", "clone", "spare", "copy"]).out, "copy: holds what spare holds\n");
+
+    // What was done is what the events of the operation say.
+    assert_eq!(setting.run(&["volume", "sync", "spare"]).out, "spare: making the root disk\n");
+    let run = setting.run(&["volume", "sync", "data"]);
+    assert!(run.code == 6 && run.err.contains("does not answer"), "{run:?}");
 
     let run = setting.run(&["volume", "snapshot", "rm", "spare", "before"]);
     assert!(run.code == 2 && run.err.contains("Remove the snapshots before of spare?"), "{run:?}");

@@ -191,7 +191,10 @@ fn kept_at_one_instant(mut host: Host) -> Host {
     assert_eq!(host.vm("web")["state"], "paused");
     let shown = host.form(&["volume", "snapshot", "show", "log", "two", "-o", "json"]).ok().json();
     assert!(shown["consistency"] == "crash" && shown["pause_ms"].is_null(), "{shown}");
+    let paused = host.form(&["volume", "sync", "log"]).exits(5);
+    assert!(paused.stderr.contains("is paused"), "{paused:?}");
     let _ = host.form(&["vm", "resume", "web"]).ok();
+    assert_eq!(host.form(&["volume", "sync", "log"]).ok().stdout, "log: in line already\n");
 
     let _ = host.form(&["volume", "detach", "log"]).ok();
     for (snapshot, held) in [("one", "first\n"), ("two", "second\n")] {
@@ -295,6 +298,10 @@ fn come_grow_and_go(mut host: Host) -> Host {
     let found = host.form(&["doctor", "-o", "json"]);
     assert!(found.stdout.contains("the record of the volumes that it has is not true"), "{found:?}");
     let _ = host.form(&["doctor", "--fix"]);
+    all_in_place(&host, "web", 5);
+    fs::remove_file(runtime.join("volumes.json")).unwrap();
+    let mended = host.form(&["volume", "sync", "hot"]).ok().stdout;
+    assert!(mended.contains("hot: vm/web: mended: the record of the volumes that it has is not true"), "{mended}");
     all_in_place(&host, "web", 5);
     let found = host.form(&["doctor", "-o", "json"]);
     assert!(!found.stdout.contains("vm/web"), "{found:?}");

@@ -403,6 +403,18 @@ fn damaged_and_full(host: &Host, pool: &Path) {
     assert!(fixable());
     let _ = host.form(&["doctor", "--fix"]);
     assert!(!left.exists() && !fixable());
+    let sync = || host.form(&["volume", "sync", "data"]).ok().stdout;
+    assert_eq!(sync(), "data: in line already\n");
+    fs::create_dir(&left).unwrap();
+    let _ = host.form(&["volume", "export", "data", "--nbd"]).ok();
+    fs::remove_file(host.root().join("run/formation/nbd/data.sock")).unwrap();
+    let said = sync();
+    assert!(
+        said.contains("data: what was left of a restore") && said.contains("data: its export, whose socket was gone, is ended"),
+        "{said}"
+    );
+    assert!(!left.exists() && volume(host, "data")["export"].is_null());
+    assert_eq!(sync(), "data: in line already\n");
     let one = directory.join("snapshots/one");
     let unusable = || {
         let checks = wrong(host);

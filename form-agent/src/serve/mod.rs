@@ -102,6 +102,7 @@ api! {
     volume::set,
     volume::clone,
     volume::relocate,
+    volume::sync,
     volume::export,
     volume::unexport,
     volume::import,

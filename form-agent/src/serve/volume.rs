@@ -220,6 +220,23 @@ pub async fn relocate(State(agent): State<Shared>, Segment(name): Segment, reque
     change(agent, &name, request, Change::Move).await
 }
 
+/// Brings a volume in line with what should be: its files, its export, and the VM that runs with it, whose guest then writes everything out.
+///
+/// What there was to mend the steps of the operation say, among the events. A guest that does not answer ends it with `timed-out`, a VM that is
+/// paused with `conflict`.
+#[utoipa::path(
+    post,
+    path = "/v1/volumes/{name}/sync",
+    operation_id = "sync_volume",
+    tag = "volumes",
+    params(("name" = Name, Path, description = "The volume"), ChangeHeaders),
+    responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn sync(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
+    bare_change(agent, &name, request, Change::Sync).await
+}
+
 /// Serves a volume over NBD to programs of the host: on a Unix socket, or on a port of the loopback interface.
 ///
 /// It ends with the agent, when the volume is detached or removed, or when it is asked to. As long as clients may write, nothing else has the

@@ -68,6 +68,16 @@ impl Exports {
         drop(ended);
     }
 
+    /// Ends an export that nobody can find any more, since somebody removed its socket; whether there was one.
+    pub fn end_unreachable(&self, id: &VolumeId) -> bool {
+        let is_gone = |exported: &Exported| matches!(exported.server.place(), Place::Unix(path) if !path.exists());
+        let ended = {
+            let mut all = self.all();
+            if all.get(id).is_some_and(is_gone) { all.remove(id) } else { None }
+        };
+        ended.is_some()
+    }
+
     pub fn end_all(&self) {
         let ended = std::mem::take(&mut *self.all());
         drop(ended);

@@ -44,11 +44,11 @@ pub fn disk_id(volume: &DesiredVolume) -> String {
 }
 
 /// One request to the guest from a thread that may block.
-fn ask_guest(control: &Path, request: &Request) -> Result<Reply, GuestError> {
+pub(super) fn ask_guest(control: &Path, request: &Request) -> Result<Reply, GuestError> {
     tokio::runtime::Handle::current().block_on(ask(control, request, GUEST_LIMIT))
 }
 
-fn failed(volume: &DesiredVolume, what: &str, error: &dyn std::fmt::Display) -> ApiError {
+pub(super) fn failed(volume: &DesiredVolume, what: &str, error: &dyn std::fmt::Display) -> ApiError {
     ApiError::new(ErrorCode::Failed, format!("volume/{}: {what}: {error}", volume.name))
 }
 
@@ -249,6 +249,16 @@ impl Really {
 pub fn drift(agent: &Agent, vm: &VmId) -> Vec<String> {
     let turn = agent.volumes_of(vm);
     let Ok(_turn) = turn.try_lock() else { return Vec::new() };
+    differences(agent, vm)
+}
+
+/// Whether the process of a VM has the disk of a volume, whatever is on record.
+pub fn has(agent: &Agent, vm: &VmId, volume: &DesiredVolume) -> bool {
+    directory(agent, vm).read_record().is_some() && Really::look(agent, vm).is_some_and(|really| really.holds(volume))
+}
+
+/// As [`drift`], under the VM's turn for volumes.
+pub fn differences(agent: &Agent, vm: &VmId) -> Vec<String> {
     let Some(really) = Really::look(agent, vm).filter(|_| is_possible(agent, vm)) else { return Vec::new() };
     let devices = agent.fleet.observed(vm).and_then(|observed| observed.guest).map(|guest| guest.devices).unwrap_or_default();
     let unseen = |volume: &&DesiredVolume| really.holds(volume) && !devices.iter().any(|device| device.serial == volume.id.serial());

@@ -9,6 +9,7 @@ pub mod plan;
 pub mod pool;
 pub mod rules;
 pub mod snapshot;
+mod sync;
 pub mod transfer;
 
 use std::collections::{BTreeMap, BTreeSet};

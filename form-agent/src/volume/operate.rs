@@ -18,7 +18,7 @@ use form_store::{Hold, Pool, StoreError};
 use form_types::{Failpoint, Name, OperationId, VmId, VolumeFormat, VolumeId, failpoint::reach};
 use serde::{Deserialize, Serialize};
 
-use super::{DesiredVolume, describe, export, live, of_vm, pool, rules, snapshot};
+use super::{DesiredVolume, describe, export, live, of_vm, pool, rules, snapshot, sync};
 use crate::{
     agent::{Agent, internal},
     authorise::{self, Caller, SignedRequest},
@@ -47,6 +47,7 @@ pub enum Change {
     Snapshot(Name),
     RemoveSnapshot(Name),
     Restore(VolumeRestoreRequest),
+    Sync,
 }
 
 impl Change {
@@ -66,6 +67,7 @@ impl Change {
             Self::Snapshot(_) => OperationKind::VolumeSnapshotCreate,
             Self::RemoveSnapshot(_) => OperationKind::VolumeSnapshotRemove,
             Self::Restore(_) => OperationKind::VolumeRestore,
+            Self::Sync => OperationKind::VolumeSync,
         }
     }
 }
@@ -186,7 +188,7 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
         return Err(fault(rules::VolumeFault::NotYours(volume.name)));
     }
     match change {
-        Change::Create(_) | Change::Import(_) => Ok(()),
+        Change::Create(_) | Change::Import(_) | Change::Sync => Ok(()),
         Change::Export(request) => {
             export::check(request)?;
             not_exported(agent, &volume, "be exported once more", Whatever)?;
@@ -299,6 +301,13 @@ fn perform(agent: &Arc<Agent>, name: &Name, progress: &Progress) -> Result<(), A
     match &progress.change {
         Change::Move(request) => return relocate(agent, pool, name, progress, request),
         Change::Snapshot(snapshot) => return snapshot::create(agent, pool, name, progress, snapshot),
+        Change::Sync => {
+            return sync::sync(agent, pool, name, |message| {
+                if let Some(id) = progress.operation {
+                    agent.operations.step(id, message);
+                }
+            });
+        }
         Change::RemoveSnapshot(snapshot) => return pool.remove_snapshot(&progress.id, snapshot).map_err(|error| store_error(&error)),
         Change::Restore(request) => {
             let check = || check(agent, name, &progress.change);
@@ -504,7 +513,7 @@ fn settle(pool: &Pool, progress: &Progress, held: Option<Hold>) -> Result<(), Ap
         },
         Change::Create(_) | Change::Clone(_) | Change::Import(_) | Change::Attach(_) | Change::Detach(_) | Change::Set(_) => Ok(()),
         Change::Export(_) | Change::Unexport => Ok(()),
-        Change::Snapshot(_) | Change::RemoveSnapshot(_) => Ok(()),
+        Change::Snapshot(_) | Change::RemoveSnapshot(_) | Change::Sync => Ok(()),
         Change::Restore(_) => pool.settle_restore(&progress.id, progress.operation.as_ref()).map_err(|error| store_error(&error)),
     }
 }
@@ -529,6 +538,8 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
         Change::Create(_) | Change::Clone(_) | Change::Import(_) => known,
         // Exports have ended with the agent that had them.
         Change::Export(_) => false,
+        // It finds again what is left to do.
+        Change::Sync => false,
         Change::Unexport => true,
         Change::Remove | Change::RemoveWithSnapshots => !known,
         Change::Snapshot(name) => desired.as_ref().is_some_and(|volume| snapshot::is_made(agent, volume, name, progress.operation)),

@@ -144,13 +144,12 @@ pub fn faults(agent: &Agent) -> Vec<(String, String)> {
 
 /// Volumes beside which lies what was left of going back to a snapshot, with nobody at work on them. For `form doctor`.
 pub fn unsettled(agent: &Agent) -> Vec<Name> {
-    let is_left = |volume: &DesiredVolume| {
-        let left = pool_of(agent, volume).is_ok_and(|pool| pool.unsettled(&volume.id).is_ok_and(|left| !left.is_empty()));
-        // In this order: an operation that has ended has left nothing.
-        left && !agent.operations.is_under_way(&format!("volume/{}", volume.name))
-            && pool_of(agent, volume).is_ok_and(|pool| pool.unsettled(&volume.id).is_ok_and(|left| !left.is_empty()))
-    };
-    own(agent).into_iter().filter(is_left).map(|volume| volume.name).collect()
+    let is_left =
+        |volume: &DesiredVolume| pool_of(agent, volume).is_ok_and(|pool| pool.unsettled(&volume.id).is_ok_and(|left| !left.is_empty()));
+    let under_way = |volume: &DesiredVolume| agent.operations.is_under_way(&format!("volume/{}", volume.name));
+    // Looked at again: what was under way may have ended in between.
+    let found = own(agent).into_iter().filter(|volume| is_left(volume) && !under_way(volume) && is_left(volume));
+    found.map(|volume| volume.name).collect()
 }
 
 /// Finishes what the state says of such a volume, and takes everything else back.

@@ -163,13 +163,24 @@ async fn remove_volume_snapshot(Path((volume, _)): Path<(String, String)>) -> ax
 
 /// The size of the snapshot is part of what is signed.
 async fn restore_volume(Path(volume): Path<String>, axum::Json(body): axum::Json<Value>) -> Result<axum::Json<Value>, ApiError> {
+    let _ = show_volume(Path(volume.clone())).await?;
     if body != json!({"snapshot": "before", "size_bytes": 5_u64 << 30}) {
         return Err(ApiError::new(ErrorCode::Invalid, format!("not what was asked for: {body}")));
     }
     Ok(axum::Json(operation("volume-restore", &format!("volume/{volume}"), "completed")))
 }
 
-async fn clone_volume(Path(_): Path<String>, axum::Json(body): axum::Json<Value>) -> Result<axum::Json<Value>, ApiError> {
+async fn sync_volume(Path(volume): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    let _ = show_volume(Path(volume.clone())).await?;
+    if volume == "data" {
+        return Err(ApiError::new(ErrorCode::TimedOut, "the guest of vm/web, which has volume/data, does not answer")
+            .hint("see `form vm show web`"));
+    }
+    Ok(axum::Json(operation("volume-sync", &format!("volume/{volume}"), "completed")))
+}
+
+async fn clone_volume(Path(volume): Path<String>, axum::Json(body): axum::Json<Value>) -> Result<axum::Json<Value>, ApiError> {
+    let _ = show_volume(Path(volume)).await?;
     if body != json!({"name": "copy", "snapshot": "before", "size_bytes": 5_u64 << 30}) && body != json!({"name": "copy"}) {
         return Err(ApiError::new(ErrorCode::Invalid, format!("not what was asked for: {body}")));
     }
@@ -295,6 +306,7 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/volumes", get(async || axum::Json(json!([volume("data", Some("web")), volume("spare", None)]))))
         .route("/v1/volumes/{name}", delete(remove_volume).get(show_volume).patch(set_volume))
         .route("/v1/volumes/{name}/clone", post(clone_volume))
+        .route("/v1/volumes/{name}/sync", post(sync_volume))
         .route("/v1/volumes/{name}/restore", post(restore_volume))
         .route("/v1/volumes/{name}/snapshots", get(volume_snapshots).post(create_volume_snapshot))
         .route("/v1/volumes/{name}/snapshots/{snapshot}", get(show_volume_snapshot).delete(remove_volume_snapshot))

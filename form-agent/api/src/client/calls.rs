@@ -347,6 +347,11 @@ impl Client {
         self.read(&Call::delete(path.0).signed(fresh_key()?)).await
     }
 
+    /// Brings a volume in line; the operation's events say what there was to mend.
+    pub async fn sync_volume(&self, name: &Name) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/volumes/{name}/sync")).signed(fresh_key()?)).await
+    }
+
     pub async fn all_volume_snapshots(&self) -> Result<Vec<VolumeSnapshot>, ClientError> {
         self.read(&Call::get("/v1/volume-snapshots")).await
     }

@@ -239,9 +239,9 @@ impl Pool {
         fs::rename(&path, grave.path().join("snapshot")).map_err(StoreError::io("remove", &path))?;
         let parent = self.place(id).join(SNAPSHOTS);
         sync_dir(&parent)?;
-        reach(Failpoint::VolumeSnapshotRetired);
         // Fails unless it is empty.
         let _ = fs::remove_dir(parent);
+        reach(Failpoint::VolumeSnapshotRetired);
         Ok(())
     }
 
@@ -382,7 +382,7 @@ impl Pool {
 
 /// Whether there are any in the directory of a volume.
 pub(super) fn are_in(place: &Path) -> bool {
-    place.join(SNAPSHOTS).exists()
+    read_dir(&place.join(SNAPSHOTS)).is_ok_and(|found| !found.is_empty())
 }
 
 fn read_record(directory: &Path, name: &Name) -> Result<Record> {

@@ -14,6 +14,7 @@ pub mod rm;
 pub mod set;
 pub mod show;
 pub mod snapshot;
+pub mod sync;
 mod transfer;
 pub mod unexport;
 
@@ -36,6 +37,7 @@ pub enum Verb {
     Set(set::Args),
     Clone(clone::Args),
     Snapshot(snapshot::Args),
+    Sync(sync::Args),
     Move(relocate::Args),
     Import(import::Args),
     Export(export::Args),
@@ -55,6 +57,7 @@ impl Verb {
             Self::Set(args) => set::run(&args, session).await,
             Self::Clone(args) => clone::run(args, session).await,
             Self::Snapshot(args) => snapshot::run(args, session).await,
+            Self::Sync(args) => sync::run(args, session).await,
             Self::Move(args) => relocate::run(args, session).await,
             Self::Import(args) => import::run(args, session).await,
             Self::Export(args) => export::run(args, session).await,
