@@ -405,8 +405,8 @@ fn damaged_and_full(host: &Host, pool: &Path) {
     assert!(!left.exists() && !fixable());
     let sync = || host.form(&["volume", "sync", "data"]).ok().stdout;
     assert_eq!(sync(), "data: in line already\n");
-    fs::create_dir(&left).unwrap();
     let _ = host.form(&["volume", "export", "data", "--nbd"]).ok();
+    fs::create_dir(&left).unwrap();
     fs::remove_file(host.root().join("run/formation/nbd/data.sock")).unwrap();
     let said = sync();
     assert!(
