@@ -188,64 +188,75 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
         return Err(fault(rules::VolumeFault::NotYours(volume.name)));
     }
     match change {
+        Change::Snapshot(name) => snapshot::check_create(agent, &volume, name),
+        Change::RemoveSnapshot(name) => snapshot::one(agent, &volume, name).map(drop),
+        Change::Restore(request) => snapshot::check_restore(agent, &volume, request),
+        change => check_of(agent, &volume, &view, change),
+    }
+}
+
+/// Of a volume that is there, and this host's.
+fn check_of(agent: &Agent, volume: &DesiredVolume, view: &form_state::View, change: &Change) -> Result<(), ApiError> {
+    let fault = rules::VolumeFault::into_api;
+    match change {
         Change::Create(_) | Change::Import(_) | Change::Sync => Ok(()),
+        Change::Snapshot(_) | Change::RemoveSnapshot(_) | Change::Restore(_) => Ok(()),
         Change::Export(request) => {
             export::check(request)?;
-            not_exported(agent, &volume, "be exported once more", Whatever)?;
-            not_held(agent, &volume, "be exported")
+            not_exported(agent, volume, "be exported once more", Whatever)?;
+            not_held(agent, volume, "be exported")
         }
         Change::Unexport => match agent.exports.of(&volume.id) {
             Some(_) => Ok(()),
-            None => Err(ApiError::new(ErrorCode::Conflict, format!("volume/{name} is not exported")).hint("see `form volume show`")),
+            None => {
+                Err(ApiError::new(ErrorCode::Conflict, format!("volume/{} is not exported", volume.name)).hint("see `form volume show`"))
+            }
         },
         Change::Attach(request) => {
-            let vm = rules::check_attach(&volume, request, &view).map_err(fault)?;
-            not_exported(agent, &volume, "be attached", Whatever)?;
-            if describe::held_by(agent, &vm).contains(&volume.id) { Ok(()) } else { not_held(agent, &volume, "be attached") }
+            let vm = rules::check_attach(volume, request, view).map_err(fault)?;
+            not_exported(agent, volume, "be attached", Whatever)?;
+            if describe::held_by(agent, &vm).contains(&volume.id) { Ok(()) } else { not_held(agent, volume, "be attached") }
         }
         Change::Detach(_) => {
-            rules::check_detach(&volume).map_err(fault)?;
-            not_exported(agent, &volume, "be detached", Writable)?;
-            can_be_let_go(agent, &volume)
+            rules::check_detach(volume).map_err(fault)?;
+            not_exported(agent, volume, "be detached", Writable)?;
+            can_be_let_go(agent, volume)
         }
         Change::Resize(request) => {
-            rules::check_resize(&volume, request.size_bytes).map_err(fault)?;
-            pool::may_promise(agent, &*pool_of(agent, &volume)?, request.size_bytes - volume.size_bytes)?;
-            not_exported(agent, &volume, "be resized", Whatever)
+            rules::check_resize(volume, request.size_bytes).map_err(fault)?;
+            pool::may_promise(agent, &*pool_of(agent, volume)?, request.size_bytes - volume.size_bytes)?;
+            not_exported(agent, volume, "be resized", Whatever)
         }
         Change::Set(request) if request.is_empty() => {
             Err(ApiError::new(ErrorCode::Invalid, "nothing is to be set").hint("say what: iops, bytes_per_second"))
         }
-        Change::Set(request) => rules::check_set(&volume, request).map(drop).map_err(fault),
+        Change::Set(request) => rules::check_set(volume, request).map(drop).map_err(fault),
         Change::Clone(request) => {
-            let size_bytes = rules::clone_size(&volume, request).map_err(fault)?;
-            rules::check_new(&request.name, size_bytes, &view).map_err(fault)?;
-            pool::may_promise(agent, &*pool_of(agent, &volume)?, size_bytes)?;
+            let size_bytes = rules::clone_size(volume, request).map_err(fault)?;
+            rules::check_new(&request.name, size_bytes, view).map_err(fault)?;
+            pool::may_promise(agent, &*pool_of(agent, volume)?, size_bytes)?;
             if let Some(snapshot) = &request.snapshot {
-                return snapshot::check_clone(agent, &volume, request, snapshot);
+                return snapshot::check_clone(agent, volume, request, snapshot);
             }
-            not_exported(agent, &volume, "be cloned", Writable)?;
-            not_held(agent, &volume, "be cloned")
+            not_exported(agent, volume, "be cloned", Writable)?;
+            not_held(agent, volume, "be cloned")
         }
         Change::Move(request) => {
-            rules::check_move(&volume, &request.pool).map_err(fault)?;
+            rules::check_move(volume, &request.pool).map_err(fault)?;
             let target = agent.store.pool(&request.pool).map_err(|error| store_error(&error))?;
             target.is_there().map_err(|error| store_error(&error))?;
-            let snapshots = pool_of(agent, &volume)?.snapshot_bytes(&volume.id);
+            let snapshots = pool_of(agent, volume)?.snapshot_bytes(&volume.id);
             pool::may_promise(agent, &target, volume.size_bytes.saturating_add(snapshots))?;
-            not_exported(agent, &volume, "be moved", Whatever)?;
-            not_held(agent, &volume, "be moved")
+            not_exported(agent, volume, "be moved", Whatever)?;
+            not_held(agent, volume, "be moved")
         }
-        Change::Snapshot(name) => snapshot::check_create(agent, &volume, name),
-        Change::RemoveSnapshot(name) => snapshot::one(agent, &volume, name).map(drop),
-        Change::Restore(request) => snapshot::check_restore(agent, &volume, request),
         Change::Remove | Change::RemoveWithSnapshots => {
-            rules::check_remove(&volume, &view).map_err(fault)?;
+            rules::check_remove(volume, view).map_err(fault)?;
             if matches!(change, Change::Remove) {
-                snapshot::none_left(agent, &volume)?;
+                snapshot::none_left(agent, volume)?;
             }
-            not_exported(agent, &volume, "be removed", Writable)?;
-            not_held(agent, &volume, "be removed")
+            not_exported(agent, volume, "be removed", Writable)?;
+            not_held(agent, volume, "be removed")
         }
     }
 }
