@@ -10,7 +10,7 @@ use form_api::deploy::DeployRequest;
 use form_types::{
     DiskLimits, Name, VmId, VmLimits,
     settings::{File, Interface, Route4, Route6, Service, Settings, UserSettings, VolumeMount},
-    spec::{EnvScope, User},
+    spec::{EnvScope, Resources, User},
 };
 use form_vmm::config::{self as vmm_config, BackingFile, DiskConfig, DiskFormat, Fd, JailConfig, NetworkConfig, RestoreConfig, VmConfig};
 
@@ -25,6 +25,9 @@ pub const ROOT_DISK: &str = "root";
 
 /// What a VM process knows a VM's network interface by.
 pub const INTERFACE: &str = "eth0";
+
+/// As many vCPUs as any VM can have while it runs.
+const LEAST_ROOM: u32 = 4;
 
 const DEFAULT_NETWORK: &str = "default";
 
@@ -209,6 +212,12 @@ fn networks(link: &Link, tap: Fd, limits: VmLimits) -> Vec<NetworkConfig> {
     vec![NetworkConfig { id: INTERFACE.to_owned(), tap, mac: link.mac, mtu: link.mtu, bytes_per_second }]
 }
 
+/// How many vCPUs a VM that starts with `vcpus` can have while it runs. A guest sets memory aside for each that may come: measured half a MiB.
+pub fn most_vcpus(vcpus: u32) -> u8 {
+    let most = vcpus.saturating_mul(2).clamp(LEAST_ROOM, *Resources::VCPUS.end());
+    u8::try_from(most.max(vcpus)).unwrap_or(u8::MAX)
+}
+
 /// Descriptors are passed as: kvm, kernel, initramfs, settings, log ring, exit record, tap, root disk, its backing files, volumes.
 pub fn config(
     id: &VmId,
@@ -222,6 +231,7 @@ pub fn config(
     let resources = &request.spec.resources;
     VmConfig {
         vcpus: u8::try_from(resources.vcpus).unwrap_or(u8::MAX),
+        most_vcpus: Some(most_vcpus(resources.vcpus)),
         memory_mib: resources.memory_mib,
         kvm: Fd(0),
         kernel: Fd(1),
@@ -276,6 +286,11 @@ mod tests {
 
     const LIMITS: VmLimits =
         VmLimits { disk: DiskLimits { iops: Some(7), bytes_per_second: Some(1 << 20) }, net_bytes_per_second: Some(1 << 21) };
+
+    #[test]
+    fn there_is_room_for_as_many_vcpus_again_and_for_four_at_least() {
+        assert_eq!([1, 2, 3, 4, 8, 64, 100, 128].map(most_vcpus), [4, 4, 6, 8, 16, 128, 128, 128]);
+    }
 
     #[test]
     fn environment_goes_where_its_scope_says() {

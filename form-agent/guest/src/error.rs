@@ -26,6 +26,8 @@ pub enum Error {
     InUse { device: String, users: String },
     #[error("{device} has {has} bytes after {waited_ms} ms, not {wanted}")]
     SizeMissing { device: String, has: u64, wanted: u64, waited_ms: u128 },
+    #[error("{has} of {wanted} processors are there after {waited_ms} ms")]
+    ProcessorsMissing { has: u32, wanted: u32, waited_ms: u128 },
     #[error("{path} is not an absolute path without `..`")]
     BadPath { path: String },
     #[error("the settings cannot be read: {source}. The host's agent and form-guest must be of one version")]

@@ -16,6 +16,7 @@ mod network;
 mod new_identity;
 mod power;
 mod process;
+mod processors;
 mod report;
 mod serve;
 mod service;

@@ -265,6 +265,7 @@ impl Files {
         log_ring::create(&ring, CONSOLE).map_err(|error| BenchError::Machine(error.to_string()))?;
         let mut config = VmConfig {
             vcpus: 1,
+            most_vcpus: Some(vm::most_vcpus(1)),
             memory_mib: guest.memory_mib,
             kvm: add(kvm.into()),
             kernel: add(read(&guest.kernel)?.into()),

@@ -7,20 +7,26 @@ use crate::layout::{ECAM_SIZE, ECAM_START};
 use crate::pci::bus::PciBus;
 use crate::platform::hotplug::Hotplug;
 use crate::platform::power::{Power, PowerRequest};
+use crate::platform::processors::Processors;
 use crate::platform::serial::SerialPort;
-use crate::platform::{HOTPLUG_PORT, HOTPLUG_PORTS, I8042_COMMAND, PCI_CONFIG_PORT, POWER_PORT, POWER_PORTS, SERIAL_PORT, i8042};
+use crate::platform::{
+    HOTPLUG_PORT, HOTPLUG_PORTS, I8042_COMMAND, PCI_CONFIG_PORT, POWER_PORT, POWER_PORTS, PROCESSORS_PORT, PROCESSORS_PORTS, SERIAL_PORT,
+    i8042,
+};
 
 const ECAM_END: u64 = ECAM_START + ECAM_SIZE;
 const SERIAL_END: u16 = SERIAL_PORT + 8;
 const PCI_CONFIG_END: u16 = PCI_CONFIG_PORT + 8;
 const POWER_END: u16 = POWER_PORT + POWER_PORTS;
 const HOTPLUG_END: u16 = HOTPLUG_PORT + HOTPLUG_PORTS;
+const PROCESSORS_END: u16 = PROCESSORS_PORT + PROCESSORS_PORTS;
 
 pub struct Bus {
     pub serial: Arc<SerialPort>,
     pub power: Arc<Power>,
     pub pci: Arc<PciBus>,
     pub hotplug: Arc<Hotplug>,
+    pub processors: Arc<Processors>,
 }
 
 impl Bus {
@@ -47,6 +53,7 @@ impl Bus {
                     self.hotplug.gone(slot);
                 }
             }
+            PROCESSORS_PORT..PROCESSORS_END => self.processors.write(port - PROCESSORS_PORT, data),
             I8042_COMMAND if i8042::is_reset(data) => return Some(ExitReason::Reset),
             _ => {}
         }
@@ -63,6 +70,7 @@ impl Bus {
             PCI_CONFIG_PORT..PCI_CONFIG_END => self.pci.read_port(port - PCI_CONFIG_PORT, data),
             POWER_PORT..POWER_END => self.power.read(port - POWER_PORT, data),
             HOTPLUG_PORT..HOTPLUG_END => self.hotplug.read(port - HOTPLUG_PORT, data),
+            PROCESSORS_PORT..PROCESSORS_END => self.processors.read(port - PROCESSORS_PORT, data),
             I8042_COMMAND => data.fill(i8042::STATUS),
             // Nobody there: the bus floats high.
             _ => data.fill(0xFF),
@@ -92,6 +100,7 @@ impl Bus {
 mod tests {
     use super::*;
     use crate::platform::power;
+    use crate::platform::processors::ProcessorsState;
     use crate::platform::serial::Sink;
     use vmm_sys_util::eventfd::EventFd;
 
@@ -102,6 +111,7 @@ mod tests {
             power: Arc::new(Power::new(event())),
             pci: Arc::new(PciBus::default()),
             hotplug: Arc::new(Hotplug::new().unwrap()),
+            processors: Arc::new(Processors::new(&ProcessorsState::new(1, 2), event())),
         }
     }
 

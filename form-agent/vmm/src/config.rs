@@ -15,6 +15,9 @@ pub struct Fd(pub u16);
 pub struct VmConfig {
     /// 1 to 128.
     pub vcpus: u8,
+    /// How many it can have while it runs, up to 128: the guest makes room for as many. `None`: those that it starts with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most_vcpus: Option<u8>,
     /// Guest memory in MiB, 128 to 262144 (smaller is allowed for test kernels).
     pub memory_mib: u64,
     /// `/dev/kvm`, opened read-write.

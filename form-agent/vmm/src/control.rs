@@ -65,6 +65,18 @@ pub enum ControlRequest {
     Memory {
         mib: u64,
     },
+    /// How many vCPUs the guest has, and how many it can have.
+    Vcpus,
+    /// Gives the running guest vCPUs until it has `count`, and tells it. Any that it was asked for are its own again.
+    PlugVcpus {
+        count: u8,
+    },
+    /// Asks the running guest for vCPUs until it has `count`. What is written to `gone` is nothing: it is closed when the guest has no more
+    /// than that.
+    UnplugVcpus {
+        count: u8,
+        gone: Fd,
+    },
     /// Puts a disk into the running VM and tells its guest.
     Plug {
         disk: Box<DiskConfig>,
@@ -98,6 +110,7 @@ pub enum ControlReply {
     Done,
     Status { state: VmState, pid: u32 },
     Metrics(Box<Metrics>),
+    Vcpus { count: u8, most: u8 },
     Error { kind: ErrorKind, message: String },
 }
 

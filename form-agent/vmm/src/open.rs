@@ -78,6 +78,7 @@ pub fn standalone(run: &Run) -> Result<Started, OpenError> {
     let mut files = Files::default();
     let config = VmConfig {
         vcpus: run.cpus,
+        most_vcpus: None,
         memory_mib: run.memory_mib,
         kvm: files.open(Path::new("/dev/kvm"), true)?,
         kernel: files.open(&run.kernel, false)?,

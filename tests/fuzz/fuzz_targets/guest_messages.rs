@@ -64,6 +64,7 @@ fn requests() -> Vec<Value> {
         json!({"request": "unmount", "path": "/data"}),
         json!({"request": "sync", "token": 99}),
         json!({"request": "ssh"}),
+        json!({"request": "use_processors", "count": 4}),
     ]
 }
 

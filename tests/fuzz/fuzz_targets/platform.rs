@@ -1,5 +1,5 @@
 //! The devices that are not on PCI, by their ports: the serial console with input from the host's side, the power registers, the
-//! keyboard controller, the registers of PCI hotplug; and every other port.
+//! keyboard controller, the registers of PCI and vCPU hotplug; and every other port.
 
 #![no_main]
 
@@ -11,9 +11,10 @@ use form_vmm::{
     log_ring,
     pci::bus::PciBus,
     platform::{
-        HOTPLUG_PORT, I8042_COMMAND, PCI_CONFIG_PORT, POWER_PORT, SERIAL_PORT,
+        HOTPLUG_PORT, I8042_COMMAND, PCI_CONFIG_PORT, POWER_PORT, PROCESSORS_PORT, SERIAL_PORT,
         hotplug::Hotplug,
         power::Power,
+        processors::{Processors, ProcessorsState},
         serial::{SerialPort, SerialPortState, Sink},
     },
 };
@@ -29,6 +30,7 @@ enum Port {
     Pci(u8),
     Any(u16),
     Hotplug(u8),
+    Processors(u8),
 }
 
 impl Port {
@@ -40,6 +42,7 @@ impl Port {
             Self::Pci(offset) => PCI_CONFIG_PORT + u16::from(offset % 9),
             Self::Any(port) => port,
             Self::Hotplug(register) => HOTPLUG_PORT + u16::from(register % 17),
+            Self::Processors(register) => PROCESSORS_PORT + u16::from(register % 65),
         }
     }
 }
@@ -68,6 +71,12 @@ enum Step {
     /// A device came, or is wanted back.
     Announce(u8),
     Ask(u8),
+    /// A vCPU came, is wanted back, or is not wanted back any more.
+    Plug(u8),
+    AskProcessor(u8),
+    Keep(u8),
+    /// As they are, or otherwise.
+    RestoreProcessors(Option<[[u32; 4]; 4]>),
 }
 
 #[derive(Arbitrary, Debug)]
@@ -99,7 +108,9 @@ fuzz_target!(|steps: Vec<Step>| {
         power: Arc::new(Power::new(event())),
         pci: Arc::new(PciBus::default()),
         hotplug: Arc::new(hotplug),
+        processors: Arc::new(Processors::new(&ProcessorsState::new(2, 128), event())),
     };
+    let mut asked_processors = BTreeSet::new();
     let mut asked = BTreeSet::new();
     for step in steps.into_iter().take(64) {
         match step {
@@ -115,6 +126,28 @@ fuzz_target!(|steps: Vec<Step>| {
             Step::Ask(slot) => {
                 asked.insert(usize::from(slot % 32));
                 bus.hotplug.ask(usize::from(slot % 32));
+            }
+            Step::Plug(id) => bus.processors.announce(id % 128),
+            Step::AskProcessor(id) => {
+                asked_processors.insert(id % 128);
+                bus.processors.ask(id % 128);
+            }
+            Step::Keep(id) => {
+                asked_processors.remove(&(id % 128));
+                bus.processors.keep(id % 128);
+            }
+            Step::RestoreProcessors(changed) => {
+                let state = bus.processors.save();
+                assert!(state.is_sound(), "{state:?}");
+                let state = match changed {
+                    Some([present, added, wanted_back, asked]) => ProcessorsState { most: 128, present, added, wanted_back, asked },
+                    None => state,
+                };
+                if state.is_sound() {
+                    asked_processors.extend((0..128_u8).filter(|id| state.asked[usize::from(*id) / 32] >> (id % 32) & 1 != 0));
+                    bus.processors = Arc::new(Processors::new(&state, event()));
+                    assert_eq!(bus.processors.save(), state, "saving changed the state");
+                }
             }
             Step::Button => _ = bus.power.press_button(),
             Step::Save => {
@@ -144,6 +177,11 @@ fuzz_target!(|steps: Vec<Step>| {
                     bus.serial = Arc::new(restored);
                 }
             }
+        }
+        assert!(bus.processors.present().contains(&0), "the first vCPU is gone");
+        for id in bus.processors.take_gone() {
+            assert!(asked_processors.contains(&id), "vCPU {id} was let go, and nobody had asked for it");
+            assert!(!bus.processors.present().contains(&id), "vCPU {id} is gone and there");
         }
         for slot in bus.hotplug.take_gone() {
             assert!(asked.remove(&slot), "slot {slot} was let go, and nobody had asked for it");

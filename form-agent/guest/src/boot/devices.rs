@@ -114,7 +114,7 @@ fn missing(serial: &str, waited: Duration, devices: &[BlockDevice]) -> Error {
 }
 
 /// The kernel's announcements of devices.
-fn uevents() -> rustix::io::Result<OwnedFd> {
+pub fn uevents() -> rustix::io::Result<OwnedFd> {
     let socket = socket_with(
         AddressFamily::NETLINK,
         SocketType::DGRAM,
@@ -125,7 +125,8 @@ fn uevents() -> rustix::io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn wait_for_event(events: Option<&OwnedFd>, limit: Duration) {
+/// Waits for the next one, or for `limit`.
+pub fn wait_for_event(events: Option<&OwnedFd>, limit: Duration) {
     let Some(events) = events else { return std::thread::sleep(limit) };
     let timeout = Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() };
     let mut fds = [PollFd::new(events, PollFlags::IN)];

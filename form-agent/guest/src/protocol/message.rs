@@ -98,6 +98,10 @@ pub enum Request {
         serial: String,
         size_bytes: u64,
     },
+    /// Waits until the machine has so many processors, and switches on those that are off; answered with [`Reply::Done`].
+    UseProcessors {
+        count: u32,
+    },
     /// Answered with [`Reply::Synced`]: see [`super::synced_bytes`].
     Sync {
         token: u64,
@@ -390,6 +394,7 @@ mod tests {
             (Request::Logs(LogsRequest::default()), r#"{"request":"logs","from_sequence":null,"tail":null,"follow":false}"#),
             (Request::Freeze { limit_ms: 9 }, r#"{"request":"freeze","limit_ms":9}"#),
             (Request::Thaw, r#"{"request":"thaw"}"#),
+            (Request::UseProcessors { count: 4 }, r#"{"request":"use_processors","count":4}"#),
             (Request::Ssh, r#"{"request":"ssh"}"#),
             (Request::Shutdown { reboot: false }, r#"{"request":"shutdown","reboot":false}"#),
         ];

@@ -29,6 +29,7 @@ use crate::{
     network::names,
     new_identity,
     process::lock,
+    processors,
     report::say,
     service::log::Next,
     sys::VsockListener,
@@ -156,6 +157,7 @@ fn serve(machine: &Arc<Machine>, channel: &Channel, request: Result<Request, ser
             let path = mounted_at(machine, &serial);
             mounted(machine, channel, volumes::grow(&serial, size_bytes, path.as_deref()))
         }
+        Request::UseProcessors { count } => done(channel, processors::bring_online(count)),
         Request::Ssh => channel.reply(&Reply::Ssh(ssh::report(machine))),
         Request::Sync { token } => channel.reply(&Reply::Synced { token }),
     }

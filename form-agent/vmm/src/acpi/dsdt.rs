@@ -1,5 +1,6 @@
 //! The DSDT: what the guest cannot find by probing. The PCI root with its windows, the serial port, the power button, the soft-off
 //! state, the generic event device that delivers events (ACPI 6.5, section 5.6.9), and the slots whose devices come and go with them.
+//! Processors, which come and go likewise, are in [`super::processors`].
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable::NotCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule,
@@ -8,7 +9,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
-use super::table;
+use super::{processors, table};
 use crate::layout::{ECAM_BUSES, ECAM_SIZE, ECAM_START, Layout, MMIO32_END, MMIO32_START};
 use crate::pci::bus::SLOTS;
 use crate::platform::{EVENT_IRQ, HOTPLUG_PORT, PCI_CONFIG_PORT, POWER_PORT, SERIAL_IRQ, SERIAL_PORT, hotplug, power};
@@ -16,11 +17,11 @@ use crate::platform::{EVENT_IRQ, HOTPLUG_PORT, PCI_CONFIG_PORT, POWER_PORT, SERI
 /// Notification value of a pressed button (ACPI 6.5, table 5.175).
 const BUTTON_PRESSED: u8 = 0x80;
 /// Notification values (ACPI 6.5, table 5.173): look at the device again; it is asked back.
-const DEVICE_CHECK: u8 = 1;
-const EJECT_REQUEST: u8 = 3;
+pub const DEVICE_CHECK: u8 = 1;
+pub const EJECT_REQUEST: u8 = 3;
 
 /// Terms that are encoded already.
-struct Encoded(Vec<u8>);
+pub struct Encoded(pub Vec<u8>);
 
 impl Aml for Encoded {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
@@ -28,12 +29,13 @@ impl Aml for Encoded {
     }
 }
 
-pub fn build(layout: &Layout) -> Vec<u8> {
+pub fn build(layout: &Layout, most_vcpus: u8) -> Vec<u8> {
     let mut body = Vec::new();
     pci_root(layout, &mut body);
     reserved(&mut body);
     serial(&mut body);
     power_button(&mut body);
+    processors::add(most_vcpus, &mut body);
     events(&mut body);
     // One value is enough for the sleep control register; old interpreters want four.
     Name::new("_S5_".into(), &Package::new(vec![&power::SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO])).to_aml_bytes(&mut body);
@@ -177,6 +179,8 @@ fn events(body: &mut Vec<u8>) {
                     &If::new(&Local(1), vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &BUTTON_PRESSED)]),
                     &And::new(&Local(1), &Local(0), &power::EVENT_PCI),
                     &If::new(&Local(1), vec![&MethodCall::new("\\_SB_.PCI0.PSCN".into(), vec![])]),
+                    &And::new(&Local(1), &Local(0), &power::EVENT_PROCESSORS),
+                    &If::new(&Local(1), vec![&MethodCall::new(processors::LOOK.into(), vec![])]),
                 ],
             ),
         ],

@@ -1,6 +1,7 @@
 //! The ACPI tables (ACPI 6.5), hardware-reduced: RSDP, XSDT, FADT, MADT, MCFG, DSDT.
 
 mod dsdt;
+mod processors;
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -29,13 +30,20 @@ pub enum AcpiError {
     Write(#[source] GuestMemoryError),
 }
 
+/// How many vCPUs a guest starts with, and how many it can have.
+#[derive(Clone, Copy, Debug)]
+pub struct Vcpus {
+    pub count: u8,
+    pub most: u8,
+}
+
 /// Writes the tables and returns the address of the RSDP.
 ///
 /// # Errors
 /// When they do not fit.
-pub fn write(memory: &GuestMemoryMmap, layout: &Layout, vcpus: u8) -> Result<u64, AcpiError> {
+pub fn write(memory: &GuestMemoryMmap, layout: &Layout, vcpus: Vcpus) -> Result<u64, AcpiError> {
     let mut place = Place { memory, at: ACPI_START + 64 };
-    let dsdt = place.put(&dsdt::build(layout))?;
+    let dsdt = place.put(&dsdt::build(layout, vcpus.most))?;
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(place.put(&fadt(dsdt))?);
     xsdt.add_entry(place.put(&madt(vcpus))?);
@@ -95,10 +103,12 @@ fn fadt(dsdt: u64) -> Vec<u8> {
     bytes_of(&fadt.finalize())
 }
 
-fn madt(vcpus: u8) -> Vec<u8> {
+/// A guest makes room for every vCPU that is enabled or online capable (ACPI 6.5, section 5.2.12.2).
+fn madt(vcpus: Vcpus) -> Vec<u8> {
     let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(LOCAL_APIC));
-    for id in 0..vcpus {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    for id in 0..vcpus.most {
+        let status = if id < vcpus.count { EnabledStatus::Enabled } else { EnabledStatus::DisabledOnlineCapable };
+        madt.add_structure(ProcessorLocalApic::new(id, id, status));
     }
     madt.add_structure(IoApic::new(0, IOAPIC, 0));
     bytes_of(&madt)
@@ -135,10 +145,10 @@ mod tests {
         Table { signature: bytes[..4].try_into().unwrap(), bytes }
     }
 
-    fn tables(vcpus: u8, mib: u64) -> Vec<Table> {
+    fn tables(count: u8, most: u8, mib: u64) -> Vec<Table> {
         let layout = Layout::new(mib, 46).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
-        let rsdp = write(&memory, &layout, vcpus).unwrap();
+        let rsdp = write(&memory, &layout, Vcpus { count, most }).unwrap();
         assert_eq!(rsdp % 16, 0);
         let mut head = [0u8; 36];
         memory.read_slice(&mut head, GuestAddress(rsdp)).unwrap();
@@ -160,32 +170,54 @@ mod tests {
 
     #[test]
     fn every_table_is_reachable_and_sound() {
-        for (vcpus, mib) in [(1, 128), (8, 5120), (128, 262_144)] {
-            let signatures: Vec<_> = tables(vcpus, mib).iter().map(|table| table.signature).collect();
+        for (count, most, mib) in [(1, 1, 128), (1, 4, 256), (8, 16, 5120), (128, 128, 262_144)] {
+            let signatures: Vec<_> = tables(count, most, mib).iter().map(|table| table.signature).collect();
             assert_eq!(signatures, [*b"FACP", *b"APIC", *b"MCFG", *b"DSDT"]);
         }
     }
 
     #[test]
     fn the_madt_lists_each_vcpu_and_the_ioapic() {
-        let tables = tables(128, 1024);
+        let tables = tables(100, 128, 1024);
         let mut rest = &tables[1].bytes[44..];
         let (mut cpus, mut ioapics) = (Vec::new(), 0);
         while let [kind, length, ..] = *rest {
             match kind {
-                0 => cpus.push(rest[3]),
+                0 => cpus.push((rest[2], rest[3], u32::from_le_bytes(rest[4..8].try_into().unwrap()))),
                 1 => ioapics += 1,
                 other => panic!("unexpected entry {other}"),
             }
             rest = &rest[usize::from(length)..];
         }
-        assert_eq!(cpus, (0..128).collect::<Vec<u8>>());
+        // Enabled, or disabled and online capable.
+        assert_eq!(cpus, (0..128).map(|id| (id, id, if id < 100 { 1 } else { 2 })).collect::<Vec<_>>());
         assert_eq!(ioapics, 1);
+    }
+
+    fn places(bytes: &[u8], pattern: &[u8]) -> usize {
+        bytes.windows(pattern.len()).filter(|window| *window == pattern).count()
+    }
+
+    #[test]
+    fn the_dsdt_has_a_processor_for_each_vcpu_that_the_guest_can_have() {
+        for (count, most) in [(1u8, 1u8), (1, 4), (4, 40)] {
+            let tables = tables(count, most, 256);
+            let dsdt = &tables[3].bytes;
+            assert_eq!(places(dsdt, b"\x08_HID\x0DACPI0007\0"), usize::from(most));
+            for id in 0..most {
+                // A local APIC with this number and id, enabled (ACPI 6.5, sections 5.2.12.2 and 6.2.10).
+                assert_eq!(places(dsdt, &[0, 8, id, id, 1, 0, 0, 0]), 1, "vCPU {id} of {most}");
+                assert!(places(dsdt, format!("C0{id:02X}").as_bytes()) >= 1);
+            }
+            // The first one is there for good.
+            let slots = crate::pci::bus::SLOTS - 1;
+            assert_eq!(places(dsdt, b"_EJ0"), slots + usize::from(most) - 1);
+        }
     }
 
     #[test]
     fn the_fadt_names_the_power_registers() {
-        let fadt = &tables(1, 128)[0].bytes;
+        let fadt = &tables(1, 1, 128)[0].bytes;
         let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
         assert_ne!(flags & (1 << 20), 0, "hardware-reduced");
         assert_ne!(flags & (1 << 10), 0, "reset register");

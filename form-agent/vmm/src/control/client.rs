@@ -182,6 +182,35 @@ impl Client {
         }
     }
 
+    /// How many vCPUs the guest has, and how many it can have.
+    ///
+    /// # Errors
+    /// When the VM is not booted; [`ErrorKind::Invalid`] of a process of a release that could not change them.
+    pub fn vcpus(&self) -> Result<(u8, u8), ClientError> {
+        match self.ask(&ControlRequest::Vcpus, &[], self.timeout)? {
+            (ControlReply::Vcpus { count, most }, _) => Ok((count, most)),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Gives the running guest vCPUs until it has `count`. It has to be told to use them.
+    ///
+    /// # Errors
+    /// When the VM does not run, cannot have so many, or KVM makes none.
+    pub fn plug_vcpus(&self, count: u8) -> Result<(), ClientError> {
+        self.done(&ControlRequest::PlugVcpus { count }, &[], self.timeout)
+    }
+
+    /// Asks the running guest for vCPUs until it has `count`. The result is at its end when it has no more, or the VM process is gone.
+    ///
+    /// # Errors
+    /// When the VM does not run.
+    pub fn unplug_vcpus(&self, count: u8) -> Result<OwnedFd, ClientError> {
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| ClientError::Io(error.into()))?;
+        self.done(&ControlRequest::UnplugVcpus { count, gone: Fd(0) }, &[write.as_fd()], self.timeout)?;
+        Ok(read)
+    }
+
     /// Puts a disk into the running VM. Each `Fd` in `disk` is an index into `fds`.
     ///
     /// # Errors

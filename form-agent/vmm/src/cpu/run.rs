@@ -1,12 +1,14 @@
-//! The threads that run the vCPUs, and the gate that lets them run, holds them and ends them.
+//! The threads that run the vCPUs, and the gate that lets them run, holds them, and keeps back those that the guest has let go. KVM
+//! cannot take a vCPU from a VM: its thread stands at the gate until it is plugged again.
 
 use std::cell::Cell;
 use std::io;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
+use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_mp_state};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -23,8 +25,8 @@ const STACK: usize = 128 * 1024;
 
 #[derive(Default)]
 struct Held {
-    /// How many vCPUs stand at the gate.
-    count: usize,
+    /// Which vCPUs stand at the gate, by id.
+    standing: Vec<bool>,
     /// Raised for each request to save; a vCPU that stands at the gate answers with its state.
     save_round: u64,
     states: Vec<Option<Result<VcpuState, VcpuStateError>>>,
@@ -34,6 +36,8 @@ struct Held {
 
 struct Gate {
     target: AtomicU8,
+    /// vCPUs that the guest has let go, by id.
+    parked: Vec<AtomicBool>,
     held: Mutex<Held>,
     changed: Condvar,
 }
@@ -43,17 +47,33 @@ impl Gate {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn open(&self) -> bool {
-        self.target.load(Ordering::Acquire) == RUN
+    fn open(&self, id: usize) -> bool {
+        self.target.load(Ordering::Acquire) == RUN && !self.is_parked(id)
+    }
+
+    fn is_parked(&self, id: usize) -> bool {
+        self.parked[id].load(Ordering::Acquire)
     }
 
     /// Stands at the gate until it opens. A vCPU that has ended (`stay`) never leaves.
     fn stand(&self, vcpu: &VcpuFd, id: usize, stay: bool) {
         let mut held = self.lock();
         let mut seen = held.save_round;
-        held.count += 1;
+        held.standing[id] = true;
         self.changed.notify_all();
-        while stay || !self.open() {
+        while stay || !self.open(id) {
+            if self.is_parked(id) {
+                // The guest starts it from the beginning when it comes again.
+                if let Err(error) = vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_UNINITIALIZED }) {
+                    eprintln!("form-vmm: cannot put vCPU {id} into its first state: {error}");
+                }
+                while self.is_parked(id) {
+                    // Of what the guest does not have nothing is saved.
+                    seen = held.save_round;
+                    held = self.changed.wait(held).unwrap_or_else(PoisonError::into_inner);
+                }
+                continue;
+            }
             if held.save_round != seen {
                 seen = held.save_round;
                 let indices = Arc::clone(&held.msr_indices);
@@ -64,7 +84,7 @@ impl Gate {
             }
             held = self.changed.wait(held).unwrap_or_else(PoisonError::into_inner);
         }
-        held.count -= 1;
+        held.standing[id] = false;
         drop(held);
         // Tells a guest with kvm-clock that it was stopped, so that its watchdogs keep quiet. Refused when it has none.
         let _ = vcpu.kvmclock_ctrl();
@@ -88,11 +108,13 @@ extern "C" fn on_kick(_signal: libc::c_int, _info: *mut libc::siginfo_t, _contex
     });
 }
 
-/// All vCPUs of a VM.
+/// All vCPUs of a VM: those that it has, and those that it had.
 pub struct Vcpus {
-    threads: Vec<JoinHandle<()>>,
+    /// By id; none for one that was never there.
+    threads: Vec<Option<JoinHandle<()>>>,
     gate: Arc<Gate>,
     exits: Arc<Vec<AtomicU64>>,
+    around: Surroundings,
 }
 
 /// What every vCPU thread needs.
@@ -103,24 +125,78 @@ pub struct Surroundings {
 }
 
 impl Vcpus {
-    /// Starts a thread a vCPU. All of them enter their jail and stand at the gate when this returns.
+    /// Starts a thread a vCPU, each with its id, of a VM that can have `most`. All of them enter their jail and stand at the gate when
+    /// this returns.
     ///
     /// # Errors
     /// When a thread cannot be made.
-    pub fn start(vcpus: Vec<VcpuFd>, msr_indices: Vec<u32>, around: &Surroundings) -> io::Result<Self> {
+    pub fn start(vcpus: Vec<(u8, VcpuFd)>, most: u8, msr_indices: Vec<u32>, around: Surroundings) -> io::Result<Self> {
         register_signal_handler(SIGRTMIN(), on_kick).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
-        let count = vcpus.len();
-        let held = Held { msr_indices: msr_indices.into(), states: (0..count).map(|_| None).collect(), ..Held::default() };
-        let gate = Arc::new(Gate { target: AtomicU8::new(HOLD), held: Mutex::new(held), changed: Condvar::new() });
-        let exits = Arc::new((0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>());
-        let mut threads = Vec::with_capacity(count);
-        for (id, vcpu) in vcpus.into_iter().enumerate() {
-            let runner = Runner { vcpu, id, gate: Arc::clone(&gate), around: around.clone(), exits: Arc::clone(&exits) };
-            threads.push(Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(move || runner.run())?);
+        let most = usize::from(most);
+        let held = Held {
+            standing: vec![false; most],
+            msr_indices: msr_indices.into(),
+            states: (0..most).map(|_| None).collect(),
+            ..Held::default()
+        };
+        let parked = (0..most).map(|_| AtomicBool::new(false)).collect();
+        let gate = Arc::new(Gate { target: AtomicU8::new(HOLD), parked, held: Mutex::new(held), changed: Condvar::new() });
+        let exits = Arc::new((0..most).map(|_| AtomicU64::new(0)).collect::<Vec<_>>());
+        let mut all = Vcpus { threads: (0..most).map(|_| None).collect(), gate, exits, around };
+        for (id, vcpu) in vcpus {
+            all.add(id, vcpu)?;
         }
-        let vcpus = Vcpus { threads, gate, exits };
-        vcpus.wait_until_held();
-        Ok(vcpus)
+        all.wait_until_held();
+        Ok(all)
+    }
+
+    /// A further vCPU, which runs when the others do.
+    ///
+    /// # Errors
+    /// When its thread cannot be made.
+    pub fn add(&mut self, id: u8, vcpu: VcpuFd) -> io::Result<()> {
+        let id = usize::from(id);
+        let place = self.threads.get_mut(id).filter(|place| place.is_none()).ok_or(io::ErrorKind::InvalidInput)?;
+        let (gate, exits) = (Arc::clone(&self.gate), Arc::clone(&self.exits));
+        let runner = Runner { vcpu, id, gate, around: self.around.clone(), exits };
+        *place = Some(Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(move || runner.run())?);
+        Ok(())
+    }
+
+    /// Has a vCPU that was let go run again when the others do, from its first state; false when there never was one.
+    pub fn plug_again(&self, id: u8) -> bool {
+        if !self.was_added(id) {
+            return false;
+        }
+        let _held = self.gate.lock();
+        self.gate.parked[usize::from(id)].store(false, Ordering::Release);
+        self.gate.changed.notify_all();
+        true
+    }
+
+    /// Keeps back a vCPU that the guest has let go. It stands at the gate when this returns.
+    pub fn park(&self, id: u8) {
+        let index = usize::from(id);
+        let Some(Some(thread)) = self.threads.get(index) else { return };
+        {
+            let _held = self.gate.lock();
+            self.gate.parked[index].store(true, Ordering::Release);
+            self.gate.changed.notify_all();
+        }
+        // A thread that ended already needs no kick.
+        let _ = thread.kill(SIGRTMIN());
+        let mut held = self.gate.lock();
+        while !held.standing[index] {
+            held = self.gate.changed.wait(held).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn was_added(&self, id: u8) -> bool {
+        self.threads.get(usize::from(id)).is_some_and(Option::is_some)
+    }
+
+    fn added(&self) -> impl Iterator<Item = (usize, &JoinHandle<()>)> {
+        self.threads.iter().enumerate().filter_map(|(id, thread)| thread.as_ref().map(|thread| (id, thread)))
     }
 
     pub fn resume(&self) {
@@ -132,23 +208,25 @@ impl Vcpus {
     /// Stops all vCPUs between two instructions, with no I/O half done.
     pub fn pause(&self) {
         self.gate.target.store(HOLD, Ordering::Release);
-        for thread in &self.threads {
+        for (_, thread) in self.added() {
             // A thread that ended already needs no kick.
             let _ = thread.kill(SIGRTMIN());
         }
         self.wait_until_held();
     }
 
-    /// The state of each vCPU. Call only while paused.
+    /// The state of each vCPU that the guest has, in the order of their ids. Call only while paused.
     ///
     /// # Errors
     /// When KVM does not give it.
     pub fn save(&self) -> Result<Vec<VcpuState>, VcpuStateError> {
         let mut held = self.gate.lock();
+        let asked = self.added().filter(|(id, _)| !self.gate.is_parked(*id)).count();
         held.answers = 0;
+        held.states.fill_with(|| None);
         held.save_round += 1;
         self.gate.changed.notify_all();
-        while held.answers < self.threads.len() {
+        while held.answers < asked {
             held = self.gate.changed.wait(held).unwrap_or_else(PoisonError::into_inner);
         }
         held.states.iter_mut().filter_map(Option::take).collect()
@@ -162,7 +240,7 @@ impl Vcpus {
 
     fn wait_until_held(&self) {
         let mut held = self.gate.lock();
-        while held.count < self.threads.len() {
+        while self.added().any(|(id, _)| !held.standing[id]) {
             held = self.gate.changed.wait(held).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -201,7 +279,7 @@ impl Runner {
     }
 
     fn run_until_held(&mut self) -> Option<(ExitReason, Option<String>)> {
-        while self.gate.open() {
+        while self.gate.open(self.id) {
             if let Turn::Ended(reason, message) = self.turn() {
                 return Some((reason, message));
             }

@@ -93,7 +93,9 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 const MSR_TSC: u32 = 0x10;
 
 /// Gives the vCPU the frequency that it was saved with.
-fn restore_tsc_frequency(vcpu: &VcpuFd, saved: Option<u32>) -> Result<(), VcpuStateError> {
+/// # Errors
+/// When this host cannot.
+pub fn restore_tsc_frequency(vcpu: &VcpuFd, saved: Option<u32>) -> Result<(), VcpuStateError> {
     let (Some(saved), Ok(host)) = (saved, vcpu.get_tsc_khz()) else { return Ok(()) };
     if !differs(saved, host) {
         return Ok(());

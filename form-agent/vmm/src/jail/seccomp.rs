@@ -27,15 +27,15 @@ pub struct Filters {
 impl Filters {
     pub fn compile() -> Result<Self, BackendError> {
         Ok(Filters {
-            vcpu: compile(&[RUNTIME, POLLING], VCPU_IOCTLS, false)?,
+            vcpu: compile(&[RUNTIME, POLLING], &[VCPU_IOCTLS], false)?,
             // Every later thread starts under this filter, so it allows what any of them needs.
-            main: compile(&[RUNTIME, POLLING, BLOCK, STREAMS, MAIN], MAIN_IOCTLS, true)?,
+            main: compile(&[RUNTIME, POLLING, BLOCK, STREAMS, MAIN], &[MAIN_IOCTLS, VCPU_IOCTLS], true)?,
             block: compile(&[RUNTIME, POLLING, BLOCK], &[], false)?,
             net: compile(&[RUNTIME, POLLING], &[], false)?,
             vsock: compile(&[RUNTIME, POLLING, STREAMS], &[], false)?,
             rng: compile(&[RUNTIME, POLLING], &[], false)?,
             balloon: compile(&[RUNTIME, POLLING], &[], false)?,
-            mem: compile(&[RUNTIME, POLLING], &[KVM_SET_USER_MEMORY_REGION], false)?,
+            mem: compile(&[RUNTIME, POLLING], &[&[KVM_SET_USER_MEMORY_REGION]], false)?,
         })
     }
 
@@ -138,6 +138,14 @@ const KVM_GET_LAPIC: u64 = 0x8400_AE8E;
 const KVM_GET_MSRS: u64 = 0xC008_AE88;
 const KVM_GET_VCPU_EVENTS: u64 = 0x8040_AE9F;
 const KVM_GET_TSC_KHZ: u64 = 0xAEA3;
+/// A vCPU that was let go goes back to its first state.
+const KVM_SET_MP_STATE: u64 = 0x4004_AE99;
+/// What making a further vCPU needs.
+const KVM_CREATE_VCPU: u64 = 0xAE41;
+const KVM_SET_CPUID2: u64 = 0x4008_AE90;
+const KVM_SET_MSRS: u64 = 0x4008_AE89;
+const KVM_SET_LAPIC: u64 = 0x4400_AE8F;
+const KVM_SET_TSC_KHZ: u64 = 0xAEA2;
 /// What saving a VM reads.
 const KVM_GET_CLOCK: u64 = 0x8030_AE7C;
 const KVM_GET_IRQCHIP: u64 = 0xC208_AE62;
@@ -159,6 +167,7 @@ const VCPU_IOCTLS: &[u64] = &[
     KVM_GET_MSRS,
     KVM_GET_VCPU_EVENTS,
     KVM_GET_TSC_KHZ,
+    KVM_SET_MP_STATE,
 ];
 
 /// Memory that comes and goes.
@@ -168,19 +177,22 @@ const TUN_SET_OFFLOAD: u64 = 0x4004_54D0;
 const TUN_SET_VNET_HEADER: u64 = 0x4004_54D8;
 /// `FIONBIO`, as the standard library sets sockets non-blocking.
 const FILE_NON_BLOCKING: u64 = 0x5421;
+/// Beside those of vCPUs: the thread of one that comes later starts under this filter.
 const MAIN_IOCTLS: &[u64] = &[
-    KVM_IRQFD,
-    KVM_IOEVENTFD,
-    KVM_SET_GSI_ROUTING,
     KVM_GET_CLOCK,
     KVM_GET_IRQCHIP,
     KVM_SET_USER_MEMORY_REGION,
+    KVM_CREATE_VCPU,
+    KVM_SET_CPUID2,
+    KVM_SET_MSRS,
+    KVM_SET_LAPIC,
+    KVM_SET_TSC_KHZ,
     TUN_SET_OFFLOAD,
     TUN_SET_VNET_HEADER,
     FILE_NON_BLOCKING,
 ];
 
-fn compile(lists: &[&[i64]], ioctls: &[u64], main: bool) -> Result<BpfProgram, BackendError> {
+fn compile(lists: &[&[i64]], ioctls: &[&[u64]], main: bool) -> Result<BpfProgram, BackendError> {
     let mut rules: Rules = lists.iter().flat_map(|list| list.iter()).map(|call| (*call, Vec::new())).collect();
     // PROT_EXEC is argument 2 of both.
     let not_executable = || SeccompCondition::new(2, Dword, MaskedEq(libc::PROT_EXEC as u64), 0);
@@ -192,7 +204,7 @@ fn compile(lists: &[&[i64]], ioctls: &[u64], main: bool) -> Result<BpfProgram, B
     rules.insert(libc::SYS_tgkill, vec![SeccompRule::new(vec![own_process])?]);
     if !ioctls.is_empty() {
         let one = |request: &u64| SeccompRule::new(vec![SeccompCondition::new(1, Dword, Eq, *request)?]);
-        rules.insert(libc::SYS_ioctl, ioctls.iter().map(one).collect::<Result<_, _>>()?);
+        rules.insert(libc::SYS_ioctl, ioctls.iter().flat_map(|list| list.iter()).map(one).collect::<Result<_, _>>()?);
     }
     if main {
         let unix = SeccompCondition::new(0, Dword, Eq, libc::AF_UNIX as u64)?;

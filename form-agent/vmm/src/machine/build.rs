@@ -10,6 +10,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::devices::{self, Handles};
+use super::processors::Recipe;
 use super::state::{self, DeviceState, MachineState};
 use super::{Device, MachineError, saved};
 use crate::bus::Bus;
@@ -23,6 +24,7 @@ use crate::pci::bus::PciBus;
 use crate::pci::interrupts::{Interrupts, Router, io_error};
 use crate::platform::hotplug::Hotplug;
 use crate::platform::power::Power;
+use crate::platform::processors::{MOST, Processors, ProcessorsState};
 use crate::platform::serial::{SerialPort, Sink};
 use crate::platform::{EVENT_IRQ, SERIAL_IRQ};
 use crate::virtio::mem::{BLOCK, BLOCKS_MAX, MemState, Region};
@@ -30,13 +32,12 @@ use crate::virtio::pci::{Activations, BAR_SIZE, Doorbells, Host, VirtioPci};
 use crate::virtio::{DeviceError, GuestMemory, VirtioDevice};
 use crate::{acpi, boot, log_ring, memory};
 
-const MAX_VCPUS: u8 = 128;
-
 /// A VM with everything in place: the next step is the jail, then the threads.
 pub struct Prepared {
     pub(super) vm: Arc<VmFd>,
     pub(super) memory: GuestMemory,
-    pub(super) vcpus: Vec<VcpuFd>,
+    pub(super) vcpus: Vec<(u8, VcpuFd)>,
+    pub(super) recipe: Recipe,
     pub(super) msr_indices: Vec<u32>,
     pub(super) bus: Bus,
     pub(super) devices: Vec<Device>,
@@ -122,8 +123,14 @@ impl Empty {
         Ok(Layout::new(memory_mib, cpuid::address_bits(&self.cpuid))?)
     }
 
-    fn create_vcpus(&self, count: u8) -> Result<Vec<VcpuFd>, MachineError> {
-        (0..count).map(|id| self.vm.create_vcpu(u64::from(id)).map_err(kvm("create a vCPU"))).collect()
+    fn create_vcpus(&self, ids: &[u8]) -> Result<Vec<(u8, VcpuFd)>, MachineError> {
+        ids.iter().map(|id| Ok((*id, self.vm.create_vcpu(u64::from(*id)).map_err(kvm("create a vCPU"))?))).collect()
+    }
+
+    /// How many vCPUs the guest can have: no more than KVM can make, and no less than it starts with.
+    fn most_vcpus(&self, config: &VmConfig) -> u8 {
+        let possible = u8::try_from(self.hypervisor.get_max_vcpus()).unwrap_or(u8::MAX).min(MOST);
+        config.most_vcpus.unwrap_or(config.vcpus).min(possible).max(config.vcpus)
     }
 
     fn edge(&self, interrupts: &Interrupts, line: u32) -> Result<EventFd, MachineError> {
@@ -143,11 +150,11 @@ impl Empty {
         self,
         layout: &Layout,
         memory: GuestMemory,
-        vcpus: Vec<VcpuFd>,
+        vcpus: Vec<(u8, VcpuFd)>,
         parts: Parts,
         slots: Option<&[usize]>,
     ) -> Result<Prepared, MachineError> {
-        let Parts { interrupts, bus, backends, handles } = parts;
+        let Parts { interrupts, bus, backends, handles, recipe } = parts;
         let msr_indices = self.hypervisor.get_msr_index_list().map_err(kvm("list the model-specific registers"))?.as_slice().to_vec();
         let growth = self.growth(layout);
         let surroundings = DeviceSurroundings {
@@ -164,7 +171,7 @@ impl Empty {
             let slot = given.or_else(|| bus.pci.free_slot()).ok_or(MachineError::Slots)?;
             devices.push(surroundings.place(&bus.pci, slot, device)?);
         }
-        Ok(Prepared { vm: self.vm, memory, vcpus, msr_indices, bus, devices, surroundings, handles })
+        Ok(Prepared { vm: self.vm, memory, vcpus, recipe, msr_indices, bus, devices, surroundings, handles })
     }
 }
 
@@ -173,6 +180,7 @@ struct Parts {
     bus: Bus,
     backends: Vec<Box<dyn VirtioDevice>>,
     handles: Handles,
+    recipe: Recipe,
 }
 
 impl Prepared {
@@ -181,7 +189,7 @@ impl Prepared {
     /// # Errors
     /// When the configuration cannot be satisfied.
     pub fn new(config: &VmConfig, fds: &mut Descriptors) -> Result<Self, MachineError> {
-        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+        if !(1..=MOST).contains(&config.vcpus) {
             return Err(MachineError::Invalid { what: "a number of vCPUs", value: config.vcpus.into(), allowed: "1 to 128" });
         }
         let empty = Empty::new(fds.take(config.kvm, "kvm")?)?;
@@ -194,21 +202,26 @@ impl Prepared {
         for segment in &config.initramfs {
             initramfs.push(File::from(fds.take(*segment, "initramfs")?));
         }
-        let rsdp = acpi::write(&memory, &layout, config.vcpus)?;
+        let most = empty.most_vcpus(config);
+        let rsdp = acpi::write(&memory, &layout, acpi::Vcpus { count: config.vcpus, most })?;
         let entry = boot::load(&memory, &layout, &mut kernel, &mut initramfs, &config.cmdline, rsdp)?;
-        let vcpus = empty.create_vcpus(config.vcpus)?;
-        set_up_vcpus(&vcpus, &empty.cpuid, entry)?;
+        let processors = ProcessorsState::new(config.vcpus, most);
+        let vcpus = empty.create_vcpus(&processors.ids())?;
+        let recipe = Recipe { cpuid: empty.cpuid.clone(), most, tsc_khz: None };
+        set_up_vcpus(&vcpus, &recipe, entry)?;
 
         let interrupts = Arc::new(Interrupts::new(Arc::clone(&empty.vm)));
         let serial = SerialPort::new(sink(config.console_log, fds)?, empty.edge(&interrupts, SERIAL_IRQ)?);
+        let hotplug = Hotplug::new().map_err(io("make an eventfd"))?;
         let bus = Bus {
             serial: Arc::new(serial.map_err(io("make the serial port"))?),
             power: Arc::new(Power::new(empty.edge(&interrupts, EVENT_IRQ)?)),
             pci: Arc::new(PciBus::default()),
-            hotplug: Arc::new(Hotplug::new().map_err(io("make an eventfd"))?),
+            processors: Arc::new(Processors::new(&processors, hotplug.event.try_clone().map_err(io("make an eventfd"))?)),
+            hotplug: Arc::new(hotplug),
         };
         let (backends, handles) = devices::build(&config.into(), fds)?;
-        empty.finish(&layout, GuestMemory::new(memory), vcpus, Parts { interrupts, bus, backends, handles }, None)
+        empty.finish(&layout, GuestMemory::new(memory), vcpus, Parts { interrupts, bus, backends, handles, recipe }, None)
     }
 
     /// Builds the VM that was saved, up to the instruction where it stood.
@@ -219,9 +232,7 @@ impl Prepared {
     pub fn restore(config: &RestoreConfig, fds: &mut Descriptors) -> Result<Self, MachineError> {
         let state = saved::read(&File::from(fds.take(config.state, "saved state")?))?;
         let empty = Empty::new(fds.take(config.kvm, "kvm")?)?;
-        let count = u8::try_from(state.vcpus.len()).ok().filter(|count| (1..=MAX_VCPUS).contains(count));
-        let count =
-            count.ok_or(MachineError::Invalid { what: "a number of vCPUs", value: state.vcpus.len() as u64, allowed: "1 to 128" })?;
+        let processors = state.processors()?;
         check_host(&empty.cpuid, &state)?;
         let layout = empty.layout(state.memory_mib)?;
         let added = added_memory(&state, &layout, &empty.cpuid)?;
@@ -229,9 +240,10 @@ impl Prepared {
         register_memory(&empty.vm, &memory, &layout)?;
         let memory = GuestMemory::new(memory);
 
-        let vcpus = empty.create_vcpus(count)?;
+        let vcpus = empty.create_vcpus(&processors.ids())?;
+        let recipe = Recipe::of_saved(&state.vcpus, processors.most)?;
         let away = state.clock.away(state::world_ns());
-        for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
+        for ((_, vcpu), saved) in vcpus.iter().zip(&state.vcpus) {
             vcpu_state::restore(vcpu, saved, away)?;
         }
         // After the local APICs, which they may interrupt at once.
@@ -240,11 +252,13 @@ impl Prepared {
         let interrupts = Arc::new(Interrupts::new(Arc::clone(&empty.vm)));
         let serial = SerialPort::restore(&state.serial, sink(config.console_log, fds)?, empty.edge(&interrupts, SERIAL_IRQ)?);
         let power = Power::restore(state.power, empty.edge(&interrupts, EVENT_IRQ)?);
+        let hotplug = Hotplug::new().map_err(io("make an eventfd"))?;
         let bus = Bus {
             serial: Arc::new(serial.map_err(io("restore the serial port"))?),
             power: Arc::new(power.map_err(io("restore the power registers"))?),
             pci: Arc::new(PciBus::default()),
-            hotplug: Arc::new(Hotplug::new().map_err(io("make an eventfd"))?),
+            processors: Arc::new(Processors::new(&processors, hotplug.event.try_clone().map_err(io("make an eventfd"))?)),
+            hotplug: Arc::new(hotplug),
         };
         bus.pci.set_address(state.pci_address);
         let (mut backends, mut handles) = devices::build(&config.into(), fds)?;
@@ -258,7 +272,7 @@ impl Prepared {
         check_devices(&backends, &state.devices)?;
         // Not the first free ones: a disk that was taken away before the save has left its slot empty.
         let slots: Vec<usize> = state.devices.iter().map(|device| device.slot).collect();
-        let prepared = empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles }, Some(&slots))?;
+        let prepared = empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles, recipe }, Some(&slots))?;
         restore_devices(&prepared, &state.devices)?;
         state.clock.restore(&prepared.vm, away)?;
         Ok(prepared)
@@ -283,6 +297,7 @@ pub struct SavedSize {
 /// When the files are torn, foreign, of another version or not of one save, or when this host's CPU lacks what the VM uses.
 pub fn check_saved(state: &File, memory: &File, kvm: OwnedFd) -> Result<SavedSize, MachineError> {
     let saved = saved::read(state)?;
+    saved.processors()?;
     let cpuid = host_cpuid(&open_kvm(kvm)?)?;
     check_host(&cpuid, &saved)?;
     let layout = Layout::new(saved.memory_mib, cpuid::address_bits(&cpuid))?;
@@ -378,13 +393,10 @@ fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap, layout: &Layout) -> Resu
 }
 
 /// What firmware would have done.
-fn set_up_vcpus(vcpus: &[VcpuFd], template: &CpuId, entry: u64) -> Result<(), MachineError> {
-    let count = vcpus.len() as u8;
-    for (id, vcpu) in (0u8..).zip(vcpus) {
-        let cpuid = cpuid::for_vcpu(template, id, count).map_err(|_| MachineError::Capability("room for all CPUID leaves"))?;
-        vcpu.set_cpuid2(&cpuid).map_err(kvm("set a vCPU's CPUID"))?;
-        registers::set_common_state(vcpu).map_err(kvm("set a vCPU's model-specific registers"))?;
-        if id == 0 {
+fn set_up_vcpus(vcpus: &[(u8, VcpuFd)], recipe: &Recipe, entry: u64) -> Result<(), MachineError> {
+    for (id, vcpu) in vcpus {
+        recipe.set_up(*id, vcpu)?;
+        if *id == 0 {
             registers::set_boot_state(vcpu, entry).map_err(kvm("set the first vCPU's registers"))?;
         }
     }

@@ -4,6 +4,7 @@ mod build;
 mod devices;
 mod memory;
 mod plug;
+mod processors;
 pub mod saved;
 pub mod state;
 
@@ -20,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::build::DeviceSurroundings;
 pub use self::build::{Prepared, SavedSize, check_saved};
 use self::devices::Handles;
+use self::processors::Recipe;
 use self::state::{ClockState, DeviceState, MachineState};
 use crate::control::{Metrics, VmState};
 use crate::cpu::run::{Surroundings, Vcpus};
@@ -29,6 +31,7 @@ use crate::memory::image;
 use crate::pci::bus::PciBus;
 use crate::platform::hotplug::Hotplug;
 use crate::platform::power::Power;
+use crate::platform::processors::Processors;
 use crate::platform::serial::SerialPort;
 use crate::virtio::GuestMemory;
 use crate::virtio::pci::{Activations, VirtioPci};
@@ -88,6 +91,10 @@ pub enum MachineError {
     Vcpu(#[from] VcpuStateError),
     #[error(transparent)]
     Saved(#[from] saved::SavedStateError),
+    #[error("the saved state names other vCPUs than it has")]
+    Processors,
+    #[error("this VM can have {most} vCPUs at most: start it again with more")]
+    MostVcpus { most: u8 },
     #[error("this host's CPU lacks what the saved VM uses: {0}")]
     Features(String),
     #[error("the saved VM has the devices {saved}; the configuration gives {given}: configure it as it was saved")]
@@ -133,6 +140,11 @@ pub struct Device {
 pub struct Machine {
     vm: Arc<VmFd>,
     vcpus: Vcpus,
+    /// How further vCPUs are made.
+    recipe: Recipe,
+    processors: Arc<Processors>,
+    /// Who waits until there are no more vCPUs than this.
+    leaving_vcpus: Vec<(u8, OwnedFd)>,
     /// Keeps the VM's memory mapped as long as its vCPUs are there.
     memory: GuestMemory,
     devices: Vec<Device>,
@@ -155,16 +167,20 @@ impl Machine {
     /// # Errors
     /// When a thread cannot be made.
     pub fn start(prepared: Prepared) -> Result<Self, MachineError> {
-        let Prepared { vm, memory, vcpus, msr_indices, bus, devices, surroundings, handles } = prepared;
+        let Prepared { vm, memory, vcpus, recipe, msr_indices, bus, devices, surroundings, handles } = prepared;
         let exit = Arc::new(ExitSlot::new().map_err(|source| MachineError::Io { context: "make an eventfd", source })?);
         let (serial, power, pci, hotplug) =
             (Arc::clone(&bus.serial), Arc::clone(&bus.power), Arc::clone(&bus.pci), Arc::clone(&bus.hotplug));
+        let processors = Arc::clone(&bus.processors);
         let around = Surroundings { bus: Arc::new(bus), exit: Arc::clone(&exit) };
-        let vcpus =
-            Vcpus::start(vcpus, msr_indices, &around).map_err(|source| MachineError::Io { context: "start the vCPU threads", source })?;
+        let vcpus = Vcpus::start(vcpus, recipe.most, msr_indices, around);
+        let vcpus = vcpus.map_err(|source| MachineError::Io { context: "start the vCPU threads", source })?;
         Ok(Machine {
             vm,
             vcpus,
+            recipe,
+            processors,
+            leaving_vcpus: Vec::new(),
             memory,
             devices,
             pci,
@@ -281,6 +297,7 @@ impl Machine {
             save,
             memory_mib: self.booted_mib(),
             vcpus: self.vcpus.save()?,
+            processors: Some(self.processors.save()),
             chips: state::save_chips(&self.vm)?,
             clock: ClockState::save(&self.vm)?,
             serial: self.serial.save(),

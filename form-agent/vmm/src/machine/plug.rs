@@ -81,8 +81,10 @@ impl Machine {
         self.power.raise(EVENT_PCI).map_err(|source| MachineError::Io { context: "raise an interrupt", source })
     }
 
-    /// Ends the devices that the guest let go. Main thread only: it ends their threads.
+    /// Ends the devices that the guest let go, and holds its vCPUs. Main thread only: it ends their threads.
     pub fn end_ejected(&mut self) {
+        // Before what it counts is taken: what comes after that raises it again.
+        self.park_ejected_vcpus();
         for slot in self.hotplug.take_gone() {
             let Some(at) = self.devices.iter().position(|device| device.slot == slot) else { continue };
             let device = self.devices.remove(at).device;

@@ -1,7 +1,7 @@
 //! The file of a saved state: magic, version, checksum and length, then JSON.
 //!
-//! The version covers everything behind it. A state of another version is refused: a VM that goes on with half of its state is worse
-//! than one that has to be started.
+//! The version covers everything behind it. A state of a version that this program does not know is refused: a VM that goes on with half
+//! of its state is worse than one that has to be started.
 
 use std::fs::File;
 use std::io;
@@ -10,7 +10,9 @@ use std::os::unix::fs::FileExt;
 use super::state::MachineState;
 
 /// Raised with every change of what is saved.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+/// What was saved since then can be read.
+const OLDEST: u32 = 1;
 const MAGIC: [u8; 8] = *b"FORMVMST";
 /// Magic, version, checksum, length.
 const HEADER: usize = 24;
@@ -71,7 +73,7 @@ pub fn read(file: &File) -> Result<MachineState, SavedStateError> {
         return Err(SavedStateError::Foreign);
     }
     let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-    if word(8) != VERSION {
+    if !(OLDEST..=VERSION).contains(&word(8)) {
         return Err(SavedStateError::Version { found: word(8) });
     }
     let length = u64::from(word(16)) | u64::from(word(20)) << 32;
@@ -93,6 +95,7 @@ mod tests {
     use super::*;
     use crate::machine::state::ClockState;
     use crate::platform::power::PowerState;
+    use crate::platform::processors::ProcessorsState;
     use crate::platform::serial::SerialPortState;
 
     fn state() -> MachineState {
@@ -100,6 +103,7 @@ mod tests {
             save: [3; 16],
             memory_mib: 256,
             vcpus: Vec::new(),
+            processors: Some(ProcessorsState::new(2, 4)),
             chips: vec![kvm_bindings::kvm_irqchip { chip_id: 2, ..Default::default() }],
             clock: ClockState { guest_ns: 1, world_ns: u64::MAX },
             serial: SerialPortState::default(),
@@ -120,6 +124,21 @@ mod tests {
     fn a_state_comes_back() {
         let again = read(&saved()).unwrap();
         assert_eq!(serde_json::to_string(&again).unwrap(), serde_json::to_string(&state()).unwrap());
+    }
+
+    #[test]
+    fn a_state_of_the_first_version_has_the_vcpus_that_it_started_with() {
+        let file = saved();
+        let mut json: serde_json::Value = serde_json::to_value(state()).unwrap();
+        json.as_object_mut().unwrap().remove("processors");
+        let payload = serde_json::to_vec(&json).unwrap();
+        file.set_len(0).unwrap();
+        file.write_all_at(&payload, HEADER as u64).unwrap();
+        file.write_all_at(&header(&payload), 0).unwrap();
+        file.write_all_at(&1_u32.to_le_bytes(), 8).unwrap();
+        assert_eq!(read(&file).unwrap().processors, None);
+        file.write_all_at(&0_u32.to_le_bytes(), 8).unwrap();
+        assert!(matches!(read(&file), Err(SavedStateError::Version { found: 0 })));
     }
 
     #[test]

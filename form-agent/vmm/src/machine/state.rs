@@ -10,6 +10,7 @@ use super::MachineError;
 use crate::cpu::state::VcpuState;
 use crate::memory::image::SaveId;
 use crate::platform::power::PowerState;
+use crate::platform::processors::{MOST, ProcessorsState};
 use crate::platform::serial::SerialPortState;
 use crate::virtio::pci::VirtioPciState;
 
@@ -20,6 +21,10 @@ pub struct MachineState {
     pub save: SaveId,
     pub memory_mib: u64,
     pub vcpus: Vec<VcpuState>,
+    /// Which vCPUs these are, and how many there can be. None in a state of version 1, whose
+    /// VM has those that it started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processors: Option<ProcessorsState>,
     /// The interrupt controllers that KVM keeps.
     pub chips: Vec<kvm_irqchip>,
     pub clock: ClockState,
@@ -29,6 +34,20 @@ pub struct MachineState {
     pub pci_address: u32,
     /// In PCI order.
     pub devices: Vec<DeviceState>,
+}
+
+impl MachineState {
+    /// The registers of vCPU hotplug, which agree with the vCPUs that were saved.
+    ///
+    /// # Errors
+    /// When no VM can be like this.
+    pub fn processors(&self) -> Result<ProcessorsState, MachineError> {
+        let count = u8::try_from(self.vcpus.len()).ok().filter(|count| (1..=MOST).contains(count));
+        let count =
+            count.ok_or(MachineError::Invalid { what: "a number of vCPUs", value: self.vcpus.len() as u64, allowed: "1 to 128" })?;
+        let processors = self.processors.unwrap_or_else(|| ProcessorsState::new(count, count));
+        if processors.is_sound() && processors.ids().len() == usize::from(count) { Ok(processors) } else { Err(MachineError::Processors) }
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -112,6 +131,47 @@ pub fn restore_chips(vm: &VmFd, chips: &[kvm_irqchip]) -> Result<(), MachineErro
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn state(vcpus: usize, processors: Option<ProcessorsState>) -> MachineState {
+        let vcpu = || VcpuState {
+            cpuid: Vec::new(),
+            mp_state: kvm_bindings::kvm_mp_state::default(),
+            regs: kvm_bindings::kvm_regs::default(),
+            sregs: kvm_bindings::kvm_sregs::default(),
+            xsave: kvm_bindings::kvm_xsave::default(),
+            xcrs: kvm_bindings::kvm_xcrs::default(),
+            debug: kvm_bindings::kvm_debugregs::default(),
+            lapic: kvm_bindings::kvm_lapic_state::default(),
+            msrs: Vec::new(),
+            events: kvm_bindings::kvm_vcpu_events::default(),
+            tsc_khz: None,
+        };
+        MachineState {
+            save: [3; 16],
+            memory_mib: 256,
+            vcpus: (0..vcpus).map(|_| vcpu()).collect(),
+            processors,
+            chips: Vec::new(),
+            clock: ClockState { guest_ns: 0, world_ns: 0 },
+            serial: SerialPortState::default(),
+            power: PowerState { events: 0, timer_ns: 0 },
+            pci_address: 0,
+            devices: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_vcpus_of_a_state_are_those_that_its_registers_name() {
+        let with_a_gap = ProcessorsState { present: [0b101, 0, 0, 0], ..ProcessorsState::new(1, 4) };
+        assert_eq!(state(2, Some(with_a_gap)).processors().unwrap().ids(), [0, 2]);
+        // Of the first version: those that it started with, and no more.
+        assert_eq!(state(3, None).processors().unwrap(), ProcessorsState::new(3, 3));
+        for (vcpus, registers) in [(1, Some(with_a_gap)), (3, Some(with_a_gap)), (0, None), (129, None), (0, Some(with_a_gap))] {
+            assert!(state(vcpus, registers).processors().is_err(), "{vcpus}");
+        }
+        let crooked = ProcessorsState { most: 2, ..with_a_gap };
+        assert!(matches!(state(2, Some(crooked)).processors(), Err(MachineError::Processors)));
+    }
 
     #[test]
     fn a_world_clock_that_went_back_counts_as_no_time() {

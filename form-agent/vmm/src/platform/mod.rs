@@ -3,6 +3,7 @@
 pub mod hotplug;
 pub mod i8042;
 pub mod power;
+pub mod processors;
 pub mod serial;
 
 /// COM1.
@@ -14,6 +15,9 @@ pub const POWER_PORTS: u16 = 0x10;
 /// The registers of PCI hotplug: see [`hotplug`].
 pub const HOTPLUG_PORT: u16 = 0x610;
 pub const HOTPLUG_PORTS: u16 = 0x10;
+/// The registers of vCPU hotplug: see [`processors`].
+pub const PROCESSORS_PORT: u16 = 0x640;
+pub const PROCESSORS_PORTS: u16 = 0x40;
 /// The generic event device raises this line (edge).
 pub const EVENT_IRQ: u32 = 9;
 pub const I8042_DATA: u16 = 0x60;

@@ -23,6 +23,8 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
 /// The registers of PCI hotplug have something new.
 pub const EVENT_PCI: u8 = 1 << 1;
+/// The registers of vCPU hotplug have something new.
+pub const EVENT_PROCESSORS: u8 = 1 << 2;
 /// ACPI 6.5, section 4.8.2.1.
 const TIMER_HZ: u128 = 3_579_545;
 

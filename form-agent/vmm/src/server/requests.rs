@@ -56,6 +56,15 @@ impl Server {
                 (ControlRequest::PowerButton, VmState::Running) => answer(channel, machine.press_power_button()),
                 (ControlRequest::PowerButton, _) => refuse(channel, state),
                 (ControlRequest::Metrics, _) => reply(channel, &ControlReply::Metrics(Box::new(machine.metrics())), &[]),
+                (ControlRequest::Vcpus, _) => {
+                    let (count, most) = machine.vcpu_count();
+                    reply(channel, &ControlReply::Vcpus { count, most }, &[])
+                }
+                (ControlRequest::PlugVcpus { count }, VmState::Running) => changed(channel, machine.plug_vcpus(count)),
+                (ControlRequest::UnplugVcpus { count, gone }, VmState::Running) => {
+                    changed(channel, unplug_vcpus(machine, count, gone, fds))
+                }
+                (ControlRequest::PlugVcpus { .. } | ControlRequest::UnplugVcpus { .. }, _) => refuse(channel, state),
                 (ControlRequest::Balloon { mib }, _) => match machine.set_balloon(mib) {
                     Some(result) => answer(channel, result),
                     None => reply(channel, &error(ErrorKind::Invalid, "this VM has no balloon".to_owned()), &[]),
@@ -109,23 +118,31 @@ impl Server {
     }
 }
 
-fn save(machine: &Machine, state: Fd, memory: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
+fn save(machine: &mut Machine, state: Fd, memory: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
     let mut fds = Descriptors::new(fds);
     let state = File::from(fds.take(state, "state file")?);
     let memory = File::from(fds.take(memory, "memory file")?);
+    // What the guest let go before it was paused is no part of it.
+    machine.end_ejected();
     machine.save_to(&state, &memory)
 }
 
-fn save_aside(machine: &Machine, state: Fd, memory: Fd, whole: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
+fn save_aside(machine: &mut Machine, state: Fd, memory: Fd, whole: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
     let mut fds = Descriptors::new(fds);
     let state = File::from(fds.take(state, "state file")?);
     let memory = File::from(fds.take(memory, "memory file")?);
+    machine.end_ejected();
     machine.save_aside(&state, &memory, &fds.take(whole, "pipe")?)
 }
 
 fn unplug(machine: &mut Machine, id: &str, gone: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
     let gone = Descriptors::new(fds).take(gone, "pipe")?;
     machine.unplug(id, gone)
+}
+
+fn unplug_vcpus(machine: &mut Machine, count: u8, gone: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
+    let gone = Descriptors::new(fds).take(gone, "pipe")?;
+    machine.unplug_vcpus(count, gone)
 }
 
 fn changed(channel: &Channel, result: Result<(), MachineError>) -> Served {

@@ -11,6 +11,7 @@
 mod guest;
 mod memory;
 mod plug;
+mod processors;
 mod restore;
 mod vm;
 

@@ -24,6 +24,7 @@ pub struct Shape {
     pub script: String,
     pub cmdline: &'static str,
     pub vcpus: u8,
+    pub most_vcpus: Option<u8>,
     pub memory_mib: u64,
     pub disk_mib: Option<u64>,
     /// A second disk, in qcow2.
@@ -43,6 +44,7 @@ pub fn shape(script: &str) -> Shape {
         script: script.to_owned(),
         cmdline: "",
         vcpus: 1,
+        most_vcpus: None,
         memory_mib: 256,
         disk_mib: None,
         qcow2_mib: None,
@@ -252,6 +254,7 @@ fn parts(shape: &Shape, directory: &Path, jailed: bool) -> (VmConfig, Vec<OwnedF
     let [base, init] = guest::initramfs(&shape.script, shape.vsock);
     let config = VmConfig {
         vcpus: shape.vcpus,
+        most_vcpus: shape.most_vcpus,
         memory_mib: shape.memory_mib,
         kvm: add(open_kvm()),
         kernel: add(kernel),
