@@ -10,12 +10,14 @@ use std::{
 
 use form_types::{VmId, spec::Resources};
 
+use crate::vm::most_vcpus;
+
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// Memory of a VM process outside its guest's, in bytes: what the VMM needs, and some cache of the disk file.
 const OVERHEAD: u64 = 128 << 20;
 
-/// Threads beside one a vCPU.
+/// Threads beside one for each vCPU that it can have.
 const THREADS: u32 = 64;
 
 fn parent(mark: &str) -> PathBuf {
@@ -41,9 +43,23 @@ pub fn create(mark: &str, vm: &VmId, resources: &Resources) -> io::Result<Option
     let group = parent.join(vm.to_string());
     fs::create_dir_all(&group)?;
     fs::write(group.join("memory.max"), limit(resources.memory_mib).to_string())?;
-    fs::write(group.join("pids.max"), (resources.vcpus + THREADS).to_string())?;
-    fs::write(group.join("cpu.max"), format!("{} 100000", u64::from(resources.vcpus) * 100_000 + 50_000))?;
+    fs::write(group.join("pids.max"), (u32::from(most_vcpus(resources.vcpus)) + THREADS).to_string())?;
+    fs::write(group.join("cpu.max"), cpu_limit(resources.vcpus))?;
     Ok(Some(group))
+}
+
+/// Time of the host's processors in each tenth of a second, in microseconds: half a processor for what is no vCPU.
+fn cpu_limit(vcpus: u32) -> String {
+    format!("{} 100000", u64::from(vcpus) * 100_000 + 50_000)
+}
+
+/// The VM that runs has so many vCPUs from now on. Nothing where there are no cgroups.
+///
+/// # Errors
+/// When the limit cannot be changed.
+pub fn set_vcpus(mark: &str, vm: &VmId, vcpus: u32) -> io::Result<()> {
+    let file = parent(mark).join(vm.to_string()).join("cpu.max");
+    if file.exists() { fs::write(file, cpu_limit(vcpus)) } else { Ok(()) }
 }
 
 /// Memory of the VM's processes, in bytes.

@@ -12,7 +12,7 @@ use form_api::{
 };
 use form_types::{Name, VmId};
 
-use crate::{agent::Agent, cgroup, desired, headroom, machine, volume};
+use crate::{agent::Agent, cgroup, desired, driver::as_it_should_be, headroom, machine, vcpus, volume};
 
 fn ok(name: &str, message: impl Into<String>) -> Check {
     Check { name: name.to_owned(), status: CheckStatus::Ok, message: message.into(), hint: None, fixable: false }
@@ -154,9 +154,13 @@ enum Leftover {
     Restore(Name),
 }
 
-/// VMs that run with other volumes than the state says, and how.
+/// VMs that run with other volumes or vCPUs than the state says, and how.
 fn drifted(agent: &Agent) -> Vec<(VmId, Vec<String>)> {
-    let all = agent.vms_on_disk().into_iter().map(|vm| (vm, volume::live::drift(agent, &vm)));
+    let all = agent.vms_on_disk().into_iter().map(|vm| {
+        let mut found = volume::live::drift(agent, &vm);
+        found.extend(vcpus::drift(agent, &vm));
+        (vm, found)
+    });
     all.filter(|(_, found)| !found.is_empty()).collect()
 }
 
@@ -255,7 +259,7 @@ pub async fn fix(agent: &Arc<Agent>) -> Result<(), ApiError> {
     let task_agent = Arc::clone(agent);
     let still_drifted = tokio::task::spawn_blocking(move || {
         for (vm, _) in drifted(&task_agent) {
-            volume::live::reconcile(&task_agent, &vm);
+            as_it_should_be(&task_agent, &vm);
         }
         drifted(&task_agent)
             .into_iter()

@@ -23,7 +23,7 @@ use crate::{
     fleet::Observed,
     kept, limits, memory,
     operation::{Begun, Opening, Record},
-    snapshot,
+    snapshot, vcpus,
 };
 
 /// How long the asked-for state may take: a stop includes the guest's own shutdown.
@@ -78,7 +78,7 @@ impl Change {
 }
 
 /// What is remembered of a change under way.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 struct Progress {
     vm: VmId,
     change: Change,
@@ -108,26 +108,56 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -
     }
     let vm = agent.vm_named(name)?;
     let needed = check(agent, &vm, &change)?;
+    let live = if let Change::Set(set) = &change { live_vcpus(agent, &vm, set)? } else { None };
     let id = match agent.operations.begin(opening)? {
         Begun::Repeated(operation) => return Ok(*operation),
         Begun::New(id) => id,
     };
     let progress = Progress { vm: vm.id, boot: vm.boot_digest(), change };
-    match record(agent, caller, id, &progress, needed) {
-        Ok(()) => {
-            agent.fleet.reconcile(agent);
-            let (agent, signed) = (Arc::clone(agent), caller.signed.clone());
+    let recorded = match live {
+        Some(live) => remember(agent, id, &progress).map(|()| {
+            let (agent, caller) = (Arc::clone(agent), caller.clone());
             tokio::spawn(async move {
-                let result = reached(&agent, &progress).await;
-                if let (Ok(()), Change::Set(_)) = (&result, &progress.change) {
-                    kept::keep_change(&agent, &progress.vm, &signed);
-                }
-                agent.operations.finish(id, settled(&agent, &progress, result).await);
+                let result = change_live(&agent, &caller, id, &progress, live).await;
+                finish(&agent, &caller, id, &progress, result).await;
             });
-        }
-        Err(error) => agent.operations.finish(id, Err(error)),
+        }),
+        None => record(agent, caller, id, &progress, needed).map(|()| {
+            let (agent, caller) = (Arc::clone(agent), caller.clone());
+            agent.fleet.reconcile(&agent);
+            tokio::spawn(async move { finish(&agent, &caller, id, &progress, Ok(())).await });
+        }),
+    };
+    if let Err(error) = recorded {
+        agent.operations.finish(id, Err(error));
     }
     agent.operations.get(id)
+}
+
+/// Waits until the VM is as what was `recorded` wants it.
+async fn finish(agent: &Arc<Agent>, caller: &Caller, id: OperationId, progress: &Progress, recorded: Result<(), ApiError>) {
+    let result = match recorded {
+        Ok(()) => reached(agent, progress).await,
+        Err(error) => Err(error),
+    };
+    if let (Ok(()), Change::Set(_)) = (&result, &progress.change) {
+        kept::keep_change(agent, &progress.vm, &caller.signed);
+    }
+    agent.operations.finish(id, settled(agent, progress, result).await);
+}
+
+/// Changes the VM that runs, and records that.
+async fn change_live(agent: &Arc<Agent>, caller: &Caller, id: OperationId, progress: &Progress, live: vcpus::Live) -> Result<(), ApiError> {
+    let Change::Set(set) = &progress.change else { return Ok(()) };
+    let vm = agent.desired(&progress.vm).ok_or_else(gone)?;
+    let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
+    // Again when it is recorded; but what there is no room for the guest is not given.
+    admit::admit(&changed, false, &agent.capacity(Some(vm.name()))?)?;
+    let (task_agent, caller, progress) = (Arc::clone(agent), caller.clone(), progress.clone());
+    let change = move || vcpus::change(&task_agent, &vm, &changed, live, || record(&task_agent, &caller, id, &progress, true));
+    tokio::task::spawn_blocking(change).await.map_err(|error| internal(&error))??;
+    agent.fleet.reconcile(agent);
+    Ok(())
 }
 
 fn is_known(agent: &Agent, caller: &Caller) -> bool {
@@ -164,8 +194,11 @@ fn needs_start(agent: &Agent, vm: &DesiredVm, changed: &DeployRequest, state: Vm
     match state {
         _ if new == old => None,
         VmState::Starting => Some("vCPUs and memory change with a start until its guest is ready".to_owned()),
-        VmState::Running if new.vcpus != old.vcpus => Some("vCPUs change with a start".to_owned()),
-        VmState::Running => memory::check(agent, vm, new.memory_mib).err(),
+        VmState::Running => {
+            let vcpus = if new.vcpus == old.vcpus { Ok(()) } else { vcpus::check(agent, vm, new.vcpus) };
+            let memory = |()| if new.memory_mib == old.memory_mib { Ok(()) } else { memory::check(agent, vm, new.memory_mib) };
+            vcpus.and_then(memory).err()
+        }
         _ => None,
     }
 }
@@ -179,6 +212,16 @@ fn may_start(agent: &Agent, vm: &DesiredVm, changed: &DeployRequest, state: VmSt
         Some(reason) => Err(ApiError::new(ErrorCode::Conflict, format!("vm/{name} is {}, and {reason}", state.as_str()))
             .hint(format!("add --restart, or stop it before with `form vm stop {name}`"))),
     }
+}
+
+/// The vCPUs that a VM that runs gets or gives back without a start; none when nothing of this is asked, or a start brings them.
+fn live_vcpus(agent: &Agent, vm: &DesiredVm, set: &SetRequest) -> Result<Option<vcpus::Live>, ApiError> {
+    let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
+    let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
+    let vcpus = changed.spec.resources.vcpus;
+    let differ = vcpus != vm.request.spec.resources.vcpus && state == VmState::Running;
+    let without_start = differ && may_start(agent, vm, &changed, state, set.restart)?;
+    Ok(without_start.then_some(vcpus::Live { vcpus }))
 }
 
 /// Gives a VM that runs the memory that it should have from now on, if it can. Whatever else needs a start brings that memory, too.
@@ -195,8 +238,12 @@ fn with_limits(vm: &DesiredVm, set: &SetRequest) -> Result<VmLimits, ApiError> {
     desired::with_limits(vm.limits, set).map_err(|error| ApiError::new(ErrorCode::Invalid, error.to_string()))
 }
 
+fn remember(agent: &Agent, id: OperationId, progress: &Progress) -> Result<(), ApiError> {
+    agent.operations.remember(id, serde_json::to_value(progress).map_err(|error| internal(&error))?)
+}
+
 fn record(agent: &Arc<Agent>, caller: &Caller, id: OperationId, progress: &Progress, needed: bool) -> Result<(), ApiError> {
-    agent.operations.remember(id, serde_json::to_value(progress).map_err(|error| internal(&error))?)?;
+    remember(agent, id, progress)?;
     if !needed {
         return Ok(());
     }

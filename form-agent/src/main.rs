@@ -36,6 +36,7 @@ mod snapshot;
 mod stats;
 #[cfg(test)]
 mod testing;
+mod vcpus;
 mod vm;
 mod volume;
 

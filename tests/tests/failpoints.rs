@@ -54,6 +54,7 @@ const fn way(point: Failpoint) -> Way {
         VolumeRestoreDrafted | VolumeRestoreMoved | VolumeRestoreSwitched => Way::Volume,
         PoolMarked | PoolRecorded | PoolForgotten => Way::Pool,
         VolumePlugged | VolumeUnplugged | VolumeSnapshotPaused => Way::Hotplug,
+        VcpusChanged | VcpusNoted => Way::Guest,
         SnapshotPaused | SnapshotSaved | SnapshotDrafted | SnapshotNamed | SnapshotRetired => Way::Snapshot,
         ForkShared | ForkTold => Way::Snapshot,
         RestoreDrafted | RestoreEnded | RestoreHeld | RestoreSwapped | RestoreRecorded => Way::Snapshot,

@@ -259,6 +259,48 @@ fn counters_count(host: &Host) {
     assert!(health["healthy"] == true && health["total_operations"].as_u64() > Some(1), "{health}");
 }
 
+/// `form vm set --vcpus` of the VM `app`, which runs on in the process `pid`: with its agent, and with one that dies on the way.
+fn vcpus_come_and_go(host: &mut Host, pid: u32) {
+    let has = |host: &Host, count: &str| {
+        let ran = host.form(&["exec", "app", "--", "/bin/busybox", "nproc"]).ok().stdout;
+        let app = host.vm("app");
+        assert_eq!((ran.trim(), app["vcpus"].to_string().as_str(), host.process(&app).1), (count, count, pid));
+    };
+    let set = |host: &Host, count: &str| host.form(&["vm", "set", "app", "--vcpus", count]);
+    let _ = set(host, "3").ok();
+    has(host, "3");
+    let _ = set(host, "1").ok();
+    has(host, "1");
+    let refused = set(host, "5").exits(5).stderr;
+    assert!(refused.contains("it can have 4 vCPUs until it is started again") && refused.contains("--restart"), "{refused}");
+    let refused = host.form(&["vm", "set", "app", "--vcpus", "2", "--memory", "160M"]).exits(5).stderr;
+    assert!(refused.contains("vCPUs and memory change with a start"), "{refused}");
+    has(host, "1");
+
+    // What is not in the state when the agent dies is taken back; what is stays, and is no reason for a start.
+    for (point, count, ends) in
+        [("vcpus.changed", "1", "failed"), ("vcpus.noted", "1", "failed"), ("lifecycle.submitted", "2", "completed")]
+    {
+        host.kill_agent();
+        host.start_agent_with(Some(point));
+        wait("it is ready", || host.vm("app")["ready"] == true);
+        let mut client = host.form_command(&["vm", "set", "app", "--vcpus", "2"]).stderr(Stdio::null()).spawn().unwrap();
+        assert!(host.dies_at(point, |_| false), "no {point}");
+        let _ = (client.kill(), client.wait());
+        host.start_agent();
+        wait("the operation ends", || host.no_operation_is_under_way());
+        let operations = host.operations();
+        let last = operations.iter().find(|operation| operation["kind"] == "vm-set");
+        assert!(last.is_some_and(|operation| operation["status"] == ends), "{point}: {last:?}");
+        wait("it is ready again", || host.vm("app")["ready"] == true);
+        wait("it is as it should be", || {
+            let checks = host.form(&["doctor", "-o", "json"]).json();
+            !checks.as_array().unwrap().iter().any(|check| check["name"] == "vm/app")
+        });
+        has(host, count);
+    }
+}
+
 #[test]
 #[ignore = "needs a KVM that runs guests: tests/kvm-host"]
 fn kvm_a_vm_is_paused_renamed_set_and_reset() {
@@ -309,6 +351,7 @@ fn kvm_a_vm_is_paused_renamed_set_and_reset() {
     let _ = host.form(&["vm", "set", "app", "--label", "tier=front", "--restart-policy", "on-failure:2"]).ok();
     let app = host.vm("app");
     assert_eq!((app["labels"]["tier"].as_str(), host.process(&app).1), (Some("front"), pid));
+    vcpus_come_and_go(&mut host, pid);
     let refused = host.form(&["vm", "set", "app", "--memory", "160M"]).exits(5);
     assert!(refused.stderr.contains("--restart") && refused.stderr.contains("128 or 256 MiB without a start"), "{}", refused.stderr);
     memory_comes_and_goes(&host, pid);
@@ -321,6 +364,7 @@ fn kvm_a_vm_is_paused_renamed_set_and_reset() {
     let second_boot = boot_id(&host, "app");
     let _ = host.form(&["vm", "reset", "app"]).ok();
     let third_boot = boot_id(&host, "app");
+    assert_eq!(guest(&host, "app", &["nproc"]), "2", "a start and a reset keep their number");
     assert!(second_boot != first_boot && third_boot != second_boot);
 
     // A paused VM shuts down as a running one does.

@@ -142,6 +142,8 @@ fn kvm_a_vm_goes_back_to_what_it_was() {
 }
 
 fn paused_and_stopped(host: &Host) {
+    // One of its vCPUs has come while it ran.
+    let _ = host.form(&["vm", "set", "web", "--vcpus", "2"]).ok();
     sh(host, "echo paused > /file; busybox sync");
     let _ = host.form(&["vm", "pause", "web"]).ok();
     assert_eq!(create(host, "paused")["consistency"], "crash");
@@ -156,6 +158,10 @@ fn paused_and_stopped(host: &Host) {
     // From the memory of a paused one into a stopped VM; then the disk of the stopped one into a running VM.
     let _ = host.form(&["vm", "snapshot", "restore", "web", "paused", "-y"]).ok();
     is_whole(host);
+    for count in ["2", "3", "1", "2"] {
+        let _ = host.form(&["vm", "set", "web", "--vcpus", count]).ok();
+        assert_eq!(sh(host, "busybox nproc").trim(), count);
+    }
     sh(host, "echo lost > /file; busybox sync");
     let _ = host.form(&["vm", "snapshot", "restore", "web", "stopped", "-y"]).ok();
     is_whole(host);

@@ -299,7 +299,7 @@ pub struct SetRequest {
     /// At once, also for the service that runs.
     #[serde(default)]
     pub restart_policy: Option<Restart>,
-    /// At the next start.
+    /// At once in a VM that runs, up to twice those that it started with, and to four at least; else at the next start.
     #[serde(default)]
     pub vcpus: Option<u32>,
     /// At once where the guest can, which is in steps of 128 MiB above what it was started with; else at the next start.

@@ -35,6 +35,7 @@ use crate::{
     desired::{DesiredVm, Run},
     memory,
     snapshot::restore::due as restore_due,
+    vcpus,
     vm::SHUTDOWN_TIMEOUT_MS,
     volume,
 };
@@ -127,6 +128,12 @@ const fn health_of(state: HealthState) -> Health {
     }
 }
 
+/// Brings a VM whose guest answers in line with the state, where that needs no start. Blocks.
+pub fn as_it_should_be(agent: &Agent, id: &VmId) {
+    volume::live::reconcile(agent, id);
+    vcpus::reconcile(agent, id);
+}
+
 impl Driver {
     pub fn new(agent: Arc<Agent>, id: VmId, wake: Arc<Notify>, retry: Arc<AtomicBool>) -> Self {
         Self { agent, id, wake, retry, running: None, failed_starts: 0, not_before: None, finished: None }
@@ -188,6 +195,7 @@ impl Driver {
             self.failed_starts = 0;
             self.not_before = None;
         }
+        self.take_resize(boot);
         match (&self.running, desired.run) {
             (_, Run::Stopped) => {
                 let stopped = self.agent.fleet.observed(&self.id).is_some_and(|observed| observed.state == VmState::Stopped);
@@ -224,6 +232,14 @@ impl Driver {
                     }
                 }
             }
+        }
+    }
+
+    /// What runs may have been made what it should be without a start.
+    fn take_resize(&mut self, boot: Digest) {
+        let Some(running) = &mut self.running else { return };
+        if running.process.record.boot != boot && running.process.was_made(boot) {
+            self.agent.fleet.update(&self.id, |observed| observed.boot = Some(boot));
         }
     }
 
@@ -424,7 +440,7 @@ impl Driver {
                     create::is_itself(&self.agent, &self.id);
                     // It asks the guest, which answers while this goes on.
                     let (agent, id) = (Arc::clone(&self.agent), self.id);
-                    tokio::task::spawn_blocking(move || volume::live::reconcile(&agent, &id));
+                    tokio::task::spawn_blocking(move || as_it_should_be(&agent, &id));
                     tokio::spawn(memory::reconcile(Arc::clone(&self.agent), self.id));
                 }
                 reach(Failpoint::GuestReady);

@@ -6,8 +6,8 @@ use form_api::{event::EventKind, vm::VmState};
 use form_vmm::control::{Client, ClientError, ErrorKind};
 use tokio::time::Instant;
 
-use super::{Driver, Next, Running, live};
-use crate::{desired::Run, volume};
+use super::{Driver, Next, Running, as_it_should_be, live};
+use crate::desired::Run;
 
 /// Between two tries with a VM process that does not answer.
 const RETRY: Duration = Duration::from_secs(2);
@@ -85,7 +85,7 @@ impl Driver {
             }
             // It may have been given volumes meanwhile. One that has yet to say how it is gets them then.
             if known && was_ready {
-                tokio::task::spawn_blocking(move || volume::live::reconcile(&agent, &id));
+                tokio::task::spawn_blocking(move || as_it_should_be(&agent, &id));
             }
         });
     }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use form_api::deploy::DeployRequest;
-use form_types::{Digest, Failpoint, VmId, VolumeId, failpoint::reach};
+use form_types::{Digest, Failpoint, VmId, VolumeId, failpoint::reach, spec::Resources};
 use form_vmm::{
     config::{RestoreConfig, VmConfig},
     control::{self, Client, ClientError, ExitRecord, VmState},
@@ -69,6 +69,15 @@ struct GivenMemory {
     pid: i32,
     start_time: u64,
     memory_mib: u64,
+}
+
+/// What a VM that runs was made: a start from `boot` would make the same.
+#[derive(Debug, Serialize, Deserialize)]
+struct Resized {
+    pid: i32,
+    start_time: u64,
+    boot: Digest,
+    resources: Resources,
 }
 
 /// The files of a running VM, in a directory of its own below `/run`.
@@ -161,6 +170,26 @@ impl RuntimeDirectory {
         let record = self.read_record().ok_or(io::ErrorKind::NotFound)?;
         let given = GivenMemory { pid: record.pid, start_time: record.start_time, memory_mib };
         write_atomically(&self.memory_note(), 0o600, &serde_json::to_vec(&given)?)
+    }
+
+    fn resized(&self) -> PathBuf {
+        self.0.join("resized.json")
+    }
+
+    /// Notes that the VM that runs has these resources now, as if it had been started from `boot`.
+    ///
+    /// # Errors
+    /// When there is no process, or it cannot be written.
+    pub fn note_resized(&self, boot: Digest, resources: &Resources) -> io::Result<()> {
+        let record = self.read_record().ok_or(io::ErrorKind::NotFound)?;
+        let resized = Resized { pid: record.pid, start_time: record.start_time, boot, resources: resources.clone() };
+        write_atomically(&self.resized(), 0o600, &serde_json::to_vec(&resized)?)
+    }
+
+    /// Takes the note back.
+    pub fn forget_resized(&self) {
+        // It is not there for most.
+        let _ = fs::remove_file(self.resized());
     }
 
     fn output(&self) -> PathBuf {
@@ -328,6 +357,22 @@ impl Process {
         write_record(&self.directory, &self.record)
     }
 
+    /// Whether it was made what a start from `boot` would make, while it ran: then it is on record as that.
+    pub fn was_made(&mut self, boot: Digest) -> bool {
+        let noted = fs::read(self.directory.resized()).ok().and_then(|bytes| serde_json::from_slice::<Resized>(&bytes).ok());
+        let record = &mut self.record;
+        // Of a process that is gone it says nothing.
+        let noted = noted.filter(|noted| (noted.pid, noted.start_time, noted.boot) == (record.pid, record.start_time, boot));
+        let Some(noted) = noted else { return false };
+        (record.boot, record.request.spec.resources) = (boot, noted.resources);
+        match write_record(&self.directory, &self.record) {
+            Ok(()) => self.directory.forget_resized(),
+            // The note stays, and is looked at again.
+            Err(error) => tracing::warn!(vm = %self.record.vm, "{error}"),
+        }
+        true
+    }
+
     /// Takes it for what was started from `boot`: that start was given up, and it runs on.
     ///
     /// # Errors
@@ -490,5 +535,53 @@ mod tests {
         write_record(&directory, &record).unwrap();
         assert_eq!(directory.read_record(), Some(record));
         assert!(Process::adopt(&directory).is_none());
+    }
+
+    #[tokio::test]
+    async fn what_was_made_of_a_process_while_it_ran_is_on_record() {
+        let parent = tempfile::tempdir().unwrap();
+        let vm = VmId::from_bytes([1; 16]);
+        let directory = RuntimeDirectory::new(parent.path(), &vm);
+        fs::create_dir_all(directory.path()).unwrap();
+        let (small, large) = (Digest::of(b"small"), Digest::of(b"large"));
+        let request = crate::testing::request("web");
+        let resources = Resources { vcpus: 4, ..request.spec.resources.clone() };
+        assert!(directory.note_resized(large, &resources).is_err(), "there is no process");
+        let own = std::process::id() as i32;
+        let record = Record {
+            vm,
+            pid: own,
+            start_time: start_time(own).unwrap(),
+            boot: small,
+            request,
+            uid: None,
+            started_at: Timestamp::now(),
+            volumes: Vec::new(),
+            booted: true,
+            resets: 0,
+            restored: None,
+            log_from: 0,
+        };
+        write_record(&directory, &record).unwrap();
+        let process = |record: &Record| Process {
+            record: record.clone(),
+            paused: false,
+            directory: directory.clone(),
+            pidfd: pidfd(own).unwrap(),
+            child: None,
+        };
+        assert!(!process(&record).was_made(large));
+        directory.note_resized(large, &resources).unwrap();
+        assert!(!process(&record).was_made(Digest::of(b"other")));
+        // A process that had this pid before.
+        assert!(!process(&Record { start_time: 1, ..record.clone() }).was_made(large));
+        assert!(process(&record).was_made(large));
+        let now = directory.read_record().unwrap();
+        assert_eq!((now.boot, &now.request.spec.resources), (large, &resources));
+        // The note has served.
+        assert!(!process(&record).was_made(large));
+        directory.note_resized(small, &resources).unwrap();
+        directory.forget_resized();
+        assert!(!process(&now).was_made(small));
     }
 }

@@ -70,6 +70,10 @@ failpoints! {
     VolumePlugged = "volume.plugged",
     /// A VM that runs has given a volume back; neither the record nor the state says so.
     VolumeUnplugged = "volume.unplugged",
+    /// A VM that runs has other vCPUs; neither the state nor a note says so.
+    VcpusChanged = "vcpus.changed",
+    /// It is noted what a VM that runs was made; the state does not say so.
+    VcpusNoted = "vcpus.noted",
     /// A disk has its name.
     DiskMade = "disk.made",
     /// The old disk is gone and the new one is not there.

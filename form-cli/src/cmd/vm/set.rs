@@ -28,7 +28,7 @@ pub struct Args {
     /// What to do when its service ends: always, never, on-failure or on-failure:TIMES
     #[arg(long, value_name = "POLICY", value_parser = restart_policy)]
     restart_policy: Option<Restart>,
-    /// Virtual CPUs, from its next start on
+    /// Virtual CPUs: at once when it runs and has room for them, else from its next start on
     #[arg(long, value_name = "COUNT")]
     vcpus: Option<u32>,
     /// Memory: 512M, 2G. A VM that runs has it at once, in steps of 128M above what it was started with
