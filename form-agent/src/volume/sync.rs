@@ -19,10 +19,11 @@ const FLUSH_LIMIT_MS: u64 = 5000;
 /// `conflict` when the VM that has it is paused, `timed-out` when its guest does not answer; what could not be brought in line.
 pub(super) fn sync(agent: &Agent, pool: &Pool, name: &Name, done: impl Fn(String)) -> Result<(), ApiError> {
     let volume = describe::volume_named(agent, name)?;
-    files(agent, pool, &volume, &done)?;
+    // First: it has the file open.
     if agent.exports.end_unreachable(&volume.id) {
         done("its export, whose socket was gone, is ended".to_owned());
     }
+    files(agent, pool, &volume, &done)?;
     let attached = volume.attached.as_ref().map(|attached| attached.vm);
     for vm in agent.vms_on_disk() {
         // Also one that should not have it.
