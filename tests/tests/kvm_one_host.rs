@@ -273,9 +273,15 @@ fn vcpus_come_and_go(host: &mut Host, pid: u32) {
     has(host, "1");
     let refused = set(host, "5").exits(5).stderr;
     assert!(refused.contains("it can have 4 vCPUs until it is started again") && refused.contains("--restart"), "{refused}");
+    // Both at once, or neither.
     let refused = host.form(&["vm", "set", "app", "--vcpus", "2", "--memory", "160M"]).exits(5).stderr;
-    assert!(refused.contains("vCPUs and memory change with a start"), "{refused}");
+    assert!(refused.contains("128 or 256 MiB without a start"), "{refused}");
     has(host, "1");
+    for (count, memory) in [("2", 256), ("1", 128)] {
+        let _ = host.form(&["vm", "set", "app", "--vcpus", count, "--memory", &format!("{memory}M")]).ok();
+        has(host, count);
+        assert_eq!(host.vm("app")["memory_mib"], memory);
+    }
 
     // What is not in the state when the agent dies is taken back; what is stays, and is no reason for a start.
     for (point, count, ends) in
