@@ -3,6 +3,7 @@
 use std::{
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread::JoinHandle,
+    time::Duration,
 };
 
 use form_api::event::{Event, EventKind, EventsQuery};
@@ -14,6 +15,9 @@ use crate::database::{DatabaseError, Records};
 
 /// Events a follower is handed at a time.
 const PAGE: usize = 256;
+
+/// The longest wait for what is on its way to the disk.
+const SETTLE: Duration = Duration::from_secs(2);
 
 pub struct Events {
     records: Arc<Records>,
@@ -58,6 +62,14 @@ impl Events {
         if queue.sender.send(event).is_err() {
             tracing::error!("an event could not be kept: its writer has ended");
         }
+    }
+
+    /// Waits until everything that was emitted before can be read: who was told that an operation is done finds its steps. Not for long, since
+    /// the disk may hang.
+    pub async fn settled(&self) {
+        let emitted = self.queue.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |queue| queue.cursor);
+        let mut newest = self.subscribe();
+        let _ = tokio::time::timeout(SETTLE, newest.wait_for(|newest| *newest >= emitted)).await;
     }
 
     pub fn subscribe(&self) -> watch::Receiver<u64> {
@@ -116,6 +128,19 @@ impl Drop for Events {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_was_emitted_before_a_question_is_in_the_answer() {
+        let directory = tempfile::tempdir().unwrap();
+        let events = Events::open(Arc::new(Records::open(directory.path()).unwrap())).unwrap();
+        for number in 0..20 {
+            let before = events.start(&EventsQuery { tail: Some(0), ..EventsQuery::default() });
+            events.emit(EventKind::OperationStep, None, None, format!("event {number}"));
+            events.settled().await;
+            let (page, _) = events.page(before, &EventsQuery::default()).unwrap();
+            assert_eq!(page.last().map(|event| event.message.clone()), Some(format!("event {number}")));
+        }
+    }
 
     #[tokio::test]
     async fn a_follower_resumes_after_its_cursor_even_across_a_restart() {

@@ -67,7 +67,9 @@ impl Follower {
 )]
 pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Response, ApiError> {
     let (parts, _) = reading(&agent, request).await?;
-    let follower = Follower::new(&agent, query(&parts.uri)?);
+    let query = query(&parts.uri)?;
+    agent.events.settled().await;
+    let follower = Follower::new(&agent, query);
     let start = follower.cursor.to_string();
     let events = ndjson(stream::unfold(follower, |mut follower| async {
         let next = follower.next().await.transpose()?;
