@@ -35,6 +35,8 @@ enum Way {
     Hotplug,
     /// A command about snapshots, also only with such a guest: `kvm_snapshots` walks these.
     Snapshot,
+    /// vCPUs that come to such a guest, or leave it: `kvm_one_host` walks these.
+    Vcpus,
 }
 
 /// No point is forgotten: one without a way does not compile.
@@ -54,7 +56,7 @@ const fn way(point: Failpoint) -> Way {
         VolumeRestoreDrafted | VolumeRestoreMoved | VolumeRestoreSwitched => Way::Volume,
         PoolMarked | PoolRecorded | PoolForgotten => Way::Pool,
         VolumePlugged | VolumeUnplugged | VolumeSnapshotPaused => Way::Hotplug,
-        VcpusChanged | VcpusNoted => Way::Guest,
+        VcpusChanged | VcpusNoted => Way::Vcpus,
         SnapshotPaused | SnapshotSaved | SnapshotDrafted | SnapshotNamed | SnapshotRetired => Way::Snapshot,
         ForkShared | ForkTold => Way::Snapshot,
         RestoreDrafted | RestoreEnded | RestoreHeld | RestoreSwapped | RestoreRecorded => Way::Snapshot,
@@ -124,7 +126,7 @@ fn survives(host: &mut Host, point: Failpoint) {
             deploys(host, &file, &name);
             host.kill_agent();
         }
-        Way::Volume | Way::Pool | Way::Clone | Way::Guest | Way::Snapshot | Way::Hotplug => unreachable!("not walked here"),
+        Way::Volume | Way::Pool | Way::Clone | Way::Guest | Way::Snapshot | Way::Hotplug | Way::Vcpus => unreachable!("not walked here"),
     }
     if way(point) == Way::Destroy {
         dies_of(host, point, &["destroy", &name, "-y"]);
