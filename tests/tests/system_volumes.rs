@@ -431,6 +431,12 @@ fn damaged_and_full(host: &Host, pool: &Path) {
     unusable();
     let _ = host.form(&["volume", "snapshot", "rm", "data", "one", "-y"]).ok();
     assert_eq!(wrong(host), Vec::<Value>::new());
+    // What cannot be read is not taken for nothing.
+    let unreadable = directory.join("snapshots");
+    fs::write(&unreadable, "no directory").unwrap();
+    let _ = host.form(&["volume", "rm", "data", "-y"]).exits(1);
+    assert_eq!(volume(host, "data")["name"], "data");
+    fs::remove_file(&unreadable).unwrap();
     let _ = host.form(&["volume", "rm", "data", "-y"]).ok();
 }
 

@@ -237,7 +237,7 @@ pub async fn sync(State(agent): State<Shared>, Segment(name): Segment, request: 
     bare_change(agent, &name, request, Change::Sync).await
 }
 
-/// Serves a volume over NBD to programs of the host: on a Unix socket, or on a port of the loopback interface.
+/// Serves a volume over NBD to programs of the host, on a Unix socket or on a port of the loopback interface; with TLS to one client elsewhere.
 ///
 /// It ends with the agent, when the volume is detached or removed, or when it is asked to. As long as clients may write, nothing else has the
 /// volume.

@@ -357,8 +357,13 @@ pub(super) fn is_made(agent: &Agent, volume: &DesiredVolume, name: &Name, operat
 
 /// A volume that has snapshots is not removed by mistake.
 pub(super) fn none_left(agent: &Agent, volume: &DesiredVolume) -> Result<(), ApiError> {
-    // Of a pool that is not there nothing is removed anyway.
-    let names = pool_of(agent, volume)?.snapshots(&volume.id).unwrap_or_default();
+    let pool = pool_of(agent, volume)?;
+    let names = match pool.snapshots(&volume.id) {
+        Ok(names) => names,
+        // Of a pool that is not there nothing is removed anyway, and that is said better.
+        Err(_) if pool.is_there().is_err() => return Ok(()),
+        Err(error) => return Err(store(&error)),
+    };
     if names.is_empty() {
         return Ok(());
     }
