@@ -2,6 +2,7 @@
 
 mod fork;
 pub mod guest;
+mod health;
 pub mod launch;
 pub mod live;
 mod pause;
@@ -21,7 +22,7 @@ use form_api::{
     event::EventKind,
     vm::{Health, VmState},
 };
-use form_guest::protocol::{HealthState, Phase, Reply, Request, ServicePhase, StatusReport};
+use form_guest::protocol::{Phase, Reply, Request, ServicePhase, StatusReport};
 use form_types::{Digest, Failpoint, Name, VmId, failpoint::reach, spec::RestartPolicy};
 use form_vmm::control::{Client, ExitReason};
 use tokio::{
@@ -39,6 +40,7 @@ use crate::{
     vm::SHUTDOWN_TIMEOUT_MS,
     volume,
 };
+use health::{fault, health_of};
 use process::{Process, RuntimeDirectory};
 use session::{Session, Update};
 
@@ -117,15 +119,6 @@ enum Next {
     Become(Box<DesiredVm>),
     Start(Box<DesiredVm>),
     Wait,
-}
-
-const fn health_of(state: HealthState) -> Health {
-    match state {
-        HealthState::None => Health::None,
-        HealthState::Starting => Health::Starting,
-        HealthState::Healthy => Health::Healthy,
-        HealthState::Unhealthy => Health::Unhealthy,
-    }
 }
 
 /// Brings a VM whose guest answers in line with the state, where that needs no start. Blocks.
@@ -454,25 +447,12 @@ impl Driver {
         running.service_ended = Ending::of(status).or(running.service_ended.take());
         let health = health_of(status.health);
         let before = self.agent.fleet.observed(&self.id).map(|observed| observed.health);
-        let service_fault = status.service.as_ref().and_then(|service| match service.phase {
-            ServicePhase::Restarting => {
-                let exit = service.last_exit.map_or_else(String::new, |exit| format!(" ({exit})"));
-                Some(format!("its service keeps ending{exit}, restarted {} times", service.restarts))
-            }
-            _ => None,
-        });
         let restarts = status.service.as_ref().map_or(0, |service| service.restarts);
         self.agent.fleet.update(&self.id, |observed| {
             observed.health = health;
             observed.restarts = observed.restarts.max(restarts);
             if observed.state == VmState::Running && !observed.gave_up {
-                observed.fault = match (&service_fault, health) {
-                    (Some(fault), _) => Some(fault.clone()),
-                    (None, Health::Unhealthy) => {
-                        Some(format!("its healthcheck fails: {}", status.health_message.as_deref().unwrap_or("no answer")))
-                    }
-                    (None, _) => None,
-                };
+                observed.fault = fault(observed.fault.take(), status);
             }
         });
         if before != Some(health) {
