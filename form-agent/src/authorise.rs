@@ -11,7 +11,7 @@ use form_types::{Digest, IdempotencyKey, PublicKey};
 use http::request::Parts;
 use jiff::Timestamp;
 
-use crate::agent::Agent;
+use crate::{agent::Agent, operation::Asked};
 
 /// A change that somebody may make.
 #[derive(Clone, Debug)]
@@ -20,8 +20,7 @@ pub struct Caller {
     pub actor: String,
     pub key: PublicKey,
     pub idempotency_key: IdempotencyKey,
-    /// Of method, path and body.
-    pub request: Digest,
+    pub request: Asked,
     /// The signed envelope's header text and the body it covers: what the state records.
     pub signed: SignedRequest,
 }
@@ -116,7 +115,7 @@ fn verify(agent: &Agent, parts: &Parts, body: &Bytes, is_claim: bool) -> Result<
     {
         return Err(denied("the request was signed by another key than the connection's"));
     }
-    let request = Digest::of(format!("{} {path} {}", parts.method, Digest::of(body)).as_bytes());
+    let request = Asked::new(parts.method.as_str(), path, body);
     Ok(Caller {
         actor: actor.unwrap_or_else(|| key.to_string()),
         key,

@@ -93,7 +93,7 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, wanted: Wanted) -> Result<Oper
         actor: caller.actor.clone(),
         actor_key: caller.key,
         idempotency_key: caller.idempotency_key,
-        request: caller.request,
+        request: caller.request.clone(),
     };
     let id = match agent.operations.begin(opening)? {
         Begun::Repeated(operation) => return Ok(*operation),

@@ -97,7 +97,7 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -
         actor: caller.actor.clone(),
         actor_key: caller.key,
         idempotency_key: caller.idempotency_key,
-        request: caller.request,
+        request: caller.request.clone(),
     };
     // A repeated request is answered even when the VM is gone by now: that may be what it asked for.
     if is_known(agent, caller) {

@@ -1,5 +1,7 @@
 //! Operations: every change that somebody asked for is recorded before anything is done for it, and ends completed or failed.
 
+mod asked;
+
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
@@ -15,6 +17,8 @@ use form_types::{Digest, Failpoint, IdempotencyKey, Name, OperationId, PublicKey
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+
+pub use asked::Asked;
 
 use crate::{
     database::{DatabaseError, Records},
@@ -39,7 +43,7 @@ pub struct Opening {
     pub actor: String,
     pub actor_key: PublicKey,
     pub idempotency_key: IdempotencyKey,
-    pub request: Digest,
+    pub request: Asked,
 }
 
 /// How [`Operations::begin`] went.
@@ -57,7 +61,11 @@ struct Active {
     vm: Option<Name>,
     actor: String,
     begun: Timestamp,
+    steps: Vec<String>,
 }
+
+/// So many steps of an operation are kept.
+const MAX_STEPS: usize = 32;
 
 impl Active {
     /// Whether `kind` may begin while this one goes on. Who destroys a VM need not wait for what is being made of it; the other
@@ -141,7 +149,7 @@ impl Operations {
         let id = OperationId::derive(&opening.actor_key, &opening.idempotency_key);
         let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(record) = self.records.operation::<Record>(id.as_bytes()).map_err(|error| internal(&error))? {
-            return if record.request == opening.request {
+            return if record.request == opening.request.digest {
                 Ok(Begun::Repeated(Box::new(record.operation)))
             } else {
                 Err(ApiError::new(ErrorCode::Conflict, "this idempotency key was used for another request")
@@ -159,17 +167,25 @@ impl Operations {
             subject: opening.subject.clone(),
             actor: opening.actor.clone(),
             idempotency_key: opening.idempotency_key,
+            request: Some(opening.request.shown),
             status: OperationStatus::Executing,
+            steps: Vec::new(),
             error: None,
             created_at: now,
             started_at: Some(now),
             finished_at: None,
         };
-        let record = Record { operation, request: opening.request, resume: None };
+        let record = Record { operation, request: opening.request.digest, resume: None };
         self.records.put_operation(id.as_bytes(), &record).map_err(|error| internal(&error))?;
         reach(Failpoint::OperationRecorded);
-        let entry =
-            Active { kind: opening.kind, subject: opening.subject.clone(), vm: opening.vm.clone(), actor: opening.actor, begun: now };
+        let entry = Active {
+            kind: opening.kind,
+            subject: opening.subject.clone(),
+            vm: opening.vm.clone(),
+            actor: opening.actor,
+            begun: now,
+            steps: Vec::new(),
+        };
         active.insert(id, entry);
         drop(active);
         self.count(|counts| (counts.total, counts.executing) = (counts.total + 1, counts.executing + 1));
@@ -189,9 +205,21 @@ impl Operations {
         self.records.put_operation(id.as_bytes(), &record).map_err(|error| internal(&error))
     }
 
-    /// Tells followers what is being done now.
+    /// Tells followers what is being done now, and keeps it with the operation.
     pub fn step(&self, id: OperationId, message: impl Into<String>) {
-        self.events.emit(EventKind::OperationStep, self.vm_of(id).as_ref(), Some(id), message);
+        let message = message.into();
+        let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        let vm = active.get_mut(&id).and_then(|active| {
+            active.steps.truncate(MAX_STEPS - 1);
+            active.steps.push(message.clone());
+            active.vm.clone()
+        });
+        drop(active);
+        self.events.emit(EventKind::OperationStep, vm.as_ref(), Some(id), message);
+    }
+
+    fn steps_of(&self, id: OperationId) -> Option<Vec<String>> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner).get(&id).map(|active| active.steps.clone())
     }
 
     /// Ends an operation. An error here is logged: the operation is then found unfinished at the next start.
@@ -199,6 +227,7 @@ impl Operations {
         let vm = self.vm_of(id);
         let outcome = self.record(id).and_then(|mut record| {
             record.operation.finished_at = Some(Timestamp::now());
+            record.operation.steps = self.steps_of(id).unwrap_or_default();
             record.operation.status = if result.is_ok() { OperationStatus::Completed } else { OperationStatus::Failed };
             record.operation.error = result.as_ref().err().cloned().map(|error| error.operation(id));
             record.resume = None;
@@ -248,7 +277,12 @@ impl Operations {
     /// # Errors
     /// Not found, or the database's.
     pub fn get(&self, id: OperationId) -> Result<Operation, ApiError> {
-        Ok(self.record(id)?.operation)
+        let mut operation = self.record(id)?.operation;
+        // While it goes on they are not in the database.
+        if !operation.status.is_final() {
+            operation.steps = self.steps_of(id).unwrap_or_default();
+        }
+        Ok(operation)
     }
 
     /// The newest `limit` operations, the newest first.
@@ -271,7 +305,7 @@ impl Operations {
         for record in &unfinished {
             let Operation { id, kind, subject, actor, created_at, .. } = record.operation.clone();
             let vm = subject.strip_prefix("vm/").and_then(|name| name.parse().ok());
-            active.insert(id, Active { kind, subject, vm, actor, begun: created_at });
+            active.insert(id, Active { kind, subject, vm, actor, begun: created_at, steps: Vec::new() });
         }
         drop(active);
         Ok(unfinished)
@@ -311,7 +345,7 @@ mod tests {
             actor: "test".to_owned(),
             actor_key: form_types::SecretKey::from_bytes([1; 32]).public(),
             idempotency_key: IdempotencyKey::from_bytes([key; 16]),
-            request: Digest::of(request.as_bytes()),
+            request: Asked::new("POST", "/v1/test", request.as_bytes()),
         }
     }
 

@@ -16,11 +16,30 @@ pub struct Operation {
     /// Who asked: a public key, or `local:<uid>`.
     pub actor: String,
     pub idempotency_key: IdempotencyKey,
+    /// What was asked for; without it an earlier release recorded the operation.
+    #[serde(default)]
+    pub request: Option<OperationRequest>,
     pub status: OperationStatus,
+    /// What was said of it while it went on, in order: at most 32, the last among them. One that an agent finishes which did not begin it
+    /// has those of the second.
+    #[serde(default)]
+    pub steps: Vec<String>,
     pub error: Option<ApiError>,
     pub created_at: Timestamp,
     pub started_at: Option<Timestamp>,
     pub finished_at: Option<Timestamp>,
+}
+
+/// The request that an operation came of, without what is secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OperationRequest {
+    /// `POST`, `PUT`, `PATCH` or `DELETE`.
+    pub method: String,
+    /// With its query.
+    pub path: String,
+    /// Passwords, secrets and values of variables are `…`. `None`: there was none, or it is longer than 8 KiB.
+    #[schema(value_type = Option<Object>)]
+    pub body: Option<serde_json::Value>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -57,7 +57,7 @@ pub async fn measure(State(agent): State<Shared>, request: Request) -> Result<Re
         actor: caller.actor,
         actor_key: caller.key,
         idempotency_key: caller.idempotency_key,
-        request: caller.request,
+        request: caller.request.clone(),
     };
     let id = match agent.operations.begin(opening)? {
         Begun::New(id) => id,

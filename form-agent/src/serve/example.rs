@@ -34,6 +34,8 @@ use form_types::{
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use crate::operation::Asked;
+
 /// The examples by the name of their schema.
 pub fn all() -> Vec<(&'static str, Value)> {
     // A name that does not parse would leave the examples out; a test looks that they are there.
@@ -55,7 +57,7 @@ fn host_key() -> SecretKey {
 
 fn make() -> Option<Vec<(&'static str, Value)>> {
     let name: Name = "web".parse().ok()?;
-    let operation = operation();
+    let operation = operation(&name);
     let failed = Operation {
         status: OperationStatus::Failed,
         error: Some(refusal().operation(operation.id)),
@@ -175,7 +177,7 @@ fn refusal() -> ApiError {
     ApiError::new(ErrorCode::Conflict, "port 8080/tcp is taken by vm/shop").hint("publish another one, or destroy shop")
 }
 
-fn operation() -> Operation {
+fn operation(name: &Name) -> Operation {
     let key = IdempotencyKey::from_bytes([0x7d; 16]);
     Operation {
         id: OperationId::derive(&owner().public(), &key),
@@ -183,7 +185,9 @@ fn operation() -> Operation {
         subject: "vm/web".to_owned(),
         actor: owner().public().to_string(),
         idempotency_key: key,
+        request: Some(Asked::new("POST", "/v1/deploy", &serde_json::to_vec(&deploy(name)).unwrap_or_default()).shown),
         status: OperationStatus::Executing,
+        steps: vec!["starting the VM".to_owned()],
         error: None,
         created_at: at(0),
         started_at: Some(at(0)),

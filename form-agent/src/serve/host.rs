@@ -72,7 +72,7 @@ pub async fn claim(State(agent): State<Shared>, request: Request) -> Result<Json
             actor: caller.actor,
             actor_key: caller.key,
             idempotency_key: caller.idempotency_key,
-            request: caller.request,
+            request: caller.request.clone(),
         };
         if let Begun::New(id) = agent.operations.begin(opening)? {
             agent.events.emit(EventKind::HostClaimed, None, Some(id), format!("{} owns this host", caller.key));
@@ -118,7 +118,7 @@ pub async fn doctor_fix(State(agent): State<Shared>, request: Request) -> Result
         actor: caller.actor,
         actor_key: caller.key,
         idempotency_key: caller.idempotency_key,
-        request: caller.request,
+        request: caller.request.clone(),
     };
     if let Begun::New(id) = agent.operations.begin(opening)? {
         let result = doctor::fix(&agent).await;

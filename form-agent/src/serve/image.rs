@@ -217,7 +217,7 @@ pub async fn remove(
             actor: caller.actor,
             actor_key: caller.key,
             idempotency_key: caller.idempotency_key,
-            request: caller.request,
+            request: caller.request.clone(),
         };
         let entry = found(&agent, &reference);
         if let Err(error) = &entry
@@ -395,7 +395,7 @@ pub async fn import(State(agent): State<Shared>, request: Request) -> Result<Jso
             actor: caller.actor,
             actor_key: caller.key,
             idempotency_key: caller.idempotency_key,
-            request: caller.request,
+            request: caller.request.clone(),
         };
         let begun = agent.operations.begin(opening)?;
         let imported = agent.store.import_uploaded(&import.manifest).map_err(|error| store_error(&error));

@@ -55,7 +55,7 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, vm: &Name, change: &Change) ->
         actor: caller.actor.clone(),
         actor_key: caller.key,
         idempotency_key: caller.idempotency_key,
-        request: caller.request,
+        request: caller.request.clone(),
     };
     // A repeated request is answered whatever has become of the snapshot by now.
     if agent.operations.get(OperationId::derive(&caller.key, &caller.idempotency_key)).is_ok() {

@@ -125,7 +125,7 @@ pub(super) fn open(agent: &Agent, caller: &Caller, name: &Name, change: Change) 
         actor: caller.actor.clone(),
         actor_key: caller.key,
         idempotency_key: caller.idempotency_key,
-        request: caller.request,
+        request: caller.request.clone(),
     };
     match change {
         // These free room, or hold back who takes it.

@@ -63,7 +63,7 @@ pub fn change(agent: &Agent, caller: &Caller, name: &Name, change: Change) -> Re
         actor: caller.actor.clone(),
         actor_key: caller.key,
         idempotency_key: caller.idempotency_key,
-        request: caller.request,
+        request: caller.request.clone(),
     };
     // A repeated request is answered whatever has become of the pool by now.
     let repeated = agent.operations.get(OperationId::derive(&caller.key, &caller.idempotency_key)).is_ok();

@@ -35,8 +35,17 @@ fn record(operation: &Operation) -> Record {
         .optional("error", operation.error.as_ref())
         .optional("hint", operation.error.as_ref().and_then(|error| error.hint.as_ref()))
         .field("actor", &operation.actor)
+        .optional("request", operation.request.as_ref().map(|request| format!("{} {}", request.method, request.path)))
+        .optional("body", operation.request.as_ref().and_then(|request| request.body.as_ref()).map(body))
+        .optional("steps", (!operation.steps.is_empty()).then(|| operation.steps.join("; ")))
         .field("created", operation.created_at)
         .optional("started", operation.started_at)
         .optional("finished", operation.finished_at)
         .wide("idempotency key", operation.idempotency_key)
+}
+
+/// Whole Formfiles are for programs to read.
+fn body(body: &serde_json::Value) -> String {
+    let text = body.to_string();
+    if text.len() <= 400 { text } else { format!("{} bytes: `-o json` shows them", text.len()) }
 }
