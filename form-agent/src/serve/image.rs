@@ -287,6 +287,9 @@ pub async fn put_blocks(State(agent): State<Shared>, request: Request) -> Result
             let Some(frame) = frames.next().await? else { break };
             batch.push(frame);
         }
+        if batch.is_empty() && stored == 0 {
+            return Err(ApiError::new(ErrorCode::Invalid, "no blocks were sent"));
+        }
         if batch.is_empty() {
             return Ok(Json(BlocksReply { stored }));
         }
