@@ -30,6 +30,7 @@ use crate::{
     identity::Identity,
     machine, memory,
     operation::Operations,
+    telemetry,
     vm::{self, Link, dns_name},
     volume::export::Exports,
 };
@@ -71,6 +72,8 @@ pub struct Agent {
     pub operations: Operations,
     /// The volumes that are served over NBD.
     pub exports: Exports,
+    /// How the last export to a collector went.
+    pub telemetry: telemetry::Status,
     pub fleet: Fleet,
     pub programs: Programs,
     /// Held from the look at what is free until it is taken, so that two deploys do not both get the last of it.
@@ -112,6 +115,7 @@ impl Agent {
             events: parts.events,
             operations: parts.operations,
             exports: parts.exports,
+            telemetry: telemetry::Status::default(),
             fleet: Fleet::new(),
             programs: parts.programs,
             admission: Mutex::default(),

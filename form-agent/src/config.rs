@@ -2,8 +2,9 @@
 
 use std::{
     collections::BTreeMap,
-    io,
+    fmt, io,
     net::SocketAddr,
+    num::NonZeroU64,
     path::{Path, PathBuf},
 };
 
@@ -113,6 +114,64 @@ pub struct Config {
     pub boot_timeout_seconds: u64,
     /// A log file is rotated at this size, one old one is kept.
     pub log_file_bytes: u64,
+    /// Where metrics and operations are sent.
+    pub opentelemetry: Option<OpenTelemetry>,
+}
+
+/// A collector of OpenTelemetry's protocol over HTTP.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OpenTelemetry {
+    pub endpoint: Endpoint,
+    /// Sent with each request; they may be secret.
+    #[serde(default)]
+    pub headers: BTreeMap<String, String>,
+    #[serde(default = "a_minute")]
+    pub interval_seconds: NonZeroU64,
+}
+
+const fn a_minute() -> NonZeroU64 {
+    const SECONDS: NonZeroU64 = NonZeroU64::new(60).unwrap();
+    SECONDS
+}
+
+impl fmt::Debug for OpenTelemetry {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("OpenTelemetry").field("endpoint", &self.endpoint).finish_non_exhaustive()
+    }
+}
+
+/// `http://HOST:PORT` or `https://…`, perhaps with a path that `/v1/metrics` is put behind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Endpoint(String);
+
+impl Endpoint {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for Endpoint {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let refuse = |why: &str| Err(format!("the endpoint {text:?} {why}: write http://HOST:4318 or https://HOST"));
+        match text.parse::<http::Uri>() {
+            Ok(uri) if uri.query().is_some() => refuse("has a query"),
+            Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty()) => {
+                Ok(Self(text))
+            }
+            Ok(_) => refuse("is not one of HTTP"),
+            Err(error) => refuse(&format!("cannot be read ({error})")),
+        }
+    }
+}
+
+impl From<Endpoint> for String {
+    fn from(endpoint: Endpoint) -> Self {
+        endpoint.0
+    }
 }
 
 impl Default for Config {
@@ -131,6 +190,7 @@ impl Default for Config {
             pools: BTreeMap::new(),
             boot_timeout_seconds: 180,
             log_file_bytes: 16 * 1024 * 1024,
+            opentelemetry: None,
         }
     }
 }
@@ -195,5 +255,18 @@ mod tests {
         std::fs::write(&path, "max_vm: 3\n").unwrap();
         let error = Config::load(&path).unwrap_err().to_string();
         assert!(error.contains("max_vm"), "{error}");
+    }
+
+    #[test]
+    fn a_collector_has_an_address_of_http() {
+        let read = |text: &str| serde_yaml::from_str::<Config>(text).map(|config| config.opentelemetry.unwrap());
+        let settings = read("opentelemetry: { endpoint: 'http://collector:4318', headers: { authorization: hunter2 } }").unwrap();
+        assert_eq!((settings.endpoint.as_str(), settings.interval_seconds.get()), ("http://collector:4318", 60));
+        assert!(!format!("{settings:?}").contains("hunter2"), "what is logged of it tells no secrets");
+        for wrong in ["collector:4318", "grpc://collector:4317", "http://", "http://collector/?a=b", ""] {
+            let error = read(&format!("opentelemetry: {{ endpoint: '{wrong}' }}")).unwrap_err().to_string();
+            assert!(error.contains("write http://HOST:4318"), "{wrong}: {error}");
+        }
+        assert!(read("opentelemetry: { endpoint: 'http://collector', interval_seconds: 0 }").is_err());
     }
 }

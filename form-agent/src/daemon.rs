@@ -24,7 +24,7 @@ use crate::{
     identity::Identity,
     lifecycle, machine,
     operation::Operations,
-    serve, snapshot,
+    serve, snapshot, telemetry,
     volume::{self, export::Exports},
 };
 
@@ -66,12 +66,17 @@ async fn serve_until_told(paths: Paths) -> Result<(), Failure> {
     let quic = QuicConfig { bind: agent.config().listen, key: agent.key(), limits: Limits::default() };
     let quic = server::quic(&quic, router.clone(), stop.clone())?;
     let unix = server::unix(&agent.paths().socket(), router, Limits::default(), stop.clone())?;
+    let telemetry =
+        agent.config().opentelemetry.clone().map(|settings| tokio::spawn(telemetry::export(Arc::clone(&agent), settings, stop.clone())));
     tracing::info!(quic = ?quic.address(), socket = %agent.paths().socket().display(), host = %agent.host_id().short(), "serving");
     told_to_stop().await?;
     tracing::info!("stopping; VMs go on");
     stop.cancel();
     quic.finished().await;
     unix.finished().await;
+    if let Some(telemetry) = telemetry {
+        telemetry.await?;
+    }
     tokio::task::spawn_blocking(move || agent.exports.end_all()).await?;
     Ok(())
 }

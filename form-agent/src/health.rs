@@ -27,6 +27,10 @@ pub async fn report(agent: &Arc<Agent>) -> HealthReport {
     };
     parts.push(part("network", network));
     parts.push(part("vms", vms(agent)));
+    if agent.config().opentelemetry.is_some() {
+        let last = agent.telemetry.last().map(|last| last.map(|()| "the collector takes what it is sent".to_owned()));
+        parts.push(part("opentelemetry", last.unwrap_or_else(|| Ok("nothing was sent yet".to_owned()))));
+    }
     let counts = agent.operations.counts();
     HealthReport {
         healthy: !parts.is_empty() && parts.iter().all(|part| part.healthy),

@@ -34,6 +34,7 @@ mod plan;
 mod serve;
 mod snapshot;
 mod stats;
+mod telemetry;
 #[cfg(test)]
 mod testing;
 mod vcpus;

@@ -1,58 +1,102 @@
-//! `/metrics` in Prometheus' text format (prometheus.io/docs/instrumenting/exposition_formats, version 0.0.4), with names as its
+//! What is measured, and `/metrics` in Prometheus' text format (prometheus.io/docs/instrumenting/exposition_formats, version 0.0.4), with names as its
 //! conventions want them: base units, counters end in `_total`. Pure.
 
-use std::fmt::Write;
+use std::{fmt::Write, sync::Arc};
 
 use form_api::{
+    ApiError, ErrorCode,
     host::Host,
     stats::{DiskStats, NetworkStats, VmStats},
     vm::VmState,
 };
 
-use crate::operation::Counts;
+use crate::{agent::Agent, operation::Counts, stats};
 
 /// What HTTP calls it.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-#[derive(Clone, Copy)]
-enum Kind {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
     Counter,
     Gauge,
 }
 
-/// One family a call: its name, what it is, and its samples.
-struct Page(String);
+/// Values of one name.
+#[derive(Debug)]
+pub struct Family {
+    pub kind: Kind,
+    pub name: &'static str,
+    pub help: &'static str,
+    /// Never empty.
+    pub samples: Vec<Sample>,
+}
 
-impl Page {
-    fn family<'a>(&mut self, kind: Kind, name: &str, help: &str, samples: impl IntoIterator<Item = (Vec<(&'a str, &'a str)>, f64)>) {
-        let mut samples = samples.into_iter().peekable();
-        if samples.peek().is_none() {
-            return;
+#[derive(Debug)]
+pub struct Sample {
+    pub labels: Vec<(&'static str, String)>,
+    pub value: f64,
+}
+
+#[derive(Default)]
+struct Families(Vec<Family>);
+
+impl Families {
+    fn family<'a>(
+        &mut self,
+        kind: Kind,
+        name: &'static str,
+        help: &'static str,
+        samples: impl IntoIterator<Item = (Vec<(&'static str, &'a str)>, f64)>,
+    ) {
+        let own = |labels: Vec<(&'static str, &str)>| labels.into_iter().map(|(label, value)| (label, value.to_owned())).collect();
+        let samples: Vec<Sample> = samples.into_iter().map(|(labels, value)| Sample { labels: own(labels), value }).collect();
+        if !samples.is_empty() {
+            self.0.push(Family { kind, name, help, samples });
         }
+    }
+}
+
+/// The whole page.
+pub fn page(families: &[Family]) -> String {
+    let mut page = String::new();
+    for Family { kind, name, help, samples } in families {
         let kind = match kind {
             Kind::Counter => "counter",
             Kind::Gauge => "gauge",
         };
         // Writing into a string does not fail.
-        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
-        for (labels, value) in samples {
+        let _ = writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        for Sample { labels, value } in samples {
             let labels: Vec<String> = labels.iter().map(|(label, value)| format!("{label}=\"{}\"", escaped(value))).collect();
             let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
-            let _ = writeln!(self.0, "{name}{labels} {value}");
+            let _ = writeln!(page, "{name}{labels} {value}");
         }
     }
+    page
 }
 
 fn escaped(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// The whole page.
-pub fn page(host: &Host, counts: &Counts, vms: &[VmStats]) -> String {
+/// Looks at the host and its VMs.
+///
+/// # Errors
+/// When the host cannot be looked at.
+pub async fn of(agent: &Arc<Agent>) -> Result<Vec<Family>, ApiError> {
+    let vms = stats::of(agent, stats::all_vms(agent), None).await;
+    let host_agent = Arc::clone(agent);
+    let host = tokio::task::spawn_blocking(move || host_agent.host()).await;
+    let host = host.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))??;
+    Ok(families(&host, &agent.operations.counts(), &vms))
+}
+
+/// All there is.
+fn families(host: &Host, counts: &Counts, vms: &[VmStats]) -> Vec<Family> {
     use Kind::{Counter, Gauge};
-    let mut page = Page(String::new());
+    let mut families = Families::default();
     let mib = |mib: u64| (mib << 20) as f64;
-    let mut one = |kind, name: &str, help: &str, value: f64| page.family(kind, name, help, [(Vec::new(), value)]);
+    let mut one = |kind, name: &'static str, help: &'static str, value: f64| families.family(kind, name, help, [(Vec::new(), value)]);
     one(Gauge, "form_agent_start_time_seconds", "When the agent was started, in seconds since 1970.", host.started_at.as_second() as f64);
     one(Gauge, "form_host_vcpus", "Processors of the host.", f64::from(host.vcpus_total));
     one(Gauge, "form_host_vcpus_allocated", "Virtual processors given to VMs.", f64::from(host.vcpus_allocated));
@@ -62,18 +106,18 @@ pub fn page(host: &Host, counts: &Counts, vms: &[VmStats]) -> String {
     one(Gauge, "form_host_disk_free_bytes", "What is free of it.", host.disk_free_bytes as f64);
     one(Gauge, "form_host_vms", "VMs of the host.", f64::from(host.vms));
     one(Gauge, "form_operations_executing", "Operations under way.", counts.executing as f64);
-    page.family(Gauge, "form_build_info", "The agent's version.", [(vec![("version", host.version.as_str())], 1.0)]);
+    families.family(Gauge, "form_build_info", "The agent's version.", [(vec![("version", host.version.as_str())], 1.0)]);
     let ended = [(vec![("status", "completed")], counts.completed as f64), (vec![("status", "failed")], counts.failed as f64)];
-    page.family(Counter, "form_operations_total", "Operations that have ended.", ended);
-    vm_families(&mut page, vms);
-    device_families(&mut page, vms);
-    page.0
+    families.family(Counter, "form_operations_total", "Operations that have ended.", ended);
+    vm_families(&mut families, vms);
+    device_families(&mut families, vms);
+    families.0
 }
 
-fn vm_families(page: &mut Page, vms: &[VmStats]) {
+fn vm_families(families: &mut Families, vms: &[VmStats]) {
     use Kind::{Counter, Gauge};
-    let mut each = |kind, name: &str, help: &str, value: &dyn Fn(&VmStats) -> Option<f64>| {
-        page.family(kind, name, help, vms.iter().filter_map(|vm| Some((vec![("vm", vm.name.as_str())], value(vm)?))));
+    let mut each = |kind, name: &'static str, help: &'static str, value: &dyn Fn(&VmStats) -> Option<f64>| {
+        families.family(kind, name, help, vms.iter().filter_map(|vm| Some((vec![("vm", vm.name.as_str())], value(vm)?))));
     };
     // Counters of a VM that does not run are not zero, they are not there.
     let running = |value: fn(&VmStats) -> f64| move |vm: &VmStats| (vm.uptime_ms > 0).then(|| value(vm));
@@ -94,12 +138,12 @@ fn vm_families(page: &mut Page, vms: &[VmStats]) {
     each(Counter, "form_vm_restarts_total", "Starts that nobody asked for.", &|vm| Some(f64::from(vm.restarts)));
 }
 
-fn device_families(page: &mut Page, vms: &[VmStats]) {
-    let mut disks = |name: &str, help: &str, value: fn(&DiskStats) -> u64| {
+fn device_families(families: &mut Families, vms: &[VmStats]) {
+    let mut disks = |name: &'static str, help: &'static str, value: fn(&DiskStats) -> u64| {
         let of_one = |vm: &'_ VmStats| -> Vec<_> { vm.disks.iter().map(|disk| (disk.id.clone(), value(disk) as f64)).collect() };
         let all: Vec<_> = vms.iter().flat_map(|vm| of_one(vm).into_iter().map(move |(id, value)| (vm.name.as_str(), id, value))).collect();
         let samples = all.iter().map(|(vm, id, value)| (vec![("vm", *vm), ("disk", id.as_str())], *value));
-        page.family(Kind::Counter, name, help, samples);
+        families.family(Kind::Counter, name, help, samples);
     };
     disks("form_vm_disk_reads_total", "Read requests.", |disk| disk.reads);
     disks("form_vm_disk_writes_total", "Write requests.", |disk| disk.writes);
@@ -107,12 +151,12 @@ fn device_families(page: &mut Page, vms: &[VmStats]) {
     disks("form_vm_disk_errors_total", "Requests that failed.", |disk| disk.errors);
     disks("form_vm_disk_read_bytes_total", "Bytes read.", |disk| disk.read_bytes);
     disks("form_vm_disk_written_bytes_total", "Bytes written.", |disk| disk.written_bytes);
-    let mut networks = |name: &str, help: &str, value: fn(&NetworkStats) -> u64| {
+    let mut networks = |name: &'static str, help: &'static str, value: fn(&NetworkStats) -> u64| {
         let of_one =
             |vm: &'_ VmStats| -> Vec<_> { vm.networks.iter().map(|network| (network.id.clone(), value(network) as f64)).collect() };
         let all: Vec<_> = vms.iter().flat_map(|vm| of_one(vm).into_iter().map(move |(id, value)| (vm.name.as_str(), id, value))).collect();
         let samples = all.iter().map(|(vm, id, value)| (vec![("vm", *vm), ("interface", id.as_str())], *value));
-        page.family(Kind::Counter, name, help, samples);
+        families.family(Kind::Counter, name, help, samples);
     };
     networks("form_vm_network_receive_bytes_total", "Bytes that the guest received.", |network| network.received_bytes);
     networks("form_vm_network_transmit_bytes_total", "Bytes that the guest sent.", |network| network.sent_bytes);
@@ -158,7 +202,7 @@ mod tests {
 
     fn whole_page() -> String {
         let counts = Counts { total: 5, completed: 3, failed: 1, executing: 1 };
-        page(&host(), &counts, &[filled("web"), empty("db")])
+        page(&families(&host(), &counts, &[filled("web"), empty("db")]))
     }
 
     #[test]

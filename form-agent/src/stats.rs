@@ -21,7 +21,7 @@ use jiff::Timestamp;
 use crate::{
     agent::Agent,
     cgroup,
-    desired::DesiredVm,
+    desired::{self, DesiredVm},
     driver::{guest, process::RuntimeDirectory},
     fleet::Observed,
 };
@@ -44,6 +44,13 @@ struct Look {
     cpu_us: u64,
     resident: u64,
     metrics: Metrics,
+}
+
+/// The VMs of this host, by name.
+pub fn all_vms(agent: &Agent) -> Vec<DesiredVm> {
+    let mut vms: Vec<DesiredVm> = desired::vms(&agent.view()).into_values().filter(|vm| vm.host == agent.host_id()).collect();
+    vms.sort_by(|one, other| one.name().cmp(other.name()));
+    vms
 }
 
 /// What each of `vms` uses; with an interval two looks at all of them, and rates.

@@ -1,8 +1,25 @@
 //! Operations as an audit: many at once, each of them recorded with who asked for what, when, and how it ended.
 
-use std::process::{Child, Stdio};
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    net::{TcpListener, TcpStream},
+    os::unix::net::UnixStream,
+    process::{Child, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::Duration,
+};
 
-use form_tests::host::{Host, enter_own_network};
+use form_tests::host::{Host, enter_own_network, wait};
+use opentelemetry_proto::tonic::{
+    collector::{metrics::v1::ExportMetricsServiceRequest, trace::v1::ExportTraceServiceRequest},
+    common::v1::{KeyValue, any_value},
+};
+use prost::Message;
 use serde_json::{Value, json};
 
 /// Begins all of these before it waits for any, and gives their exit codes.
@@ -97,4 +114,112 @@ fn system_ten_operations_on_a_vm_and_a_hundred_on_a_host_are_each_on_record() {
         let _ = host.form(&["destroy", name, "-y"]).ok();
     }
     host.is_clean();
+}
+
+/// A collector of OpenTelemetry: the bodies that it was sent, by path. It refuses what it is told to refuse.
+struct Collector {
+    port: u16,
+    refuses: Arc<AtomicBool>,
+    bodies: mpsc::Receiver<(String, Vec<u8>)>,
+}
+
+impl Collector {
+    fn start() -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let refuses = Arc::new(AtomicBool::new(true));
+        let (sender, bodies) = mpsc::channel();
+        let refuses_too = Arc::clone(&refuses);
+        thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let (sender, refuses) = (sender.clone(), Arc::clone(&refuses_too));
+                thread::spawn(move || Self::serve(stream, &sender, &refuses));
+            }
+        });
+        Self { port, refuses, bodies }
+    }
+
+    /// One connection, for as many requests as there are.
+    fn serve(stream: TcpStream, sender: &mpsc::Sender<(String, Vec<u8>)>, refuses: &AtomicBool) -> Option<()> {
+        let mut answers = stream.try_clone().ok()?;
+        let mut reader = BufReader::new(stream);
+        loop {
+            let head: Vec<String> = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+            let path = head.first()?.split(' ').nth(1)?.to_owned();
+            let header =
+                |name: &str| head.iter().find_map(|line| line.to_ascii_lowercase().strip_prefix(name).map(|value| value.trim().to_owned()));
+            assert_eq!(header("content-type:").as_deref(), Some("application/x-protobuf"));
+            assert_eq!(header("authorization:").as_deref(), Some("bearer hunter2"));
+            let mut body = vec![0; header("content-length:")?.parse().ok()?];
+            reader.read_exact(&mut body).ok()?;
+            let status = if refuses.load(Ordering::Relaxed) {
+                "503 Service Unavailable"
+            } else {
+                sender.send((path, body)).ok()?;
+                "200 OK"
+            };
+            write!(answers, "HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").ok()?;
+        }
+    }
+
+    fn next(&self, path: &str) -> Vec<u8> {
+        loop {
+            let (of, body) = self.bodies.recv_timeout(Duration::from_secs(120)).expect("the collector is sent something");
+            if of == path {
+                return body;
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root: tests/run-system"]
+fn system_metrics_and_operations_go_to_a_collector() {
+    enter_own_network();
+    let collector = Collector::start();
+    let mut host = Host::new();
+    let endpoint = format!("http://127.0.0.1:{}", collector.port);
+    host.configure(&format!(
+        "opentelemetry: {{ endpoint: '{endpoint}', interval_seconds: 1, headers: {{ authorization: Bearer hunter2 }} }}\n"
+    ));
+    host.start_agent();
+    // What it does not take is kept for it, and the agent says that something is wrong.
+    let _ = host.form(&["volume", "create", "data", "-s", "16M"]).ok();
+    let _ = host.form(&["volume", "create", "huge", "-s", "16E"]);
+    let health = || -> Value {
+        let mut socket = UnixStream::connect(host.socket()).unwrap();
+        socket.write_all(b"GET /v1/health HTTP/1.0\r\nHost: agent\r\n\r\n").unwrap();
+        let answer = std::io::read_to_string(&socket).unwrap();
+        let health: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+        health["parts"].as_array().unwrap().iter().find(|part| part["name"] == "opentelemetry").cloned().unwrap()
+    };
+    wait("the agent knows that the collector refuses", || health()["message"].as_str().unwrap().contains("503"));
+    assert_eq!(health()["healthy"], false);
+    collector.refuses.store(false, Ordering::Relaxed);
+
+    let traces = ExportTraceServiceRequest::decode(collector.next("/v1/traces").as_slice()).unwrap();
+    let of_host = &traces.resource_spans[0];
+    let spans = &of_host.scope_spans[0].spans;
+    let span = spans.iter().find(|span| span.name == "volume-create").expect("the volume's span");
+    let operation = host.operations().into_iter().find(|operation| operation["subject"] == "volume/data").unwrap();
+    let id: String = span.trace_id.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(operation["id"], *id);
+    assert!(span.span_id.len() == 8 && 0 < span.start_time_unix_nano && span.start_time_unix_nano <= span.end_time_unix_nano);
+    let has = |attributes: &[KeyValue], name: &str, value: &str| {
+        attributes.iter().any(|attribute| {
+            attribute.key == name
+                && matches!(attribute.value.as_ref().and_then(|any| any.value.as_ref()), Some(any_value::Value::StringValue(found)) if found == value)
+        })
+    };
+    assert!(has(&span.attributes, "form.subject", "volume/data") && has(&span.attributes, "form.actor", "local:0"), "{span:?}");
+    assert!(has(&of_host.resource.as_ref().unwrap().attributes, "service.name", "form-agent"));
+    let metrics = ExportMetricsServiceRequest::decode(collector.next("/v1/metrics").as_slice()).unwrap();
+    let names: Vec<&str> = metrics.resource_metrics[0].scope_metrics[0].metrics.iter().map(|metric| metric.name.as_str()).collect();
+    assert!(names.contains(&"form_host_memory_bytes") && names.contains(&"form_operations_total"), "{names:?}");
+    wait("all is well again", || health()["healthy"] == true);
+
+    // One that does not answer holds nothing up.
+    drop(collector);
+    let _ = host.form(&["volume", "rm", "data", "-y"]).ok();
+    assert!(!host.agent_log().contains("hunter2"));
 }

@@ -14,13 +14,12 @@ use form_types::Name;
 use http::header::CONTENT_TYPE;
 
 use super::{
-    Segment, Shared, blocking,
+    Segment, Shared,
     openapi::{Missing, Refused},
     parsed, query, reading,
 };
 use crate::{
     action::{self, Action},
-    desired::{self, DesiredVm},
     health, metrics, stats,
 };
 
@@ -32,12 +31,6 @@ fn interval(query: &StatsQuery) -> Result<Option<Duration>, ApiError> {
             Err(ApiError::new(ErrorCode::Invalid, words))
         }
     }
-}
-
-fn all_vms(agent: &Shared) -> Vec<DesiredVm> {
-    let mut vms: Vec<DesiredVm> = desired::vms(&agent.view()).into_values().filter(|vm| vm.host == agent.host_id()).collect();
-    vms.sort_by(|one, other| one.name().cmp(other.name()));
-    vms
 }
 
 /// What all VMs use, by name.
@@ -53,7 +46,7 @@ fn all_vms(agent: &Shared) -> Vec<DesiredVm> {
 pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Json<Vec<VmStats>>, ApiError> {
     let (parts, _) = reading(&agent, request).await?;
     let interval = interval(&query(&parts.uri)?)?;
-    Ok(Json(stats::of(&agent, all_vms(&agent), interval).await))
+    Ok(Json(stats::of(&agent, stats::all_vms(&agent), interval).await))
 }
 
 /// What one VM uses.
@@ -103,9 +96,6 @@ pub async fn health(State(agent): State<Shared>, request: Request) -> Result<Jso
 )]
 pub async fn prometheus(State(agent): State<Shared>, request: Request) -> Result<Response, ApiError> {
     reading(&agent, request).await?;
-    let vms = stats::of(&agent, all_vms(&agent), None).await;
-    let host_agent = Shared::clone(&agent);
-    let host = blocking(move || host_agent.host()).await?;
-    let page = metrics::page(&host, &agent.operations.counts(), &vms);
+    let page = metrics::page(&metrics::of(&agent).await?);
     Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response())
 }
