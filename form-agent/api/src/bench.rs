@@ -29,10 +29,12 @@ pub enum Measurement {
     Ps,
     /// Questions about VMs, asked by several at once.
     Queries,
+    /// Reading a volume over NBD, beside qemu-nbd.
+    Nbd,
 }
 
 impl Measurement {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::FirstInstruction,
         Self::GuestInit,
         Self::VmmMemory,
@@ -43,6 +45,7 @@ impl Measurement {
         Self::AgentMemory,
         Self::Ps,
         Self::Queries,
+        Self::Nbd,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -57,6 +60,7 @@ impl Measurement {
             Self::AgentMemory => "agent-memory",
             Self::Ps => "ps",
             Self::Queries => "queries",
+            Self::Nbd => "nbd",
         }
     }
 }

@@ -97,10 +97,7 @@ impl Bench<'_> {
     }
 
     fn ps_times(&self) -> Result<Vec<f64>, BenchError> {
-        let form = std::env::current_exe().map_err(io_error("find this program"))?.with_file_name("form");
-        if !form.is_file() {
-            return Err(BenchError::Missing(format!("{} is not there: install `form` beside the agent", form.display())));
-        }
+        let form = form_program()?;
         let root = self.directory.join("ps");
         drop(self.fill(&Paths::new(&root), RECORDED)?);
         let agent = self.throw_away(&root)?;
@@ -127,6 +124,16 @@ impl Bench<'_> {
         // The first one reads the program from the disk.
         once()?;
         (0..self.runs() * 10).map(|_| once()).collect()
+    }
+}
+
+/// The `form` that is installed beside this program.
+pub(super) fn form_program() -> Result<PathBuf, BenchError> {
+    let form = std::env::current_exe().map_err(io_error("find this program"))?.with_file_name("form");
+    if form.is_file() {
+        Ok(form)
+    } else {
+        Err(BenchError::Missing(format!("{} is not there: install `form` beside the agent", form.display())))
     }
 }
 

@@ -8,6 +8,7 @@ mod agents;
 mod first_program;
 mod guests;
 mod machine;
+mod nbd;
 mod queries;
 mod row;
 mod smaps;
@@ -92,7 +93,7 @@ pub struct Options {
     /// How often each is repeated
     #[arg(long, default_value_t = form_api::bench::DEFAULT_RUNS, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_RUNS)))]
     pub runs: u32,
-    /// Only this (may be repeated): first-instruction, guest-init, vmm-memory, vmm-program, hotplug, pause, state, agent-memory, ps, queries
+    /// Only this (may be repeated): first-instruction, guest-init, vmm-memory, vmm-program, hotplug, pause, state, agent-memory, ps, queries, nbd
     #[arg(long, value_name = "MEASUREMENT")]
     pub only: Vec<Measurement>,
     /// A kernel bundle's directory (vmlinux, kernel.json, modules); without it the newest of this host
@@ -179,6 +180,7 @@ impl Bench<'_> {
             Measurement::AgentMemory => self.agent_memory(),
             Measurement::Ps => self.ps(),
             Measurement::Queries => self.queries(),
+            Measurement::Nbd => self.nbd(),
         }
     }
 
