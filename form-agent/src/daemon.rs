@@ -33,6 +33,9 @@ type Failure = Box<dyn Error>;
 /// Blocks of uploads that were never finished are kept so long.
 const STALE_UPLOAD: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Work that is under way when the agent is told to stop may take so long: a server of volumes may have stopped answering.
+const LAST_WORK: Duration = Duration::from_secs(60);
+
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_keep_alive(Duration::from_secs(2)).enable_all().build()?)
 }
@@ -45,7 +48,11 @@ pub fn run(paths: Paths) -> Result<(), Failure> {
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).init();
     #[cfg(debug_assertions)]
     crate::failpoint::arm()?;
-    runtime()?.block_on(serve_until_told(paths))
+    let runtime = runtime()?;
+    let result = runtime.block_on(serve_until_told(paths));
+    // What is still at work then is gone on with, or taken back, by the next agent.
+    runtime.shutdown_timeout(LAST_WORK);
+    result
 }
 
 async fn serve_until_told(paths: Paths) -> Result<(), Failure> {

@@ -91,6 +91,18 @@ fn pool_check(pool: &form_store::Pool) -> Option<Check> {
             "add space, or remove volumes that nobody needs with `form volume rm`",
         )),
         Ok(_) => None,
+        Err(error @ form_store::StoreError::PoolSilent { .. }) => Some(bad(
+            CheckStatus::Problem,
+            &name,
+            error.to_string(),
+            "look at the server and the network to it: the pool is there again as soon as it answers",
+        )),
+        Err(error @ form_store::StoreError::PoolMount { .. }) => Some(bad(
+            CheckStatus::Problem,
+            &name,
+            error.to_string(),
+            "mend that, and it is mounted by itself; or remove the pool: `form pool rm`",
+        )),
         Err(error) => Some(bad(
             CheckStatus::Problem,
             &name,

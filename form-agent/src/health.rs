@@ -55,7 +55,14 @@ fn local_parts(agent: &Agent) -> Vec<PartHealth> {
         Some(missing) => Err(format!("{} is missing", missing.display())),
         None => Ok("form-vmm and form-guest are there".to_owned()),
     };
-    vec![part("database", database), part("store", store), part("kvm", kvm), part("programs", programs)]
+    vec![part("database", database), part("store", store), part("pools", pools(agent)), part("kvm", kvm), part("programs", programs)]
+}
+
+/// Whether volumes can be reached.
+fn pools(agent: &Agent) -> Result<String, String> {
+    let pools = agent.store.pools();
+    let bad: Vec<String> = pools.iter().filter_map(|pool| pool.is_there().err()).map(|error| error.to_string()).collect();
+    if bad.is_empty() { Ok(format!("of {} all are there", pools.len())) } else { Err(bad.join("; ")) }
 }
 
 fn vms(agent: &Agent) -> Result<String, String> {

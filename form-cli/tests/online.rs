@@ -371,6 +371,12 @@ local  local  available  2        20 GiB    2 MiB  60 GiB  100 GiB
     let shown = setting.run(&["pool", "show", "pool/local"]).out;
     assert!(shown.contains("reserve   10 GiB") && shown.contains("disk=nvme"), "{shown}");
     assert_eq!(setting.run(&["pool", "create", "fast", "--path", "/mnt/fast", "--reserve", "10GiB"]).out, "fast: made, in /mnt/fast\n");
+    let nfs = ["pool", "create", "shared", "--kind", "nfs", "--source", "storage:/volumes", "--options", "vers=4.1"];
+    assert_eq!(setting.run(&nfs).out, "shared: made, on storage:/volumes\n");
+    for (half, lacks) in [(&nfs[..3], "--path"), (&nfs[..5], "--source")] {
+        let refused = setting.run(half);
+        assert!(refused.code == 2 && refused.err.contains(lacks), "{refused:?}");
+    }
     assert_eq!(setting.run(&["pool", "set", "local", "--reserve", "0"]).out, "local: set\n");
     let nothing = setting.run(&["pool", "set", "local"]);
     assert!(nothing.code == 2 && nothing.err.contains("--reserve"), "{nothing:?}");

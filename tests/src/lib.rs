@@ -2,5 +2,6 @@
 
 pub mod disk;
 pub mod host;
+pub mod nfs;
 pub mod programs;
 pub mod wire;

@@ -6,14 +6,26 @@ use form_types::Name;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// `POST /v1/pools`: a directory of the host becomes a pool.
+use crate::volume::PoolKind;
+
+/// `POST /v1/pools`: a directory of the host, or an NFS export, becomes a pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PoolCreateRequest {
     pub name: Name,
-    /// Absolute, a directory that is there and can be written to, and neither in another pool nor around one.
-    #[schema(value_type = String)]
-    pub path: PathBuf,
+    #[serde(default)]
+    pub kind: PoolKind,
+    /// Of a `local` pool: absolute, a directory that is there and can be written to, and neither in another pool nor around one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub path: Option<PathBuf>,
+    /// Of an `nfs` pool: `SERVER:/PATH`, which the agent mounts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// Of an `nfs` pool, with commas between them: `vers=4.0|4.1|4.2`, `timeo=` (tenths of a second, 10 to 600), `retrans=` (0 to 5), `port=`,
+    /// `rsize=`, `wsize=`, `nconnect=`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<String>,
     /// With less free room than this nothing new is begun in it.
     #[serde(default)]
     pub reserve_bytes: u64,

@@ -316,6 +316,12 @@ pub struct Pool {
     pub host_name: String,
     #[schema(value_type = String)]
     pub path: PathBuf,
+    /// The NFS export that is mounted there.
+    #[serde(default)]
+    pub source: Option<String>,
+    /// With which options, when it is not with those that every pool has.
+    #[serde(default)]
+    pub options: Option<String>,
     pub total_bytes: u64,
     pub free_bytes: u64,
     /// The sizes of its volumes together, and what their snapshots take; it may be more than there is room for: volumes take room as they fill.
@@ -337,6 +343,9 @@ pub struct Pool {
     /// It was made by `form pool create` and can be removed; else it is the host's own, or in its `agent.yaml`.
     #[serde(default)]
     pub removable: bool,
+    /// The server of the export does not answer. It is asked again every few seconds.
+    #[serde(default)]
+    pub silent: bool,
     /// Why it cannot be used. With one the pool is unavailable, and its volumes are with it.
     pub fault: Option<String>,
 }
@@ -344,21 +353,29 @@ pub struct Pool {
 impl Pool {
     /// In one word.
     pub const fn state(&self) -> &'static str {
-        if self.fault.is_some() { "unavailable" } else { "available" }
+        match self.fault {
+            Some(_) if self.silent => "not-answering",
+            Some(_) => "unavailable",
+            None => "available",
+        }
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum PoolKind {
     /// A directory of the host.
+    #[default]
     Local,
+    /// An NFS export that the agent mounts.
+    Nfs,
 }
 
 impl PoolKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Local => "local",
+            Self::Nfs => "nfs",
         }
     }
 }

@@ -443,7 +443,17 @@ fn volume_snapshot(name: &Name, volume: Volume) -> VolumeSnapshot {
 
 fn pool_create(name: Name) -> PoolCreateRequest {
     let labels = [("disk".to_owned(), "nvme".to_owned())].into();
-    PoolCreateRequest { name, path: "/mnt/nvme/volumes".into(), reserve_bytes: 10 << 30, limit_bytes: Some(400 << 30), labels }
+    let (source, options) = (Some("storage.example:/volumes".to_owned()), Some("vers=4.2".to_owned()));
+    PoolCreateRequest {
+        name,
+        kind: PoolKind::Nfs,
+        path: None,
+        source,
+        options,
+        reserve_bytes: 10 << 30,
+        limit_bytes: Some(400 << 30),
+        labels,
+    }
 }
 
 fn pool_set() -> PoolSetRequest {
@@ -457,6 +467,8 @@ fn pool(name: &Name) -> Pool {
         host: HostId::of(&host_key().public()),
         host_name: "den".to_owned(),
         path: "/var/lib/formation/volumes".into(),
+        source: None,
+        options: None,
         total_bytes: 250 << 30,
         free_bytes: 200 << 30,
         provisioned_bytes: 20 << 30,
@@ -467,6 +479,7 @@ fn pool(name: &Name) -> Pool {
         limit_bytes: None,
         labels: [].into(),
         removable: false,
+        silent: false,
         fault: None,
     }
 }

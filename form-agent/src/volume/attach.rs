@@ -29,8 +29,14 @@ pub enum AttachError {
 /// # Errors
 /// When one cannot be had: in use elsewhere, gone, no room.
 pub fn open(agent: &Agent, vm: &DesiredVm) -> Result<Vec<Ready>, AttachError> {
-    if of_vm(&agent.view(), &vm.id).is_empty() {
+    let wanted = of_vm(&agent.view(), &vm.id);
+    if wanted.is_empty() {
         return Ok(Vec::new());
+    }
+    // A pool that does not answer is waited for before it is anybody's turn.
+    for volume in wanted {
+        let there = agent.store.pool(&volume.pool).and_then(|pool| pool.is_there());
+        there.map_err(|source| AttachError::Store { name: volume.name, source })?;
     }
     let _turn = agent.volume_turn();
     of_vm(&agent.view(), &vm.id).into_iter().map(|volume| open_one(agent, volume)).collect()

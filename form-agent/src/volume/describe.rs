@@ -81,21 +81,27 @@ pub fn pool_named(agent: &Agent, name: &Name) -> Result<Pool, ApiError> {
 
 pub fn pool(agent: &Agent, pool: &form_store::Pool) -> Pool {
     let here = super::pool::volumes_in(agent, pool.name());
+    // Of a pool that is not there nothing else is asked.
+    let space = pool.space();
     let settings = pool.settings();
     let of_volumes = here.iter().filter_map(|volume| pool.volume(&volume.id).ok()).map(|entry| entry.allocated_bytes);
     let of_snapshots = here.iter().map(|volume| pool.snapshot_bytes(&volume.id));
     let allocated = of_volumes.chain(of_snapshots).fold(0, u64::saturating_add);
     let snapshots = here.iter().filter_map(|volume| pool.snapshots(&volume.id).ok()).map(|names| names.len()).sum::<usize>();
-    let (space, fault) = match pool.space() {
+    let silent = matches!(&space, Err(StoreError::PoolSilent { .. }));
+    let (space, fault) = match space {
         Ok(space) => (space, None),
         Err(error) => (Space { total: 0, free: 0 }, Some(error.to_string())),
     };
+    let options = pool.export().map(form_store::NfsExport::options).filter(|options| !options.is_empty());
     Pool {
         name: pool.name().clone(),
-        kind: PoolKind::Local,
+        kind: if pool.export().is_some() { PoolKind::Nfs } else { PoolKind::Local },
         host: agent.host_id(),
         host_name: agent.name().to_owned(),
         path: pool.directory().to_owned(),
+        source: pool.export().map(form_store::NfsExport::source),
+        options,
         total_bytes: space.total,
         free_bytes: space.free,
         provisioned_bytes: super::pool::promised(pool, &here),
@@ -106,6 +112,7 @@ pub fn pool(agent: &Agent, pool: &form_store::Pool) -> Pool {
         limit_bytes: settings.limit_bytes,
         labels: settings.labels,
         removable: pool.was_made(),
+        silent,
         fault,
     }
 }

@@ -309,6 +309,10 @@ fn perform(agent: &Arc<Agent>, name: &Name, progress: &Progress) -> Result<(), A
     let pool = agent.store.pool(&progress.pool).map_err(|error| store_error(&error))?;
     let pool = &*pool;
     let _in_use = pool.enter().map_err(|error| store_error(&error))?;
+    // One that does not answer is waited for before it is anybody's turn.
+    if pool.export().is_some() && !matches!(progress.change, Change::Detach(_) | Change::Unexport | Change::Set(_)) {
+        pool.is_there().map_err(|error| store_error(&error))?;
+    }
     match &progress.change {
         Change::Move(request) => return relocate(agent, pool, name, progress, request),
         Change::Snapshot(snapshot) => return snapshot::create(agent, pool, name, progress, snapshot),

@@ -1,14 +1,18 @@
 //! Pools: made, changed and removed, and what may be promised in them. A pool is its host's own matter: what is known of it is on disk
 //! there, and not in the replicated state, which names for each volume the host and the pool.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use form_api::{
     ApiError, ErrorCode,
     operation::{Operation, OperationKind},
     pool::{PoolCreateRequest, PoolSetRequest},
+    volume::PoolKind,
 };
-use form_store::{Pool, PoolSettings};
+use form_store::{NfsExport, Pool, PoolSettings};
 use form_types::{Name, OperationId, size::Bytes};
 use serde::{Deserialize, Serialize};
 
@@ -81,13 +85,37 @@ pub fn change(agent: &Agent, caller: &Caller, name: &Name, change: Change) -> Re
 
 fn remember(agent: &Agent, id: OperationId, name: &Name, change: Change) -> Result<Progress, ApiError> {
     let directory = match &change {
-        // Without links, as it is on record later.
-        Change::Create(request) => request.path.canonicalize().unwrap_or_else(|_| request.path.clone()),
+        Change::Create(request) => match place(request)? {
+            // Without links, as it is on record later.
+            Place::Directory(path) => path.canonicalize().unwrap_or_else(|_| path.to_owned()),
+            Place::Export(_) => agent.store.mount_point(name),
+        },
         Change::Set(_) | Change::Remove => agent.store.pool(name).map_err(|error| store_error(&error))?.directory().to_owned(),
     };
     let progress = Progress { name: name.clone(), directory, change };
     agent.operations.remember(id, serde_json::to_value(&progress).map_err(|error| internal(&error))?)?;
     Ok(progress)
+}
+
+/// What is to be a pool.
+enum Place<'a> {
+    Directory(&'a Path),
+    Export(NfsExport),
+}
+
+/// # Errors
+/// When what is asked for does not go together.
+fn place(request: &PoolCreateRequest) -> Result<Place<'_>, ApiError> {
+    let invalid = |text: &str, hint: &str| Err(ApiError::new(ErrorCode::Invalid, text).hint(hint));
+    match (request.kind, &request.path, &request.source, &request.options) {
+        (PoolKind::Local, Some(path), None, None) => Ok(Place::Directory(path)),
+        (PoolKind::Local, ..) => invalid("a local pool is a directory", "give a path, and neither a source nor options"),
+        (PoolKind::Nfs, None, Some(source), options) => {
+            let export = NfsExport::new(source, options.as_deref().unwrap_or_default());
+            export.map(Place::Export).map_err(|error| ApiError::new(ErrorCode::Invalid, error.to_string()))
+        }
+        (PoolKind::Nfs, ..) => invalid("an nfs pool is an export of a server", "give a source like storage.example:/volumes, and no path"),
+    }
 }
 
 /// Directories that no pool may be in or around, besides the store.
@@ -102,9 +130,11 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
     match change {
         Change::Create(request) => {
             check_labels(request.labels.keys())?;
-            let own = own_directories(agent);
-            let checked = agent.store.check_pool(name, &request.path, &agent.host_id(), &own);
-            checked.map(drop).map_err(|error| store_error(&error))
+            let checked = match place(request)? {
+                Place::Directory(path) => agent.store.check_pool(name, path, &agent.host_id(), &own_directories(agent)).map(drop),
+                Place::Export(export) => agent.store.check_nfs_pool(name, &export),
+            };
+            checked.map_err(|error| store_error(&error))
         }
         Change::Set(request) => {
             agent.store.pool(name).map_err(|error| store_error(&error))?;
@@ -158,7 +188,11 @@ fn perform(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
                 limit_bytes: request.limit_bytes.filter(|limit| *limit > 0),
                 labels: request.labels.clone(),
             };
-            agent.store.create_pool(name, directory, &agent.host_id(), &own_directories(agent), settings).map(drop)
+            match place(request)? {
+                Place::Directory(_) => agent.store.create_pool(name, directory, &agent.host_id(), &own_directories(agent), settings),
+                Place::Export(export) => agent.store.create_nfs_pool(name, export, &agent.host_id(), settings),
+            }
+            .map(drop)
         }
         Change::Set(request) => {
             let pool = agent.store.pool(name).map_err(|error| store_error(&error))?;
@@ -202,8 +236,14 @@ pub fn resume(agent: &Agent, record: &Record) {
         |progress| {
             let is_known = agent.store.pool(&progress.name).is_ok();
             let unmark = || {
-                let unmarked = agent.store.unmark(&progress.name, &progress.directory, &agent.host_id());
-                unmarked.map_err(|error| store_error(&error))
+                let (store, name, directory) = (&agent.store, &progress.name, &progress.directory);
+                let undone = if *directory == store.mount_point(name) {
+                    // A marker that stays on the export keeps no pool of this host from it.
+                    store.unmount(name)
+                } else {
+                    store.unmark(name, directory, &agent.host_id())
+                };
+                undone.map_err(|error| store_error(&error))
             };
             match &progress.change {
                 Change::Create(_) if is_known => Ok(()),

@@ -335,7 +335,7 @@ pub(super) fn restore(
     match submit() {
         Ok(held) => {
             reach(Failpoint::VolumeSubmitted);
-            pool.settle_held(&held, Some(&operation)).map_err(|error| store(&error))
+            pool.settle_held(held, Some(&operation)).map_err(|error| store(&error))
         }
         Err(error) => {
             let before = describe::volume_named(agent, name).ok().and_then(|volume| volume.restored);

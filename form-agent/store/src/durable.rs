@@ -80,13 +80,19 @@ impl Drop for Draft {
 
 /// Takes a directory out of sight in one step, then removes it; a crash in between leaves only what [`clear_temporary`] finds.
 pub fn retire(directory: &Path, parent: &Path) -> Result<()> {
+    bury(directory, parent).map(drop)
+}
+
+/// As [`retire`], but it is removed when what is given back is dropped: NFS does not remove what somebody of this host still has open.
+pub fn bury(directory: &Path, parent: &Path) -> Result<Draft> {
     let draft = Draft::new(parent)?;
     let grave = draft.path().join("retired");
     match fs::rename(directory, grave) {
-        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(draft),
         other => other.map_err(StoreError::io("remove", directory))?,
     }
-    directory.parent().map_or(Ok(()), sync_dir)
+    directory.parent().map_or(Ok(()), sync_dir)?;
+    Ok(draft)
 }
 
 /// Writes a file and flushes it, with these permissions.

@@ -54,6 +54,16 @@ pub enum StoreError {
     /// Nothing is looked for in it and nothing made as long as that is so.
     #[error("pool/{name} is not there: {reason} (is its file system mounted at {directory}?)")]
     PoolAway { name: Name, directory: PathBuf, reason: String },
+    /// Of an NFS pool. It is asked again every few seconds.
+    #[error("pool/{name} is not answering: {reason}")]
+    PoolSilent { name: Name, reason: String },
+    /// Of an NFS pool.
+    #[error("pool/{name} is not there: {reason}")]
+    PoolMount { name: Name, reason: String },
+    #[error(transparent)]
+    PoolExport(#[from] crate::NfsError),
+    #[error("pool/{other} is {export} already, and neither may lie in the other: take another directory of the server")]
+    PoolOverlaps { other: Name, export: String },
     #[error("pool/{0} was not made by `form pool create`: it is the host's own, or in `pools:` of agent.yaml")]
     PoolFixed(Name),
     #[error("pool/{name} is in use: {reason}")]

@@ -15,6 +15,7 @@ mod kernels;
 mod lock;
 mod manifests;
 pub mod nbd;
+mod nfs;
 mod pools;
 mod snapshots;
 mod volumes;
@@ -41,6 +42,7 @@ pub use crate::{
     images::ImageEntry,
     kernels::KernelEntry,
     manifests::ManifestWriter,
+    nfs::{NfsError, NfsExport},
     pools::{MARKER, PoolSettings},
     snapshots::{RestoredDisk, SavedMemory, SnapshotDraft, SnapshotEntry},
     volumes::{Hold, OpenVolume, Pool, VolumeEntry, VolumeSnapshotDraft, VolumeSnapshotEntry},

@@ -10,7 +10,7 @@ use std::{
     io,
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use form_types::{Failpoint, HostId, Name, failpoint::reach};
@@ -21,6 +21,8 @@ use crate::{
     blocks::read_dir,
     durable::{Draft, make_dir, read_json, remove_tree, replace_file, sync_dir, to_json},
     error::{Result, StoreError},
+    lock,
+    nfs::{self, NfsExport, NfsMount},
 };
 
 /// The file in a pool's directory that says whose it is.
@@ -86,26 +88,46 @@ struct Record {
 struct Made {
     directory: PathBuf,
     host: HostId,
+    /// What the agent mounts there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    nfs: Option<NfsExport>,
 }
 
 /// All pools by name, and what is on record of them.
 pub(crate) struct Pools {
     records: PathBuf,
     all: RwLock<BTreeMap<Name, Arc<Pool>>>,
+    /// Exports that are being mounted for the first time.
+    pending: Mutex<BTreeMap<Name, NfsExport>>,
+}
+
+/// An export that nobody else mounts meanwhile.
+struct Pending<'a>(&'a Pools, &'a Name);
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        self.0.pending().remove(self.1);
+    }
 }
 
 impl Pools {
     /// Those on record below `root`.
     pub(crate) fn open(root: &Path) -> Result<Self> {
-        let pools = Self { records: root.join("pools"), all: RwLock::default() };
+        let pools = Self { records: root.join("pools"), all: RwLock::default(), pending: Mutex::default() };
         make_dir(&pools.records)?;
         crate::durable::clear_temporary(&pools.records)?;
         for path in read_dir(&pools.records)? {
             let name = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<Name>().ok());
             let Some(name) = name.filter(|_| path.extension().is_some_and(|extension| extension == "json")) else { continue };
-            let Record { made: Some(Made { directory, host }), settings } = read_json(&path)? else { continue };
+            let Record { made: Some(Made { directory, host, nfs }), settings } = read_json(&path)? else { continue };
             let marker = Marker { host, pool: name.clone() };
-            let pool = Pool::open(name.clone(), directory, made_in(root, &name), Some(marker), settings)?;
+            let pool = match nfs {
+                None => Pool::open(name.clone(), directory, made_in(root, &name), Some(marker), settings)?,
+                Some(export) => {
+                    let mount = NfsMount::start(&name, export, &directory, clear_up(marker.clone()))?;
+                    Pool::mounted(name.clone(), directory, made_in(root, &name), marker, settings, mount)?
+                }
+            };
             pools.write().insert(name, Arc::new(pool));
         }
         Ok(pools)
@@ -119,6 +141,19 @@ impl Pools {
         self.all.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn pending(&self) -> MutexGuard<'_, BTreeMap<Name, NfsExport>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reserve<'a>(&'a self, name: &'a Name, export: &NfsExport) -> Result<Pending<'a>> {
+        let mut pending = self.pending();
+        if pending.iter().any(|(other, mounting)| other == name || mounting.overlaps(export)) {
+            return Err(StoreError::PoolInUse { name: name.clone(), reason: "it is being mounted just now".to_owned() });
+        }
+        pending.insert(name.clone(), export.clone());
+        Ok(Pending(self, name))
+    }
+
     fn record(&self, name: &Name) -> PathBuf {
         self.records.join(format!("{name}.json"))
     }
@@ -126,6 +161,17 @@ impl Pools {
     fn keep(&self, name: &Name, record: &Record) -> Result<()> {
         let path = self.record(name);
         replace_file(&self.records, &path, &to_json(&path, record)?, 0o600)
+    }
+}
+
+/// Removes what an agent that was killed left half made in a pool, where that is the pool.
+fn clear_up(marker: Marker) -> impl FnOnce(&Path) + Send + 'static {
+    move |directory| {
+        if marker.check(directory).is_ok()
+            && let Err(error) = crate::durable::clear_temporary(directory)
+        {
+            tracing::warn!("what is half made in pool/{} stays: {error}", marker.pool);
+        }
     }
 }
 
@@ -188,23 +234,97 @@ impl Store {
             let other = other.canonicalize().unwrap_or_else(|_| other.to_owned());
             directory.starts_with(&other) || other.starts_with(&directory)
         };
-        if let Some(pool) = self.pools().iter().find(|pool| overlaps(pool.directory())) {
+        // What the agent mounts by itself is in the store; its server is not asked.
+        if let Some(pool) = self.pools().iter().find(|pool| pool.mount().is_none() && overlaps(pool.directory())) {
             return Err(refused(format!("pool/{} is in {}: neither may lie in the other", pool.name(), pool.directory().display())));
         }
         if let Some(own) = own.iter().chain([&self.root]).find(|own| overlaps(own)) {
             return Err(refused(format!("the agent has {} to itself", own.display())));
         }
-        match Marker::read(&directory)? {
-            Some(marker) if marker.host != *host => {
-                return Err(StoreError::PoolTaken { path: directory, host: marker.host, pool: marker.pool });
-            }
-            _ => {}
-        }
+        not_anothers(&directory, host)?;
         match try_out(&directory) {
             Ok(None) => Ok(directory),
             Ok(Some(lack)) => Err(refused(lack.to_owned())),
             Err(StoreError::Io { source, .. }) => Err(refused(format!("volumes cannot be made there: {source}"))),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Whether an NFS pool `name` could be made of this export. Its server is not asked yet.
+    ///
+    /// # Errors
+    /// [`StoreError::PoolExists`], [`StoreError::PoolOverlaps`].
+    pub fn check_nfs_pool(&self, name: &Name, export: &NfsExport) -> Result<()> {
+        if let Ok(other) = self.pool(name) {
+            let directory = other.export().map_or_else(|| other.directory().to_owned(), |export| export.source().into());
+            return Err(StoreError::PoolExists { name: name.clone(), directory });
+        }
+        match self
+            .pools()
+            .iter()
+            .find_map(|pool| Some((pool.name().clone(), pool.export().filter(|other| other.overlaps(export))?.source())))
+        {
+            Some((other, export)) => Err(StoreError::PoolOverlaps { other, export }),
+            None => Ok(()),
+        }
+    }
+
+    /// Where the export of an NFS pool is mounted.
+    pub fn mount_point(&self, name: &Name) -> PathBuf {
+        self.root.join("mounts").join(name.as_str())
+    }
+
+    /// Mounts an NFS export and makes it a pool. Takes as long as the server takes to answer, a minute at most.
+    ///
+    /// # Errors
+    /// As [`Store::check_nfs_pool`]; [`StoreError::PoolSilent`], [`StoreError::PoolMount`], [`StoreError::PoolTaken`], [`StoreError::PoolPlace`].
+    /// It is unmounted again then.
+    pub fn create_nfs_pool(&self, name: &Name, export: NfsExport, host: &HostId, settings: PoolSettings) -> Result<Arc<Pool>> {
+        let _pending = self.pools.reserve(name, &export)?;
+        self.check_nfs_pool(name, &export)?;
+        let directory = self.mount_point(name);
+        let marker = Marker { host: *host, pool: name.clone() };
+        let mount = NfsMount::start(name, export.clone(), &directory, |_| ())?;
+        let made =
+            mount.wait_until_mounted().and_then(|()| can_be_pool(&directory, &export, host)).and_then(|()| mark(&directory, &marker));
+        if let Err(error) = made {
+            if let Err(stays) = mount.end() {
+                tracing::warn!("{} stays mounted: {stays}", directory.display());
+            }
+            return Err(error);
+        }
+        let made = Made { directory: directory.clone(), host: *host, nfs: Some(export) };
+        let pool = Arc::new(Pool::mounted(name.clone(), directory, made_in(&self.root, name), marker, settings, mount)?);
+        self.publish(&pool, made).inspect_err(|_| {
+            if let Err(error) = self.let_go(&pool, true) {
+                tracing::warn!(%error, "an export stays mounted as a pool that is none");
+            }
+        })
+    }
+
+    /// Puts a pool that is marked on record, unless another one was made of this name meanwhile.
+    fn publish(&self, pool: &Arc<Pool>, made: Made) -> Result<Arc<Pool>> {
+        let mut all = self.pools.write();
+        if let Some(other) = all.get(pool.name()) {
+            return Err(StoreError::PoolExists { name: other.name().clone(), directory: other.directory().to_owned() });
+        }
+        self.pools.keep(pool.name(), &Record { made: Some(made), settings: pool.settings() })?;
+        all.insert(pool.name().clone(), Arc::clone(pool));
+        drop(all);
+        reach(Failpoint::PoolRecorded);
+        Ok(Arc::clone(pool))
+    }
+
+    /// Takes the marker from a pool that is not on record, when its directory `is_there`, and unmounts it.
+    fn let_go(&self, pool: &Pool, is_there: bool) -> Result<()> {
+        let unmarked = match pool.marker() {
+            Some(marker) if is_there => self.unmark(pool.name(), pool.directory(), &marker.host),
+            _ => Ok(()),
+        };
+        match pool.mount() {
+            // A server that has stopped answering meanwhile keeps the marker, which keeps nobody of this host away.
+            Some(mount) => mount.end(),
+            None => unmarked,
         }
     }
 
@@ -215,23 +335,16 @@ impl Store {
     pub fn create_pool(&self, name: &Name, path: &Path, host: &HostId, own: &[PathBuf], settings: PoolSettings) -> Result<Arc<Pool>> {
         let directory = self.check_pool(name, path, host, own)?;
         let marker = Marker { host: *host, pool: name.clone() };
-        let file = directory.join(MARKER);
-        replace_file(&directory, &file, &to_json(&file, &marker)?, 0o644)?;
-        reach(Failpoint::PoolMarked);
+        mark(&directory, &marker)?;
         let make = || -> Result<Arc<Pool>> {
-            let pool = Pool::open(name.clone(), directory.clone(), made_in(&self.root, name), Some(marker), settings.clone())?;
-            let record = Record { made: Some(Made { directory: directory.clone(), host: *host }), settings };
-            self.pools.keep(name, &record)?;
-            Ok(Arc::new(pool))
+            let pool = Pool::open(name.clone(), directory.clone(), made_in(&self.root, name), Some(marker), settings)?;
+            self.publish(&Arc::new(pool), Made { directory: directory.clone(), host: *host, nfs: None })
         };
-        let pool = make().inspect_err(|_| {
+        make().inspect_err(|_| {
             if let Err(error) = self.unmark(name, &directory, host) {
                 tracing::warn!(%error, "a directory stays marked as a pool that is none");
             }
-        })?;
-        self.pools.write().insert(name.clone(), Arc::clone(&pool));
-        reach(Failpoint::PoolRecorded);
-        Ok(pool)
+        })
     }
 
     /// Changes what is set of a pool.
@@ -240,7 +353,8 @@ impl Store {
     /// [`StoreError::NoPool`], and those of the file system.
     pub fn set_pool(&self, name: &Name, settings: PoolSettings) -> Result<()> {
         let pool = self.pool(name)?;
-        let made = pool.marker().map(|marker| Made { directory: pool.directory().to_owned(), host: marker.host });
+        let made =
+            pool.marker().map(|marker| Made { directory: pool.directory().to_owned(), host: marker.host, nfs: pool.export().cloned() });
         self.pools.keep(name, &Record { made, settings: settings.clone() })?;
         pool.set(settings);
         Ok(())
@@ -252,10 +366,12 @@ impl Store {
     /// [`StoreError::PoolFixed`], [`StoreError::PoolInUse`], [`StoreError::NoPool`], and those of the file system.
     pub fn remove_pool(&self, name: &Name) -> Result<()> {
         let pool = self.pool(name)?;
-        let Some(marker) = pool.marker() else { return Err(StoreError::PoolFixed(name.clone())) };
+        if !pool.was_made() {
+            return Err(StoreError::PoolFixed(name.clone()));
+        }
         let in_use = |reason: String| StoreError::PoolInUse { name: name.clone(), reason };
         let mut retired = pool.alone().ok_or_else(|| in_use("something is being made in it".to_owned()))?;
-        let is_there = marker.check(pool.directory()).is_ok();
+        let is_there = pool.is_there().is_ok();
         if is_there {
             let volumes = pool.volumes()?;
             if !volumes.is_empty() {
@@ -273,7 +389,15 @@ impl Store {
         self.pools.write().remove(name);
         reach(Failpoint::PoolForgotten);
         remove_tree(&made_in(&self.root, name))?;
-        if is_there { self.unmark(name, pool.directory(), &marker.host) } else { Ok(()) }
+        self.let_go(&pool, is_there)
+    }
+
+    /// Unmounts what an agent that was killed had mounted for a pool that is not on record. That there is nothing is fine.
+    ///
+    /// # Errors
+    /// Those of umount(2).
+    pub fn unmount(&self, name: &Name) -> Result<()> {
+        if self.pool(name).is_ok() { Ok(()) } else { nfs::release(&self.mount_point(name)) }
     }
 
     /// Takes the marker of a pool that is not on record from a directory; that there is none, or another's, is fine.
@@ -290,6 +414,58 @@ impl Store {
         let path = directory.join(MARKER);
         fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
         sync_dir(directory)
+    }
+}
+
+/// Writes down in a directory whose it is.
+fn mark(directory: &Path, marker: &Marker) -> Result<()> {
+    let file = directory.join(MARKER);
+    replace_file(directory, &file, &to_json(&file, marker)?, 0o644)?;
+    reach(Failpoint::PoolMarked);
+    Ok(())
+}
+
+fn not_anothers(directory: &Path, host: &HostId) -> Result<()> {
+    match Marker::read(directory)? {
+        Some(Marker { host: other, pool }) if other != *host => {
+            Err(StoreError::PoolTaken { path: directory.to_owned(), host: other, pool })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What keeps two hosts from writing to one volume of a directory that both can reach.
+fn keeps_locks(directory: &Path) -> Result<bool> {
+    let draft = Draft::new(directory)?;
+    let path = draft.path().join("lock");
+    let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(StoreError::io("try", &path));
+    let (one, other) = (open()?, open()?);
+    lock::take(&one, &path, true)?;
+    Ok(matches!(lock::take(&other, &path, true), Err(StoreError::VolumeInUse { .. })))
+}
+
+/// Whether volumes can live on an export that is mounted at `directory`.
+fn can_be_pool(directory: &Path, export: &NfsExport, host: &HostId) -> Result<()> {
+    let path = PathBuf::from(export.source());
+    let refused = |reason: String| StoreError::PoolPlace { path: path.clone(), reason };
+    let look = || {
+        not_anothers(directory, host)?;
+        match try_out(directory)? {
+            Some(lack) => Ok(Some(lack)),
+            None => Ok((!keeps_locks(directory)?).then_some("its server keeps no locks, which keep a second writer from a volume")),
+        }
+    };
+    match look() {
+        Ok(None) => Ok(()),
+        Ok(Some(lack)) => Err(refused(lack.to_owned())),
+        Err(StoreError::PoolTaken { host, pool, .. }) => Err(StoreError::PoolTaken { path, host, pool }),
+        Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => Err(refused(
+            "this host's root may not write there: export it with `no_root_squash`, or give the directory to the user whom the server takes \
+             for root"
+                .to_owned(),
+        )),
+        Err(StoreError::Io { source, .. }) => Err(refused(format!("volumes cannot be made there: {source}"))),
+        Err(error) => Err(error),
     }
 }
 

@@ -32,9 +32,10 @@ use crate::{
     contents::Contents,
     copy::{same, share_or_copy},
     disks::create,
-    durable::{Draft, clear_temporary, make_dir, read_json, replace_file, retire, sync_dir, to_json, write_file},
+    durable::{Draft, bury, clear_temporary, make_dir, read_json, replace_file, retire, sync_dir, to_json, write_file},
     error::{Result, StoreError},
     hold, lock,
+    nfs::{NfsExport, NfsMount},
     pools::{Marker, PoolSettings},
     space_of,
 };
@@ -50,6 +51,8 @@ pub struct Pool {
     made: PathBuf,
     /// Which the directory has to bear; none in pools that were not made by [`crate::Store::create_pool`].
     marker: Option<Marker>,
+    /// What is mounted in the directory; none in pools of directories that the agent finds as they are.
+    mount: Option<NfsMount>,
     settings: RwLock<PoolSettings>,
     /// Held while something is made in it or taken from it. True: it was removed.
     retired: RwLock<bool>,
@@ -119,15 +122,31 @@ impl Record {
 impl Pool {
     /// Opens the pool in `directory`, and removes what a killed agent left half made.
     pub(crate) fn open(name: Name, directory: PathBuf, made: PathBuf, marker: Option<Marker>, settings: PoolSettings) -> Result<Self> {
-        make_dir(&made)?;
-        clear_temporary(&made)?;
-        let (settings, retired, turn) = (RwLock::new(settings), RwLock::default(), Mutex::default());
-        let pool = Self { name, directory, made, marker, settings, retired, turn };
+        let pool = Self::of(name, directory, made, marker, settings)?;
         // One that is not there now may be mounted later.
         if pool.is_there().is_ok() {
             clear_temporary(&pool.directory)?;
         }
         Ok(pool)
+    }
+
+    /// A pool on what `mount` mounts, which clears up by itself: its server is not waited for.
+    pub(crate) fn mounted(
+        name: Name,
+        directory: PathBuf,
+        made: PathBuf,
+        marker: Marker,
+        settings: PoolSettings,
+        mount: NfsMount,
+    ) -> Result<Self> {
+        Ok(Self { mount: Some(mount), ..Self::of(name, directory, made, Some(marker), settings)? })
+    }
+
+    fn of(name: Name, directory: PathBuf, made: PathBuf, marker: Option<Marker>, settings: PoolSettings) -> Result<Self> {
+        make_dir(&made)?;
+        clear_temporary(&made)?;
+        let (settings, retired, turn) = (RwLock::new(settings), RwLock::default(), Mutex::default());
+        Ok(Self { name, directory, made, marker, mount: None, settings, retired, turn })
     }
 
     pub const fn name(&self) -> &Name {
@@ -142,7 +161,16 @@ impl Pool {
         self.marker.as_ref()
     }
 
-    /// Whether it was made by [`crate::Store::create_pool`], and so can be removed.
+    pub(crate) const fn mount(&self) -> Option<&NfsMount> {
+        self.mount.as_ref()
+    }
+
+    /// The NFS export that it is.
+    pub fn export(&self) -> Option<&NfsExport> {
+        self.mount.as_ref().map(NfsMount::export)
+    }
+
+    /// Whether it was made by [`crate::Store::create_pool`] or [`crate::Store::create_nfs_pool`], and so can be removed.
     pub const fn was_made(&self) -> bool {
         self.marker.is_some()
     }
@@ -276,11 +304,14 @@ impl Pool {
         }
     }
 
-    /// Whether the pool is what its directory shows now.
+    /// Whether the pool is what its directory shows now. Of an NFS pool whose server does not answer that is known after three seconds at most.
     ///
     /// # Errors
-    /// [`StoreError::PoolAway`], or that its directory cannot be found.
+    /// [`StoreError::PoolAway`], [`StoreError::PoolSilent`], [`StoreError::PoolMount`], or that its directory cannot be found.
     pub fn is_there(&self) -> Result<()> {
+        if let Some(mount) = &self.mount {
+            mount.check()?;
+        }
         if let Some(marker) = &self.marker {
             return marker.check(&self.directory);
         }
@@ -513,7 +544,11 @@ impl Pool {
             _ => sync_dir(&self.made)?,
         }
         reach(Failpoint::VolumeForgotten);
-        retire(&self.place(id), &self.directory)
+        let grave = bury(&self.place(id), &self.directory)?;
+        // Nobody finds it any more; now nobody has it open either.
+        drop(held);
+        drop(grave);
+        Ok(())
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
     copy::{share, share_or_copy},
     described::{Fault, Kind},
     disks::create,
-    durable::{Draft, make_dir, read_json, retire, sync_dir, to_json, write_file},
+    durable::{Draft, bury, make_dir, read_json, retire, sync_dir, to_json, write_file},
     error::{Result, StoreError},
     hold,
 };
@@ -322,6 +322,9 @@ impl Pool {
     /// # Errors
     /// When the directory cannot be read.
     pub fn unsettled(&self, id: &VolumeId) -> Result<Vec<PathBuf>> {
+        if self.mount.is_some() {
+            self.is_there()?;
+        }
         let place = self.place(id);
         if !place.exists() {
             return Ok(Vec::new());
@@ -347,14 +350,14 @@ impl Pool {
             return Ok(());
         }
         let held = self.hold(id)?;
-        self.settle_held(&held, wanted)
+        self.settle_held(held, wanted)
     }
 
     /// As [`Pool::settle_restore`], of a volume that is held already.
     ///
     /// # Errors
     /// As [`Pool::settle_restore`].
-    pub fn settle_held(&self, held: &super::Hold, wanted: Option<&OperationId>) -> Result<()> {
+    pub fn settle_held(&self, held: super::Hold, wanted: Option<&OperationId>) -> Result<()> {
         let _turn = hold(&self.turn);
         let id = &held.id;
         let place = self.place(id);
@@ -373,9 +376,10 @@ impl Pool {
             rename(VOLUME)?;
             reach(Failpoint::VolumeRestoreSwitched);
         }
-        for path in self.unsettled(id)? {
-            retire(&path, &self.directory)?;
-        }
+        let graves: Vec<Draft> = self.unsettled(id)?.iter().map(|path| bury(path, &self.directory)).collect::<Result<_>>()?;
+        // One of them may be what was locked.
+        drop(held);
+        drop(graves);
         Ok(())
     }
 }

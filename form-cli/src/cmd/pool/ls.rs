@@ -12,7 +12,7 @@ pub async fn run(_: &Args, session: &Session) -> Outcome {
     let pools = session.client()?.pools().await?;
     let mut table = Table::new(
         &["NAME", "KIND", "STATE", "VOLUMES", "PROMISED", "USED", "FREE", "TOTAL"],
-        &["RESERVE", "LIMIT", "PATH", "HOST", "FAULT"],
+        &["RESERVE", "LIMIT", "PATH", "SOURCE", "HOST", "FAULT"],
     );
     for pool in &pools {
         table.row([
@@ -27,6 +27,7 @@ pub async fn run(_: &Args, session: &Session) -> Outcome {
             if pool.reserve_bytes > 0 { bytes(pool.reserve_bytes) } else { String::new() },
             pool.limit_bytes.map(bytes).unwrap_or_default(),
             pool.path.display().to_string(),
+            pool.source.clone().unwrap_or_default(),
             pool.host_name.clone(),
             pool.fault.clone().unwrap_or_default(),
         ]);

@@ -9,7 +9,7 @@ use crate::{
     session::Session,
 };
 
-/// Remove pools that have no volumes; their directories stay
+/// Remove pools that have no volumes; their directories stay, and NFS exports are unmounted
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The pools
@@ -26,8 +26,10 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     let names: Vec<&str> = args.names.iter().map(Name::as_str).collect();
     session.terminal.confirm(&format!("Remove the pool {}?", names.join(", ")))?;
     each(session, &args.names, async |name: Name| {
+        let is_mounted = client.pool(&name).await?.source.is_some();
         let operation = settle(session, &client, client.remove_pool(&name).await?).await?;
-        session.terminal.done(&operation, name.as_str(), &format!("{name}: removed, its directory is kept"))
+        let what = if is_mounted { "its export is unmounted" } else { "its directory is kept" };
+        session.terminal.done(&operation, name.as_str(), &format!("{name}: removed, {what}"))
     })
     .await
 }

@@ -25,6 +25,8 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .field("kind", pool.kind.as_str())
         .field("state", pool.state())
         .optional("fault", pool.fault.as_ref())
+        .optional("source", pool.source.as_ref())
+        .optional("options", pool.options.as_ref())
         .field("path", pool.path.display())
         .field("volumes", pool.volumes)
         .optional("snapshots", (pool.snapshots > 0).then_some(pool.snapshots))
