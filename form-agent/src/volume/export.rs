@@ -5,7 +5,7 @@ use std::{
     fs, io,
     os::unix::fs::{MetadataExt, PermissionsExt, chown},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use form_api::{
@@ -14,7 +14,7 @@ use form_api::{
 };
 use form_nbd::{Uri, tls};
 use form_store::{
-    Contents, Pool,
+    Contents, Pool, StoreError,
     nbd::{Place, Server},
 };
 use form_types::{Name, VolumeId};
@@ -59,6 +59,10 @@ impl Exports {
         let clients = u32::try_from(server.clients()).unwrap_or(u32::MAX);
         let uri = uri(server.place(), name, authority.is_some());
         Some(Export { uri, writable: server.is_writable(), clients, authority: authority.clone() })
+    }
+
+    fn contents(&self, id: &VolumeId) -> Option<Arc<Contents>> {
+        self.all().get(id).map(|exported| exported.server.contents())
     }
 
     /// Hangs up on the clients of a volume's export and closes the volume; that there is none is fine. Blocks until their threads have ended.
@@ -145,6 +149,24 @@ pub fn start(agent: &Agent, pool: &Pool, volume: &DesiredVolume, request: &Expor
     Ok(())
 }
 
+/// Makes a volume larger that is exported: clients that come then see its new size. Whether it is exported. Whoever calls holds
+/// [`Agent::volume_turn`].
+///
+/// # Errors
+/// Those of the file system.
+pub fn grow(agent: &Agent, pool: &Pool, id: &VolumeId, size_bytes: u64) -> Result<bool, ApiError> {
+    let Some(contents) = agent.exports.contents(id) else { return Ok(false) };
+    contents.grow(size_bytes).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => {
+            ApiError::new(ErrorCode::Conflict, "somebody else reads the volume, and it is not made larger under that")
+                .hint("try again when that has ended")
+        }
+        _ => ApiError::new(ErrorCode::Failed, format!("the volume cannot be made larger: {error}")),
+    })?;
+    pool.note_grown(id, size_bytes).map_err(|error| store_error(&error))?;
+    Ok(true)
+}
+
 /// The volume as it is, made when it never was.
 ///
 /// # Errors
@@ -153,8 +175,15 @@ pub fn open(pool: &Pool, volume: &DesiredVolume, writable: bool) -> Result<Conte
     let open = || {
         // What a restore that was interrupted left to do.
         pool.settle_restore(&volume.id, volume.restored.as_ref())?;
-        pool.ensure(&volume.id, volume.format, volume.size_bytes)?;
-        pool.open_volume(&volume.id, !writable)
+        let entry = pool.ensure(&volume.id, volume.format, volume.size_bytes)?;
+        // As when a VM starts: it may have been resized while somebody had it.
+        if entry.size_bytes < volume.size_bytes
+            && let Err(error) = pool.grow(&volume.id, volume.size_bytes)
+            && !matches!(error, StoreError::VolumeInUse { .. })
+        {
+            return Err(error);
+        }
+        pool.open_growable(&volume.id, !writable)
     };
     let opened = open().map_err(|error| {
         let error = store_error(&error);

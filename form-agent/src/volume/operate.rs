@@ -224,8 +224,7 @@ fn check_of(agent: &Agent, volume: &DesiredVolume, view: &form_state::View, chan
         }
         Change::Resize(request) => {
             rules::check_resize(volume, request.size_bytes).map_err(fault)?;
-            pool::may_promise(agent, &*pool_of(agent, volume)?, request.size_bytes - volume.size_bytes)?;
-            not_exported(agent, volume, "be resized", Whatever)
+            pool::may_promise(agent, &*pool_of(agent, volume)?, request.size_bytes - volume.size_bytes)
         }
         Change::Set(request) if request.is_empty() => {
             Err(ApiError::new(ErrorCode::Invalid, "nothing is to be set").hint("say what: iops, bytes_per_second"))
@@ -494,6 +493,11 @@ fn record(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Resul
         agent.submit(&progress.request)?;
     }
     reach(Failpoint::VolumeSubmitted);
+    if let Change::Resize(request) = &progress.change
+        && export::grow(agent, pool, &progress.id, request.size_bytes)?
+    {
+        return Ok(());
+    }
     settle(pool, progress, held)
 }
 

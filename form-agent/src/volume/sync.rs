@@ -7,7 +7,7 @@ use form_guest::protocol::Request;
 use form_store::{Pool, StoreError};
 use form_types::{Name, VmId, size::Bytes};
 
-use super::{DesiredVolume, describe, live};
+use super::{DesiredVolume, describe, export, live};
 use crate::{agent::Agent, serve::store_error};
 
 /// How long a guest may hold back writes while it writes everything out.
@@ -43,6 +43,10 @@ fn files(agent: &Agent, pool: &Pool, volume: &DesiredVolume, done: &impl Fn(Stri
         done("what was left of a restore is done with".to_owned());
     }
     match pool.volume(&volume.id) {
+        Ok(entry) if entry.size_bytes < volume.size_bytes && agent.exports.of(&volume.id).is_some() => {
+            export::grow(agent, pool, &volume.id, volume.size_bytes)?;
+            done(format!("its file has {} now", Bytes(volume.size_bytes)));
+        }
         Ok(entry) if entry.size_bytes < volume.size_bytes => match pool.grow(&volume.id, volume.size_bytes) {
             Ok(_) => done(format!("its file has {} now", Bytes(volume.size_bytes))),
             // That VM's process makes it larger.

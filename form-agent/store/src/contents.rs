@@ -4,12 +4,18 @@ use std::{
     fs::File,
     io,
     os::unix::fs::FileExt,
-    sync::{Mutex, MutexGuard, PoisonError},
+    path::Path,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use form_types::VolumeFormat;
 use imago::{
-    DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, file::File as ImageFile, format::drivers::FormatDriverInstance,
+    DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping,
+    file::File as ImageFile,
+    format::{PreallocateMode, drivers::FormatDriverInstance},
     qcow2::Qcow2,
 };
 use rustix::{
@@ -17,7 +23,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::volumes::OpenVolume;
+use crate::{error::StoreError, lock, volumes::OpenVolume};
 
 /// Zeros are written in pieces of this size where a file system has no better way.
 const ZEROS: usize = 64 * 1024;
@@ -37,7 +43,8 @@ pub struct Contents {
     file: File,
     /// None for raw, whose bytes are the file's.
     image: Option<Mutex<FormatAccess<ImageFile>>>,
-    size_bytes: u64,
+    /// It only grows.
+    size_bytes: AtomicU64,
     writable: bool,
 }
 
@@ -55,8 +62,7 @@ impl Contents {
         let image = match format {
             VolumeFormat::Raw => None,
             VolumeFormat::Qcow2 => {
-                let storage = ImageFile::try_from(file.try_clone()?)?;
-                let image = Qcow2::<ImageFile>::builder(storage).backing(None).write(writable).open(DenyImplicitOpenGate::default())?;
+                let image = open_image(&file, writable)?;
                 if image.size() < size_bytes {
                     let reason = format!("the image has {} of the volume's {size_bytes} bytes", image.size());
                     return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
@@ -64,11 +70,60 @@ impl Contents {
                 Some(Mutex::new(FormatAccess::new(image)))
             }
         };
-        Ok(Self { file, image, size_bytes, writable })
+        Ok(Self { file, image, size_bytes: AtomicU64::new(size_bytes), writable })
     }
 
-    pub const fn size_bytes(&self) -> u64 {
-        self.size_bytes
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// Makes the volume larger under whoever reads and writes it by this; that it has the size already is fine. One that is only read has to
+    /// have been opened by [`crate::Pool::open_growable`].
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] when others read it too; those of the file system. It has its old size then.
+    pub fn grow(&self, size_bytes: u64) -> io::Result<()> {
+        if size_bytes <= self.size_bytes() {
+            return Ok(());
+        }
+        if self.writable {
+            return self.grow_alone(size_bytes);
+        }
+        let lock = |write| match lock::take(&self.file, Path::new(""), write) {
+            Err(StoreError::VolumeInUse { .. }) => Err(io::ErrorKind::WouldBlock.into()),
+            taken => taken.map_err(io::Error::other),
+        };
+        lock(true)?;
+        let grown = self.grow_alone(size_bytes);
+        // Nobody can be in the way of less.
+        lock(false)?;
+        grown
+    }
+
+    fn grow_alone(&self, size_bytes: u64) -> io::Result<()> {
+        match self.image() {
+            None => {
+                // A try that was interrupted may have come so far.
+                if self.file.metadata()?.len() < size_bytes {
+                    self.file.set_len(size_bytes)?;
+                }
+            }
+            Some(mut image) => {
+                // Who only reads has the image open so; who writes has parts of its tables in memory.
+                if !self.writable {
+                    *image = FormatAccess::new(open_image(&self.file, true)?);
+                }
+                let grown = if image.size() < size_bytes { image.resize_grow(size_bytes, PreallocateMode::None) } else { Ok(()) };
+                let flushed = grown.and_then(|()| image.flush());
+                if !self.writable {
+                    *image = FormatAccess::new(open_image(&self.file, false)?);
+                }
+                flushed?;
+            }
+        }
+        self.file.sync_all()?;
+        self.size_bytes.store(size_bytes, Ordering::Release);
+        Ok(())
     }
 
     pub const fn is_writable(&self) -> bool {
@@ -81,7 +136,7 @@ impl Contents {
     }
 
     fn check(&self, offset: u64, length: u64) -> io::Result<()> {
-        let fits = offset.checked_add(length).is_some_and(|end| end <= self.size_bytes);
+        let fits = offset.checked_add(length).is_some_and(|end| end <= self.size_bytes());
         if fits { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
     }
 
@@ -95,10 +150,14 @@ impl Contents {
         }
     }
 
+    fn check_change(&self, offset: u64, length: u64) -> io::Result<()> {
+        if self.writable { self.check(offset, length) } else { Err(io::ErrorKind::PermissionDenied.into()) }
+    }
+
     /// # Errors
-    /// Beyond the end, or the file system's.
+    /// Beyond the end, not opened for writing, or the file system's.
     pub fn write_at(&self, from: &[u8], offset: u64) -> io::Result<()> {
-        self.check(offset, from.len() as u64)?;
+        self.check_change(offset, from.len() as u64)?;
         match self.image() {
             Some(image) => image.write(from, offset),
             None => self.file.write_all_at(from, offset),
@@ -154,7 +213,7 @@ impl Contents {
     /// # Errors
     /// Beyond the end, or the file system's.
     pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.check(offset, length)?;
+        self.check_change(offset, length)?;
         let Some(mut image) = self.image() else { return self.punch(offset, length).or_else(as_it_was) };
         self.punch_clusters(&image, offset, length).or_else(as_it_was)?;
         image.discard_to_zero(offset, length).or_else(as_it_was)
@@ -165,7 +224,7 @@ impl Contents {
     /// # Errors
     /// Beyond the end, or the file system's.
     pub fn write_zeroes(&self, offset: u64, length: u64, keep_room: bool) -> io::Result<()> {
-        self.check(offset, length)?;
+        self.check_change(offset, length)?;
         if length == 0 {
             return Ok(());
         }
@@ -221,6 +280,11 @@ impl Contents {
         self.flush()?;
         self.file.sync_all()
     }
+}
+
+fn open_image(file: &File, writable: bool) -> io::Result<Qcow2<ImageFile>> {
+    let storage = ImageFile::try_from(file.try_clone()?)?;
+    Qcow2::<ImageFile>::builder(storage).backing(None).write(writable).open(DenyImplicitOpenGate::default())
 }
 
 /// A discard is a wish: who cannot, leaves things as they are.
@@ -296,6 +360,47 @@ mod tests {
                     assert!(contents.extent(offset, length as u64).is_err());
                 }
             });
+        }
+    }
+
+    #[test]
+    fn a_volume_grows_under_those_who_use_it() {
+        for (format, writable) in [VolumeFormat::Raw, VolumeFormat::Qcow2].into_iter().flat_map(|format| [(format, true), (format, false)])
+        {
+            let root = tempfile::tempdir().unwrap();
+            let store = Store::open(root.path()).unwrap();
+            let pool = store.pool(&local_pool()).unwrap();
+            pool.create(&ID, format, 16 * MIB).unwrap();
+            Contents::new(pool.open_volume(&ID, false).unwrap(), true).unwrap().write_at(b"before", 0).unwrap();
+            let contents = Contents::new(pool.open_growable(&ID, !writable).unwrap(), writable).unwrap();
+            if writable {
+                contents.write_at(b"last", 16 * MIB - 4).unwrap();
+            }
+            let mut bytes = [9; 4];
+            assert!(contents.read_at(&mut bytes, 16 * MIB).is_err());
+            // Far enough that a qcow2 image needs a larger table.
+            let large = 64 << 30;
+            if !writable {
+                let other = pool.open_volume(&ID, true).unwrap();
+                assert_eq!(contents.grow(large).unwrap_err().kind(), io::ErrorKind::WouldBlock, "who else reads is not disturbed");
+                drop(other);
+            }
+            contents.grow(large).unwrap();
+            contents.grow(16 * MIB).unwrap();
+            pool.note_grown(&ID, large).unwrap();
+            assert_eq!((contents.size_bytes(), pool.volume(&ID).unwrap().size_bytes), (large, large), "{format:?}");
+            contents.read_at(&mut bytes, large - 4).unwrap();
+            assert_eq!(bytes, [0; 4]);
+            assert_eq!(contents.write_at(b"end", large - 3).is_ok(), writable);
+            assert!(matches!(pool.open_volume(&ID, false), Err(crate::StoreError::VolumeInUse { .. })), "its lock is still held");
+            drop(contents);
+            let again = Contents::new(pool.open_volume(&ID, true).unwrap(), false).unwrap();
+            again.read_at(&mut bytes, 2).unwrap();
+            assert_eq!(&bytes, b"fore");
+            again.read_at(&mut bytes, 16 * MIB - 4).unwrap();
+            assert_eq!(&bytes, if writable { b"last" } else { &[0; 4] });
+            again.read_at(&mut bytes[..3], large - 3).unwrap();
+            assert_eq!(&bytes[..3], if writable { b"end" } else { &[0; 3] });
         }
     }
 }

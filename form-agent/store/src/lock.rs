@@ -37,7 +37,8 @@ pub fn take(file: &File, path: &Path, write: bool) -> Result<()> {
         if write {
             return set(libc::F_WRLCK, 0, 0);
         }
-        // All but that byte, on which any lock at all then is a writer's.
+        // All but that byte, on which any lock at all then is a writer's; also when this was the writer until now.
+        set(libc::F_UNLCK, QEMU_WRITES, 1)?;
         set(libc::F_RDLCK, 0, QEMU_WRITES)?;
         set(libc::F_RDLCK, QEMU_WRITES + 1, 0)?;
         let mut writer = range(libc::F_WRLCK, QEMU_WRITES, 1);
@@ -87,6 +88,20 @@ fn inode_of(process: &str, descriptor: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_reads_alone_may_write_for_a_moment() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(file.path()).unwrap();
+        let (first, second) = (open(), open());
+        take(&first, file.path(), false).unwrap();
+        take(&first, file.path(), true).unwrap();
+        assert!(take(&second, file.path(), false).is_err());
+        take(&first, file.path(), false).unwrap();
+        take(&second, file.path(), false).unwrap();
+        assert!(take(&first, file.path(), true).is_err(), "another reads too");
+        assert!(take(&open(), file.path(), true).is_err(), "and both locks are as they were");
+    }
 
     #[test]
     fn one_writer_or_many_readers() {

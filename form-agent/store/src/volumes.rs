@@ -405,16 +405,38 @@ impl Pool {
     /// # Errors
     /// [`StoreError::VolumeInUse`], [`StoreError::NoVolume`], [`StoreError::VolumeGone`].
     pub fn open_volume(&self, id: &VolumeId, read_only: bool) -> Result<OpenVolume> {
-        let (entry, file) = self.locked(id, !read_only)?;
+        Self::opened(self.locked(id, !read_only)?)
+    }
+
+    /// Opens a volume for this process, locked as by [`Pool::open_volume`]. Also one that is only read can be made larger: see
+    /// [`crate::Contents::grow`].
+    ///
+    /// # Errors
+    /// As [`Pool::open_volume`].
+    pub fn open_growable(&self, id: &VolumeId, read_only: bool) -> Result<OpenVolume> {
+        let to_write = |path: &Path| File::options().read(true).write(true).open(path);
+        let open = |path: &Path| match to_write(path) {
+            // What can still be read is read.
+            Err(error) if read_only && error.kind() == io::ErrorKind::ReadOnlyFilesystem => File::open(path),
+            opened => opened,
+        };
+        Self::opened(self.locked_by(id, !read_only, open)?)
+    }
+
+    fn opened((entry, file): (VolumeEntry, File)) -> Result<OpenVolume> {
         let is_blank = is_blank(&file, entry.format).map_err(StoreError::io("read", &entry.path))?;
         Ok(OpenVolume { file, format: entry.format, size_bytes: entry.size_bytes, is_blank })
     }
 
     /// The volume's file, locked: against everybody when it is opened for writing, else against writers.
     fn locked(&self, id: &VolumeId, write: bool) -> Result<(VolumeEntry, File)> {
+        self.locked_by(id, write, |path| File::options().read(true).write(write).open(path))
+    }
+
+    fn locked_by(&self, id: &VolumeId, write: bool, open: impl Fn(&Path) -> io::Result<File>) -> Result<(VolumeEntry, File)> {
         loop {
             let entry = self.volume(id)?;
-            let file = File::options().read(true).write(write).open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
+            let file = open(&entry.path).map_err(StoreError::io("open", &entry.path))?;
             lock::take(&file, &entry.path, write)?;
             let same = |there: &fs::Metadata, here: &fs::Metadata| (there.dev(), there.ino()) == (here.dev(), here.ino());
             // It may have gone back to a snapshot before it was locked, and then has another file.

@@ -61,7 +61,7 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     name: String,
-    contents: Contents,
+    contents: Arc<Contents>,
     /// Nobody gets anything without it.
     tls: Option<Arc<ServerConfig>>,
     clients: Mutex<Clients>,
@@ -103,7 +103,7 @@ impl Server {
     fn start_with(contents: Contents, name: &str, place: &Place, tls: Option<Arc<ServerConfig>>) -> io::Result<Self> {
         let (listener, place) = Listener::open(place)?;
         let listener = Arc::new(listener);
-        let shared = Arc::new(Shared { name: name.to_owned(), contents, tls, clients: Mutex::default() });
+        let shared = Arc::new(Shared { name: name.to_owned(), contents: Arc::new(contents), tls, clients: Mutex::default() });
         let mut server = Self { place, listener: Arc::clone(&listener), shared: Arc::clone(&shared), accepting: None };
         let thread = thread::Builder::new().name("nbd".to_owned()).stack_size(STACK);
         server.accepting = Some(thread.spawn(move || accept(&listener, &shared))?);
@@ -117,6 +117,12 @@ impl Server {
 
     pub fn is_writable(&self) -> bool {
         self.shared.contents.is_writable()
+    }
+
+    /// What is served. When it grows, clients that come then see the new size; those that are connected go on with the one that they were told
+    /// (NetworkBlockDevice/nbd, `doc/proto.md`: a size holds for the whole connection).
+    pub fn contents(&self) -> Arc<Contents> {
+        Arc::clone(&self.shared.contents)
     }
 
     /// Clients that are connected now.
