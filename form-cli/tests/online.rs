@@ -352,8 +352,11 @@ spare  10 GiB  1 MiB       free                 [..]d
 "#]]
     );
     let shown = setting.run(&["volume", "show", "volume/data"]).out;
-    assert!(shown.contains("device   /dev/vdb") && shown.contains("(10737418240 bytes)"), "{shown}");
-    assert!(shown.contains("limits   50 MiB/s\n"), "{shown}");
+    assert!(
+        shown.contains("  /dev/vdb\n") && shown.contains("  2026-01-02T00:00:00Z\n") && shown.contains("(10737418240 bytes)"),
+        "{shown}"
+    );
+    assert!(shown.contains("  50 MiB/s\n"), "{shown}");
     let run = setting.run(&["volume", "set", "data", "--iops", "none", "--bandwidth", "50MiB"]);
     assert_eq!((run.out.as_str(), run.code), ("data: at most 50 MiB/s\n", 0), "{run:?}");
     for nothing in [&[][..], &["--iops", "0"], &["--bandwidth", "100Mbit"]] {

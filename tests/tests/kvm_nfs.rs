@@ -67,7 +67,12 @@ fn kvm_nfs_server_that_stops_answering_holds_up_nothing_else() {
     server.plug();
     wait("the pool answers again", || pool(&host)["fault"].is_null());
     assert_eq!(sh(&host, "busybox cat /data/it; echo after > /data/it; busybox sync; busybox cat /data/it"), "before\nafter\n");
+    let mapped = || host.form(&["volume", "show", "data", "-o", "json"]).ok().json()["attachment"].clone();
+    let before = mapped();
     assert_eq!(host.form(&["volume", "sync", "data"]).ok().stdout, "data: in line already\n");
+    let after = mapped();
+    assert!(before["device"].is_string() && after["device_size_bytes"] == 64 << 20, "{after}");
+    assert!(before["synced_at"].is_string() && after["synced_at"].is_string() && before != after, "{before}, then {after}");
     assert_eq!((host.process(&host.vm("web")).1, faults(&host)), (pid, String::new()), "the VM went on");
     let _ = host.form(&["volume", "detach", "data"]).ok();
     let _ = host.form(&["volume", "snapshot", "restore", "data", "one", "-y"]).ok();

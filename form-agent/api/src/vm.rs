@@ -140,6 +140,9 @@ pub struct GuestDevice {
     /// `/dev/vda`
     pub path: String,
     pub size_bytes: u64,
+    /// When the guest last said so.
+    #[serde(default)]
+    pub reported_at: Option<Timestamp>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]

@@ -55,6 +55,12 @@ pub struct Attachment {
     pub state: AttachmentState,
     /// The device node that the guest reported: `/dev/vdb`.
     pub device: Option<String>,
+    /// Its size, as the guest reported it.
+    #[serde(default)]
+    pub device_size_bytes: Option<u64>,
+    /// When the host and the guest were last at one about it: the guest reported the device, or took part in a change or a `sync` of the volume.
+    #[serde(default)]
+    pub synced_at: Option<Timestamp>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -187,6 +187,7 @@ async fn follow(control: &std::path::Path, writer: &mut Writer, run: Timestamp, 
 
 /// The guest's report in the words of the API.
 pub fn guest_report(report: ReadyReport) -> GuestReport {
+    let reported_at = Some(Timestamp::now());
     GuestReport {
         kernel: report.kernel,
         hostname: report.hostname,
@@ -198,7 +199,7 @@ pub fn guest_report(report: ReadyReport) -> GuestReport {
         devices: report
             .devices
             .into_iter()
-            .map(|device| GuestDevice { serial: device.serial, path: device.path, size_bytes: device.size_bytes })
+            .map(|device| GuestDevice { serial: device.serial, path: device.path, size_bytes: device.size_bytes, reported_at })
             .collect(),
         faults: report.faults.into_iter().map(|fault| format!("{}: {}", fault.step, fault.message)).collect(),
     }

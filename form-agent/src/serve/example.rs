@@ -271,7 +271,12 @@ fn guest() -> GuestReport {
         kernel: "6.1.0-56-cloud-amd64".to_owned(),
         hostname: "web".to_owned(),
         addresses: vec!["eth0 10.83.7.12/32".to_owned()],
-        devices: vec![GuestDevice { serial: "root".to_owned(), path: "/dev/vda".to_owned(), size_bytes: 5 << 30 }],
+        devices: vec![GuestDevice {
+            serial: "root".to_owned(),
+            path: "/dev/vda".to_owned(),
+            size_bytes: 5 << 30,
+            reported_at: Some(at(0)),
+        }],
         faults: Vec::new(),
     }
 }
@@ -403,6 +408,8 @@ fn volume(name: &Name, pool: &Name, vm: &Name) -> Volume {
         by_formfile: true,
         state: AttachmentState::Attached,
         device: Some("/dev/vdb".to_owned()),
+        device_size_bytes: Some(20 << 30),
+        synced_at: Some(at(0)),
     };
     Volume {
         id,

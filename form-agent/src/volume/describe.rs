@@ -55,7 +55,7 @@ fn attachment(agent: &Agent, id: &VolumeId, attached: &Attached) -> Option<Attac
     let vm = agent.desired(&attached.vm)?;
     let guest = agent.fleet.observed(&attached.vm).and_then(|observed| observed.guest);
     let serial = id.serial();
-    let device = guest.and_then(|guest| guest.devices.into_iter().find(|device| device.serial == serial)).map(|device| device.path);
+    let device = guest.and_then(|guest| guest.devices.into_iter().find(|device| device.serial == serial));
     let is_running = RuntimeDirectory::new(&agent.paths().vm_runtime(), &attached.vm).read_record().is_some();
     let state = match (is_running, held_by(agent, &attached.vm).contains(id), &device) {
         (false, ..) => AttachmentState::Waiting,
@@ -69,7 +69,9 @@ fn attachment(agent: &Agent, id: &VolumeId, attached: &Attached) -> Option<Attac
         read_only: attached.read_only,
         by_formfile: attached.by_formfile,
         state,
-        device,
+        device_size_bytes: device.as_ref().map(|device| device.size_bytes),
+        synced_at: device.as_ref().and_then(|device| device.reported_at),
+        device: device.map(|device| device.path),
     })
 }
 

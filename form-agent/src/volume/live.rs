@@ -12,6 +12,7 @@ use form_vmm::{
     config::Fd,
     control::{Client, ClientError, ErrorKind},
 };
+use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{DesiredVolume, attach, of_vm};
@@ -190,7 +191,23 @@ fn note(agent: &Agent, vm: &VmId, volume: &VolumeId, device: Option<DeviceReport
     agent.fleet.update(vm, |observed| {
         let Some(guest) = &mut observed.guest else { return };
         guest.devices.retain(|device| device.serial != serial);
-        guest.devices.extend(device.map(|device| GuestDevice { serial: device.serial, path: device.path, size_bytes: device.size_bytes }));
+        guest.devices.extend(device.map(|device| GuestDevice {
+            serial: device.serial,
+            path: device.path,
+            size_bytes: device.size_bytes,
+            reported_at: Some(Timestamp::now()),
+        }));
+    });
+}
+
+/// The guest has just answered for the volume, and all is as it was.
+pub(super) fn note_synced(agent: &Agent, vm: &VmId, volume: &VolumeId) {
+    let serial = volume.serial();
+    agent.fleet.update(vm, |observed| {
+        let devices = observed.guest.iter_mut().flat_map(|guest| &mut guest.devices);
+        for device in devices.filter(|device| device.serial == serial) {
+            device.reported_at = Some(Timestamp::now());
+        }
     });
 }
 

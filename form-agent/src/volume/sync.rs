@@ -108,5 +108,7 @@ fn flush(agent: &Agent, vm: &VmId, volume: &DesiredVolume) -> Result<(), ApiErro
     let thawed = live::ask_guest(&control, &Request::Thaw);
     let failed = |error| live::failed(volume, "the guest does not write it out", &error);
     frozen.map_err(failed)?;
-    thawed.map(drop).map_err(failed)
+    thawed.map_err(failed)?;
+    live::note_synced(agent, vm, &volume.id);
+    Ok(())
 }

@@ -66,9 +66,10 @@ pub fn vm(name: &str, state: &str) -> Value {
 }
 
 fn volume(name: &str, vm: Option<&str>) -> Value {
-    let attachment = vm.map(
-        |vm| json!({"vm": vm, "path": "/var/data", "read_only": false, "by_formfile": true, "state": "attached", "device": "/dev/vdb"}),
-    );
+    let attachment = vm.map(|vm| {
+        json!({"vm": vm, "path": "/var/data", "read_only": false, "by_formfile": true, "state": "attached", "device": "/dev/vdb",
+            "device_size_bytes": 10_u64 << 30, "synced_at": "2026-01-02T00:00:00Z"})
+    });
     json!({
         "id": ID, "name": name, "host": ID, "host_name": "den", "pool": "local", "format": "raw", "size_bytes": 10_u64 << 30,
         "allocated_bytes": 1 << 20, "serial": "vol-0011223344556677", "limits": {"iops": null, "bytes_per_second": 52_428_800}, "attachment": attachment, "created_at": "2026-01-01T00:00:00Z",

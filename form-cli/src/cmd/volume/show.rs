@@ -37,6 +37,8 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .optional("path", attachment.and_then(|attachment| attachment.path.as_ref()))
         .optional("access", access)
         .optional("device", attachment.and_then(|attachment| attachment.device.as_ref()))
+        .optional("in the guest", attachment.and_then(|attachment| attachment.device_size_bytes).map(bytes))
+        .optional("synced", attachment.and_then(|attachment| attachment.synced_at))
         .optional("export", volume.export.as_ref().map(|export| &export.uri))
         .optional("exported", exported)
         .field("pool", &volume.pool)
