@@ -53,7 +53,7 @@ pub fn run() -> ! {
     if let Some(init) = init {
         let prepared = handoff::prepare(&settings, &program);
         if report.fatal_on("init", prepared).is_some() {
-            let Err(error) = handoff::exec_init(&init, &report);
+            let Err(error) = handoff::exec_init(&init, &settings.interfaces, &report);
             report.fatal("init", error);
         }
     }

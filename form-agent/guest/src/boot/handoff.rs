@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use form_types::settings::Settings;
+use form_types::settings::{Interface, Settings};
 
 use crate::{
     error::{Context, Error},
@@ -53,11 +53,14 @@ pub fn prepare(settings: &Settings, program: &[u8]) -> Result<(), Error> {
 ///
 /// # Errors
 /// Only when it cannot be executed; otherwise it does not come back.
-pub fn exec_init(init: &ImageInit, report: &BootReport) -> Result<Infallible, Error> {
+pub fn exec_init(init: &ImageInit, interfaces: &[Interface], report: &BootReport) -> Result<Infallible, Error> {
     let text = serde_json::to_vec(report).map_err(|source| Error::Settings { source })?;
     files::write(&Path::new(DIRECTORY).join("report.json"), &text, Some(0o600))?;
     match init {
-        ImageInit::Systemd => write_unit()?,
+        ImageInit::Systemd => {
+            write_unit()?;
+            keep_interfaces(interfaces)?;
+        }
         ImageInit::Other => start_beside()?,
     }
     let error = Command::new(INIT).env_clear().env("PATH", crate::identity::DEFAULT_PATH).env("TERM", "linux").exec();
@@ -96,6 +99,25 @@ fn write_unit() -> Result<(), Error> {
     }
     // Nobody would announce the console's device, and the start would wait 90 s for it.
     make_link("/dev/null", &units.join("serial-getty@ttyS0.service"))
+}
+
+/// An image that lets systemd-networkd ask for addresses would lose those that it has, and udev would call the interface otherwise. What is
+/// told to them here comes before the image's own files (systemd.network(5), systemd.link(5): the first that matches, by name).
+fn keep_interfaces(interfaces: &[Interface]) -> Result<(), Error> {
+    for (number, Interface { name, mac, .. }) in interfaces.iter().enumerate() {
+        let units = [
+            ("link", format!("[Match]\nMACAddress={mac}\n\n[Link]\nName={name}\n")),
+            // By its name: a copy of this machine goes on with another address.
+            (
+                "network",
+                format!("[Match]\nName={name}\n\n[Network]\nDHCP=no\nIPv6AcceptRA=no\nLinkLocalAddressing=ipv6\nKeepConfiguration=yes\n"),
+            ),
+        ];
+        for (kind, text) in units {
+            files::write(&Path::new("/run/systemd/network").join(format!("05-form-{number}.{kind}")), text.as_bytes(), Some(0o644))?;
+        }
+    }
+    Ok(())
 }
 
 fn has_udev() -> bool {
