@@ -20,6 +20,9 @@ use crate::failure::Failure;
 /// The first bytes of a qcow2 image (QEMU, `docs/interop/qcow2.rst`, "Header").
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
+/// As much of the header as is read here.
+const HEADER: u64 = 24;
+
 type Image = FormatAccess<Storage>;
 
 /// A disk to read.
@@ -29,6 +32,8 @@ pub struct DiskFile {
     /// None for raw.
     image: Option<Image>,
     size: u64,
+    /// Of a qcow2 image: where its last cluster ends.
+    end: u64,
 }
 
 impl DiskFile {
@@ -43,8 +48,13 @@ impl DiskFile {
             return Err(unreadable(io::ErrorKind::IsADirectory.into()));
         }
         let mut begin = Vec::new();
-        (&mut file).take(QCOW2_MAGIC.len() as u64).read_to_end(&mut begin).map_err(unreadable)?;
-        let image = if begin == QCOW2_MAGIC {
+        (&mut file).take(HEADER).read_to_end(&mut begin).map_err(unreadable)?;
+        // Its last cluster may be shorter in the file. The size of one is the word at 20, as the logarithm.
+        let cluster =
+            1_u64.checked_shl(begin.get(20..24).map_or(0, |word| word.iter().fold(0, |value, byte| (value << 8) | u32::from(*byte))));
+        let length = file.metadata().map_err(unreadable)?.len();
+        let end = cluster.and_then(|cluster| length.checked_next_multiple_of(cluster)).unwrap_or(length);
+        let image = if begin.starts_with(&QCOW2_MAGIC) {
             let wrong = |error: io::Error| {
                 Failure::failed(format!("the qcow2 image {} cannot be read: {error}", path.display()))
                     .hint("one that lies on another image is made whole by `qemu-img convert`")
@@ -58,7 +68,7 @@ impl DiskFile {
             // Of a block device too.
             None => file.seek(io::SeekFrom::End(0)).map_err(unreadable)?,
         };
-        Ok(Self { path: path.to_owned(), file, image, size })
+        Ok(Self { path: path.to_owned(), file, image, size, end })
     }
 
     pub const fn size(&self) -> u64 {
@@ -69,11 +79,37 @@ impl DiskFile {
         if self.image.is_some() { VolumeFormat::Qcow2 } else { VolumeFormat::Raw }
     }
 
+    /// Its plain bytes as a file: itself, or a copy in `directory` that has no name and is gone with it.
+    ///
+    /// # Errors
+    /// When it cannot be read, or the disk of `directory` is full; when `go_on` says no.
+    pub fn plain(self, directory: &Path, go_on: impl Fn() -> bool) -> Result<File, Failure> {
+        if self.image.is_none() {
+            return Ok(self.file);
+        }
+        let unwritable = |error: io::Error| Failure::io("write a copy of", &self.path, &error);
+        let copy = tempfile::tempfile_in(directory).map_err(unwritable)?;
+        copy.set_len(self.size).map_err(unwritable)?;
+        let mut written = Ok(());
+        self.pieces(|at, bytes| {
+            written = copy.write_all_at(bytes, at);
+            written.is_ok() && go_on()
+        })?;
+        written.map_err(unwritable)?;
+        if go_on() { Ok(copy) } else { Err(Failure::failed("interrupted: nothing was left of it")) }
+    }
+
     /// How many bytes come next that are alike, and whether they are a hole.
     fn extent(&self, at: u64) -> io::Result<(u64, bool)> {
         let rest = self.size - at;
         if let Some(image) = &self.image {
             let (mapping, length) = image.get_mapping(at, rest)?;
+            // What lies behind the end would be read as zeros.
+            if let Mapping::Raw { offset, .. } = &mapping
+                && offset.saturating_add(length) > self.end
+            {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it was cut short; fetch or copy it again"));
+            }
             return Ok((length.clamp(1, rest), matches!(mapping, Mapping::Zero { .. } | Mapping::Eof { .. })));
         }
         let data = match seek(&self.file, SeekFrom::Data(at)) {
@@ -242,6 +278,19 @@ mod tests {
         assert_eq!(DiskFile::open(&torn).err().unwrap().exit_code(), 1);
         assert_eq!(DiskFile::open(place.path()).err().unwrap().exit_code(), 1);
         assert_eq!(DiskFile::open(&place.path().join("nope")).err().unwrap().exit_code(), 3);
+        // Cut short: what lies behind the end of the file is not taken for zeros.
+        let cut = place.path().join("cut");
+        let new = NewDiskFile::create(&cut, VolumeFormat::Qcow2, 8 * MIB).unwrap();
+        new.write(&Piece { offset: 0, bytes: vec![7; Piece::MAX_BYTES] }).unwrap();
+        new.keep().unwrap();
+        let whole = DiskFile::open(&cut).unwrap().plain(place.path(), || true).unwrap();
+        let mut bytes = vec![0; Piece::MAX_BYTES + 1];
+        whole.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!((whole.metadata().unwrap().len(), bytes.iter().filter(|byte| **byte == 7).count()), (8 * MIB, Piece::MAX_BYTES));
+        let file = File::options().write(true).open(&cut).unwrap();
+        file.set_len(file.metadata().unwrap().len() - (64 << 10)).unwrap();
+        let error = DiskFile::open(&cut).unwrap().plain(place.path(), || true).unwrap_err();
+        assert!(error.error.message.contains("cut short"), "{}", error.error.message);
         // On another image, whose path would be followed: the header says where its name is.
         let whole = place.path().join("whole");
         NewDiskFile::create(&whole, VolumeFormat::Qcow2, MIB).unwrap().keep().unwrap();
