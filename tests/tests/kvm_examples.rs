@@ -58,6 +58,69 @@ fn system_every_example_is_checked_formatted_and_built() {
     }
 }
 
+/// A disk of Debian as a cloud image is: its partitions, its kernel, and addresses asked for by DHCP. Made with Debian's own tools.
+const CLOUD: &str = r#"
+export PATH="$PATH:/usr/sbin:/sbin"
+mmdebstrap --quiet --variant=minbase --include=systemd-sysv,udev,linux-image-cloud-amd64,iproute2 \
+    --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' bookworm tree.tar
+mkdir tree && tar -C tree -xf tree.tar --exclude='./dev/*'
+printf '[Match]\nName=en* eth*\n\n[Network]\nDHCP=yes\n' >tree/etc/systemd/network/10-all.network
+ln -s /lib/systemd/system/systemd-networkd.service tree/etc/systemd/system/multi-user.target.wants/
+printf 'PARTUUID=1-1 / ext4 rw,discard 0 1\nPARTUUID=1-15 /boot/efi vfat defaults 0 0\n' >tree/etc/fstab
+truncate -s 2G root && mke2fs -q -F -t ext4 -d tree root
+truncate -s 2100M disk && printf 'label: gpt\nstart=32768, size=4194304\n' | sfdisk -q disk
+dd if=root of=disk bs=1M seek=16 conv=notrunc,sparse status=none
+qemu-img convert -c -O qcow2 disk disk.qcow2
+"#;
+
+#[test]
+fn system_a_cloud_image_is_taken_in() {
+    let home = tempfile::tempdir().unwrap();
+    let form = Programs::new(home.path());
+    let place = tempfile::tempdir().unwrap();
+    let mut make = Command::new("bash");
+    make.args(["-euc", CLOUD]).current_dir(place.path());
+    assert!(make.status().unwrap().success());
+    let disk = place.path().join("disk.qcow2");
+    let disk = disk.to_str().unwrap();
+    let _ = form.form(["image", "rm", "--local", "cloud-disk", "-y"]);
+    let image = form.form(["image", "import", disk, "cloud-disk", "-o", "json"]).ok();
+    assert!(image.stderr.contains("boots with its own kernel") && image.stderr.contains("-cloud-amd64"), "{}", image.stderr);
+    let again = form.form(["image", "import", disk, "cloud-disk", "-o", "json"]).ok().json();
+    assert_eq!(again["digest"], image.json()["digest"]);
+    // Half of it: a download that broke off.
+    let file = std::fs::File::options().write(true).open(disk).unwrap();
+    file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+    let _ = form.form(["image", "import", disk, "half"]).exits(1);
+    let _ = form.form(["image", "show", "--local", "half"]).exits(3);
+}
+
+/// The image that the test above has made.
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_a_cloud_image_boots_with_its_own_kernel() {
+    let host = Host::start();
+    let _ = host.form(&["vm", "create", "cloud", "--image", "cloud-disk", "--disk", "6G", "--timeout", "300s"]).ok();
+    let run = |command: &str| inside(&host, "cloud", None, command);
+    assert_eq!(run("cat /proc/1/comm"), "systemd");
+    // The kernel is the one that its own package has put there, with all its modules beside it.
+    assert_eq!(run("test -e /boot/vmlinuz-$(uname -r) && modprobe nbd && echo there"), "there");
+    assert_eq!(run("systemctl is-active systemd-networkd"), "active");
+    let address = host.vm("cloud")["ipv4"].as_str().unwrap().to_owned();
+    assert!(run("networkctl --no-pager status eth0; ip -4 -o address show eth0").contains(&format!("inet {address}/32")));
+    assert!(run("ip route").contains("default via 169.254.77.1"));
+    assert_eq!(run("test $(stat -f -c %b /) -gt 1400000 && echo grown"), "grown");
+    // The second time it is on the host, with its kernel.
+    let kernel = |name: &str| host.form(&["vm", "show", name, "-o", "json"]).ok().json()["desired"]["kernel"].clone();
+    let _ = host.form(&["vm", "create", "second", "--image", "cloud-disk", "--disk", "6G", "--no-start"]).ok();
+    assert!(kernel("second").is_string());
+    assert_eq!(kernel("second"), kernel("cloud"));
+    let _ = host.form(&["destroy", "second", "-y"]).ok();
+    let _ = host.form(&["destroy", "cloud", "-y"]).ok();
+    let _ = host.form(&["image", "rm", "cloud-disk:1", "-y"]).ok();
+    host.is_clean();
+}
+
 /// What a command in the VM prints.
 fn inside(host: &Host, vm: &str, user: Option<&str>, command: &str) -> String {
     let mut words = vec!["exec", vm];

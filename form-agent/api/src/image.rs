@@ -36,6 +36,10 @@ pub struct ImageConfig {
     pub packages: BTreeMap<String, String>,
     /// What it was built from, the base first.
     pub layers: Vec<Layer>,
+    /// The kernel bundle of the kernel that it brings along, which a VM of it is to be started with; without one it is the caller's to
+    /// choose.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<Digest>,
 }
 
 /// What one step of the build did.

@@ -30,6 +30,8 @@ pub enum ManifestError {
     RootfsType(String),
     #[error("the root file system has {0} bytes: it must be a whole number of {BLOCK_SIZE}-byte blocks, and not empty")]
     RootfsSize(u64),
+    #[error("`{0}` is no kernel release")]
+    Release(String),
     #[error("the manifest has too many {0}")]
     TooMany(&'static str),
     #[error("the manifest should have digest {expected} but has {found}")]
@@ -50,6 +52,19 @@ pub struct Manifest {
     pub packages: BTreeMap<String, String>,
     /// Base first.
     pub history: Vec<HistoryEntry>,
+    /// The kernel that it brings along and boots with; without one it boots with that of the machine that deploys it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<OwnKernel>,
+}
+
+/// A kernel that lies in an image's own file system, as `boot/vmlinuz-RELEASE` and `lib/modules/RELEASE`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwnKernel {
+    /// As `uname -r` prints it.
+    pub release: String,
+    /// Of the kernel bundle ([`crate::KernelManifest`]) that is made of these files.
+    pub bundle: Digest,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -111,6 +126,7 @@ impl Manifest {
             rootfs,
             packages,
             history,
+            kernel: None,
         })
     }
 
@@ -166,6 +182,9 @@ impl Manifest {
         if size == 0 || !size.is_multiple_of(BLOCK_SIZE as u64) {
             return Err(ManifestError::RootfsSize(size));
         }
+        if let Some(kernel) = self.kernel.as_ref().filter(|kernel| !is_release(&kernel.release)) {
+            return Err(ManifestError::Release(kernel.release.chars().take(100).collect()));
+        }
         if self.history.len() > MAX_HISTORY {
             return Err(ManifestError::TooMany("layers"));
         }
@@ -174,6 +193,12 @@ impl Manifest {
         }
         Ok(())
     }
+}
+
+/// Whether this can be what `uname -r` prints: it becomes part of paths.
+pub fn is_release(text: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._+-~".contains(&byte);
+    (1..=64).contains(&text.len()) && text.bytes().all(plain) && !text.starts_with('.')
 }
 
 #[cfg(test)]
@@ -256,5 +281,18 @@ mod tests {
         let mut other = manifest(&spec(), 1 << 20);
         other.rootfs.media_type = "text/plain".to_owned();
         assert!(matches!(Manifest::decode(&other.encode().unwrap()), Err(ManifestError::RootfsType(_))));
+        for release in ["", "../6.1", "6.1/..", "a b", &"6".repeat(65)] {
+            let mut other = manifest(&spec(), 1 << 20);
+            other.kernel = Some(OwnKernel { release: release.to_owned(), bundle: Digest::of(b"x") });
+            assert!(matches!(Manifest::decode(&other.encode().unwrap()), Err(ManifestError::Release(_))), "{release}");
+        }
+    }
+
+    #[test]
+    fn an_image_without_a_kernel_of_its_own_is_what_it_always_was() {
+        let mut manifest = manifest(&spec(), 1 << 20);
+        assert!(!String::from_utf8(manifest.encode().unwrap()).unwrap().contains("kernel"));
+        manifest.kernel = Some(OwnKernel { release: "6.1.0-31-cloud-amd64".to_owned(), bundle: Digest::of(b"x") });
+        assert_eq!(Manifest::decode(&manifest.encode().unwrap()).unwrap(), manifest);
     }
 }

@@ -231,6 +231,7 @@ fn image_config(name: &Name) -> ImageConfig {
         spec: spec(name),
         packages: [("nginx-light".to_owned(), "1.22.1-9+deb12u2".to_owned())].into(),
         layers: vec![layer("FROM debian:12", 163_446_784), layer("INSTALL nginx-light", 4_194_304)],
+        kernel: None,
     }
 }
 

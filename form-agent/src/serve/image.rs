@@ -152,6 +152,7 @@ pub async fn config(State(agent): State<Shared>, Segment(reference): Segment, re
             spec: manifest.config,
             packages: manifest.packages,
             layers,
+            kernel: manifest.kernel.map(|kernel| kernel.bundle),
         })
     })
     .await

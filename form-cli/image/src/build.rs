@@ -13,7 +13,7 @@ use std::{
 
 use form_bundle::{
     Manifest,
-    manifest::{HistoryEntry, Rootfs},
+    manifest::{HistoryEntry, OwnKernel, Rootfs},
 };
 use form_types::{Digest, ImageReference, Spec, spec::StepAction};
 use rustix::fs::FlockOperation;
@@ -133,6 +133,8 @@ struct Alias {
 struct OciAlias {
     layer: Digest,
     defaults: Defaults,
+    #[serde(default)]
+    kernel: Option<OwnKernel>,
 }
 
 impl Builder {
@@ -168,24 +170,7 @@ impl Builder {
             (None, true) => return Err(BuildError::Locked { differences: vec!["no lock file is named".to_owned()] }),
             _ => None,
         };
-        let mut work = Work {
-            spec,
-            context,
-            options,
-            layers,
-            blocks: BlockStore::new(self.paths.blocks()),
-            bases: self.paths.bases(),
-            oci: BlobStore::new(self.paths.oci()),
-            defaults: Defaults::default(),
-            base_digest: None,
-            store: self.store(),
-            sandbox,
-            locked,
-            chain: Vec::new(),
-            index: None,
-            disk: None,
-            workspace: None,
-        };
+        let mut work = Work::new(self, (spec, context), options, sandbox, locked);
         let result = work.run(observer);
         let cleaned = work.clean();
         let (digest, manifest) = result?;
@@ -217,9 +202,11 @@ impl Builder {
         let store = self.store();
         let mut wanted_layers = std::collections::BTreeSet::new();
         let mut wanted_blocks = std::collections::BTreeSet::new();
+        let mut wanted_kernels = std::collections::BTreeSet::new();
         for record in store.list()? {
             let (_, manifest) = store.get(&ImageReference { name: record.name, version: Some(record.version) })?;
             wanted_blocks.extend(manifest.rootfs.blocks.digests());
+            wanted_kernels.extend(manifest.kernel.as_ref().map(|kernel| kernel.bundle));
             for entry in &manifest.history {
                 wanted_layers.insert(OsString::from(LayerStore::name(&entry.layer)));
                 if let Some(layer) = layers.load(&entry.layer) {
@@ -227,6 +214,7 @@ impl Builder {
                 }
             }
         }
+        self.discard_kernels(&wanted_kernels)?;
         let unwanted: Vec<OsString> = layers.names()?.into_iter().filter(|name| !wanted_layers.contains(name)).collect();
         layers.discard(&unwanted, &sandbox)?;
         let blobs = BlobStore::new(self.paths.oci()).clear().during("empty", self.paths.oci())?;
@@ -256,16 +244,18 @@ pub(crate) fn lock(path: &Path, cancel: &Cancel, observer: &mut dyn BuildObserve
 }
 
 /// One build under way.
-struct Work<'a> {
-    spec: &'a Spec,
+pub(crate) struct Work<'a> {
+    pub(crate) spec: &'a Spec,
     context: &'a Path,
-    options: &'a BuildOptions,
+    pub(crate) options: &'a BuildOptions,
     layers: LayerStore,
     blocks: BlockStore,
     bases: PathBuf,
     oci: BlobStore,
     /// What the base says about how it runs.
     defaults: Defaults,
+    /// The kernel that the base brings along.
+    kernel: Option<OwnKernel>,
     /// What the base is called in its registry.
     base_digest: Option<OciDigest>,
     store: ImageStore,
@@ -282,6 +272,36 @@ struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
+    /// In the cache of `builder`, which is locked and has its directories.
+    pub(crate) fn new(
+        builder: &Builder,
+        (spec, context): (&'a Spec, &'a Path),
+        options: &'a BuildOptions,
+        sandbox: Sandbox,
+        locked: Option<Lock>,
+    ) -> Self {
+        let paths = &builder.paths;
+        Self {
+            spec,
+            context,
+            options,
+            layers: LayerStore::new(paths.layers()),
+            blocks: BlockStore::new(paths.blocks()),
+            bases: paths.bases(),
+            oci: BlobStore::new(paths.oci()),
+            defaults: Defaults::default(),
+            kernel: None,
+            base_digest: None,
+            store: builder.store(),
+            sandbox,
+            locked,
+            chain: Vec::new(),
+            index: None,
+            disk: None,
+            workspace: None,
+        }
+    }
+
     fn run(&mut self, observer: &mut dyn BuildObserver) -> Result<(Digest, Manifest), BuildError> {
         let plan = self.plan();
         let total = plan.len();
@@ -338,10 +358,12 @@ impl<'a> Work<'a> {
             layer: layer.key,
             changed_blocks: layer.changed_blocks,
         });
-        Ok(Manifest::new(&self.defaults.apply(self.spec), Rootfs::new(top.blocks.clone()), top.packages.clone(), history.collect())?)
+        let spec = self.defaults.apply(self.spec);
+        let manifest = Manifest::new(&spec, Rootfs::new(top.blocks.clone()), top.packages.clone(), history.collect())?;
+        Ok(Manifest { kernel: self.kernel.clone(), ..manifest })
     }
 
-    fn top(&self) -> Result<&Layer, BuildError> {
+    pub(crate) fn top(&self) -> Result<&Layer, BuildError> {
         self.chain.last().ok_or_else(|| BuildError::FileSystem { reason: "the image has no base".to_owned() })
     }
 
@@ -417,7 +439,7 @@ impl<'a> Work<'a> {
     }
 
     /// The key of a layer on top of those so far.
-    fn key(&self, kind: &str, inputs: &(impl Serialize + ?Sized)) -> Result<Digest, BuildError> {
+    pub(crate) fn key(&self, kind: &str, inputs: &(impl Serialize + ?Sized)) -> Result<Digest, BuildError> {
         let parent = self.chain.last().map(|layer| layer.key);
         Ok(Digest::of(&serde_json::to_vec(&(RECIPE, parent, kind, inputs))?))
     }
@@ -439,7 +461,7 @@ impl<'a> Work<'a> {
     }
 
     /// Puts a layer of the cache on top.
-    fn cached(&mut self, key: &Digest) -> bool {
+    pub(crate) fn cached(&mut self, key: &Digest) -> bool {
         let parent = self.chain.last().map(|layer| layer.key);
         let Some(layer) = self.layers.load(key).filter(|layer| layer.parent == parent) else { return false };
         // The last look at blocks is cheap next to a build that fails for want of one.
@@ -516,6 +538,7 @@ impl<'a> Work<'a> {
     /// Starts from the layers of an image that is here; without them from its file system.
     fn image_base(&mut self, from: &str, reference: &ImageReference, text: &str) -> Result<bool, BuildError> {
         let (_, manifest) = self.store.get(reference)?;
+        self.kernel = manifest.kernel.clone();
         let chain = manifest.history.last().and_then(|top| self.layers.chain(&top.layer));
         if let Some(chain) = chain.filter(|chain| chain.iter().all(|layer| self.blocks.has_all(&layer.blocks))) {
             self.chain = chain;
@@ -557,6 +580,7 @@ impl<'a> Work<'a> {
             && self.cached(&alias.layer)
         {
             self.defaults = alias.defaults;
+            self.kernel = alias.kernel;
             return Ok(true);
         }
         let mut line = |line: &str| observer.event(BuildEvent::Output { line });
@@ -585,7 +609,7 @@ impl<'a> Work<'a> {
             }
             self.finish(key, text, &diff, &spool)?;
         }
-        write_json(&alias_path, &OciAlias { layer: key, defaults: fetched.defaults.clone() })?;
+        write_json(&alias_path, &OciAlias { layer: key, defaults: fetched.defaults.clone(), kernel: None })?;
         self.defaults = fetched.defaults;
         Ok(same)
     }
@@ -630,7 +654,7 @@ impl<'a> Work<'a> {
     }
 
     /// Writes a layer into the file system, keeps its blocks, and publishes it.
-    fn finish(&mut self, key: Digest, text: &str, diff: &Diff, spool: &Spool) -> Result<(), BuildError> {
+    pub(crate) fn finish(&mut self, key: Digest, text: &str, diff: &Diff, spool: &Spool) -> Result<(), BuildError> {
         let workspace = self.workspace()?;
         self.plant(&workspace, diff, spool)?;
         self.index()?;
@@ -674,7 +698,7 @@ impl<'a> Work<'a> {
         Ok(workspace)
     }
 
-    fn spool(&mut self) -> Result<Spool, BuildError> {
+    pub(crate) fn spool(&mut self) -> Result<Spool, BuildError> {
         Spool::create(self.workspace()?.join("spool"))
     }
 
@@ -709,7 +733,7 @@ impl<'a> Work<'a> {
     }
 
     /// Leaves nothing of the layer under way.
-    fn clean(&mut self) -> Result<(), BuildError> {
+    pub(crate) fn clean(&mut self) -> Result<(), BuildError> {
         self.disk = None;
         self.workspace = None;
         self.layers.remove_leftovers(&self.sandbox)
@@ -746,6 +770,6 @@ fn text_of(diff: &Diff, spool: &Spool, path: &[u8]) -> Result<Option<String>, Bu
     }
 }
 
-fn packages_of(diff: &Diff, spool: &Spool) -> Result<Option<BTreeMap<String, String>>, BuildError> {
+pub(crate) fn packages_of(diff: &Diff, spool: &Spool) -> Result<Option<BTreeMap<String, String>>, BuildError> {
     Ok(text_of(diff, spool, b"var/lib/dpkg/status")?.map(|status| installed_packages(&status)))
 }

@@ -24,6 +24,10 @@ pub enum BuildError {
     Registry { from: String, source: OciError },
     #[error("{from} cannot be taken in: {reason}")]
     Artifact { from: String, reason: String },
+    #[error("no image can be made of {from}: {reason}")]
+    Disk { from: String, reason: String },
+    #[error("the image's own kernel cannot be used: {reason}")]
+    OwnKernel { reason: String },
     #[error("{to} does not take the image")]
     Push { to: String, source: OciError },
     #[error("{path} is there already")]

@@ -124,7 +124,7 @@ pub fn ensure(paths: &CachePaths, refresh: bool, cancel: &Cancel, observer: &mut
     dpkg.arg("--extract").arg(&archive).arg(&unpacked);
     observed("dpkg-deb", dpkg, cancel, observer)?;
     let bundle = work.path().join("bundle");
-    let digest = assemble(&unpacked, &version, &bundle)?;
+    let digest = assemble(&unpacked, &version, &ModuleSet::ALL, &bundle)?;
     let target = paths.kernels().join(digest.to_string());
     if target.exists() {
         fs::remove_dir_all(&target).during("remove", &target)?;
@@ -188,11 +188,11 @@ fn newest_package() -> Result<(String, String), BuildError> {
     Ok((package, version))
 }
 
-/// Makes the directory form from an unpacked package.
+/// Makes the directory form from an unpacked package, or from what an image has of one.
 ///
 /// # Errors
 /// When the package has no kernel, no modules, or not those that a set needs.
-pub(crate) fn assemble(unpacked: &Path, package_version: &str, target: &Path) -> Result<Digest, BuildError> {
+pub(crate) fn assemble(unpacked: &Path, package_version: &str, wanted: &[ModuleSet], target: &Path) -> Result<Digest, BuildError> {
     let (release, modules_root) = find_modules(unpacked)?;
     let image_path = unpacked.join("boot").join(format!("vmlinuz-{release}"));
     let image = fs::read(&image_path).during("read", &image_path)?;
@@ -202,7 +202,7 @@ pub(crate) fn assemble(unpacked: &Path, package_version: &str, target: &Path) ->
     let dependencies = read_dependencies(&modules_root)?;
     let mut sets = BTreeMap::new();
     let mut modules = BTreeMap::new();
-    for set in ModuleSet::ALL {
+    for set in wanted.iter().copied() {
         let order = dependencies.resolve(set).map_err(broken)?;
         for name in &order {
             let Some(path) = dependencies.path(name) else { continue };

@@ -15,6 +15,7 @@ mod build;
 mod context;
 mod copy;
 mod diff;
+mod disk_image;
 mod error;
 mod ext4;
 #[cfg(feature = "fuzzing")]
@@ -36,6 +37,7 @@ mod tree_path;
 
 pub use artifact::layout::Exported;
 pub use build::{BuildOptions, Builder, BuiltImage};
+pub use disk_image::Disk;
 pub use error::BuildError;
 pub use kernel::KernelBundle;
 pub use observer::{BuildEvent, BuildObserver, Cancel};

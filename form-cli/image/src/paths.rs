@@ -9,7 +9,7 @@ use std::{
 ///
 /// `layers/KEY/` a finished layer · `blocks/ab/DIGEST` compressed blocks · `bases/` what a base resolved to · `oci/` blobs of
 /// registries · `images/NAME/` manifests by
-/// version · `kernel/DIGEST/` kernel bundles · `lock` held by the running build.
+/// version · `kernel/DIGEST/` kernel bundles · `own-kernels/DIGEST/` those of kernels that images bring along · `lock` held by the running build.
 #[derive(Clone, Debug)]
 pub struct CachePaths {
     root: PathBuf,
@@ -56,12 +56,16 @@ impl CachePaths {
         self.root.join("kernel")
     }
 
+    pub(crate) fn own_kernels(&self) -> PathBuf {
+        self.root.join("own-kernels")
+    }
+
     pub(crate) fn lock(&self) -> PathBuf {
         self.root.join("lock")
     }
 
     pub(crate) fn create(&self) -> io::Result<()> {
-        for directory in [self.layers(), self.blocks(), self.bases(), self.oci(), self.images(), self.kernels()] {
+        for directory in [self.layers(), self.blocks(), self.bases(), self.oci(), self.images(), self.kernels(), self.own_kernels()] {
             fs::create_dir_all(directory)?;
         }
         Ok(())

@@ -7,6 +7,7 @@ use std::{
 };
 
 use form_api::ErrorCode;
+use form_bundle::Manifest;
 use form_image::{
     BuildError, BuildEvent, BuildObserver, BuildOptions, Builder, BuiltImage, CachePaths, Cancel, KernelBundle, OciError, kernel as bundles,
 };
@@ -132,6 +133,17 @@ fn lock_file(source: &Source) -> Option<PathBuf> {
     let mut name = source.path.file_name()?.to_owned();
     name.push(".lock");
     Some(source.path.with_file_name(name))
+}
+
+/// The kernel bundle that an image boots with: that of the kernel which it brings along, else the machine's ([`kernel`]).
+///
+/// # Errors
+/// When it cannot be made, or the kernel package cannot be had.
+pub async fn kernel_of(session: &Session, image: &Manifest) -> Result<KernelBundle, Failure> {
+    let Some(own) = image.kernel.clone() else { return kernel(session).await };
+    let (builder, cancel, image) = (Builder::new(cache()?), Cancel::new(), image.clone());
+    let stop = cancel.clone();
+    observed(session, &cancel, move |observer| builder.own_kernel(&image, &own, &stop, observer)).await
 }
 
 /// The kernel bundle, made at its first use.
@@ -281,6 +293,7 @@ pub fn failure(error: &BuildError) -> Failure {
         }
         BuildError::Cancelled => failure.hint("what was finished is cached: the next build goes on from there"),
         BuildError::Artifact { .. } => failure.hint("nothing of it was kept; write it again with `form image export`, or copy it again"),
+        BuildError::OwnKernel { .. } => failure.hint("import the disk again, or build on another base"),
         BuildError::Exists { .. } => Failure::new(ErrorCode::Conflict, failure.error.message).hint("remove it, or choose another name"),
         BuildError::Registry { source, .. } | BuildError::Push { source, .. } => {
             let failure = Failure::new(code(source), failure.error.message);

@@ -38,7 +38,7 @@ pub async fn prepare(session: &Session, args: &build::BuildArgs) -> Result<(Clie
     // A host that is away, or not ours, is better known before a long build than after it.
     let before = existing(&client, &spec).await?;
     let image = build::image(session, args, &source, &spec).await?;
-    let kernel = build::kernel(session).await?;
+    let kernel = build::kernel_of(session, &image.manifest).await?;
     let old = before.map(|detail| detail.desired.passwd_hashes).unwrap_or_default();
     let passwd_hashes = passwords::hashes(&spec, &old)?;
     // On a base from a registry a Formfile means what that leaves open too.

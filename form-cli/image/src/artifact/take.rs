@@ -159,6 +159,6 @@ pub(crate) fn renamed(manifest: Manifest, name: &Name) -> Result<Manifest, Build
     if manifest.name == *name {
         return Ok(manifest);
     }
-    let Manifest { config, rootfs, packages, history, .. } = manifest;
-    Ok(Manifest::new(&config.renamed(name), rootfs, packages, history)?)
+    let Manifest { config, rootfs, packages, history, kernel, .. } = manifest;
+    Ok(Manifest { kernel, ..Manifest::new(&config.renamed(name), rootfs, packages, history)? })
 }

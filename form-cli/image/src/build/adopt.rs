@@ -74,8 +74,9 @@ impl Work<'_> {
         observer.event(BuildEvent::Output { line: "an image of Formation: its files are the base, not how it runs" });
         let cached = self.adopt(text, &manifest)?;
         taken.keep();
+        self.kernel = manifest.kernel;
         if let Some(layer) = self.chain.last() {
-            write_json(alias, &OciAlias { layer: layer.key, defaults: Defaults::default() })?;
+            write_json(alias, &OciAlias { layer: layer.key, defaults: Defaults::default(), kernel: self.kernel.clone() })?;
         }
         artifact.layers.iter().chain([&artifact.config]).for_each(|blob| oci.remove(&blob.digest));
         Ok(cached)

@@ -1,6 +1,6 @@
 //! Reads what is in an ext4 file system, without privileges and without a mount (kernel documentation: `filesystems/ext4`).
 //!
-//! It reads what this builder writes: extents, no inline data, no encryption. The file system may be anybody's: every number that leads
+//! It reads what this builder writes, and what distributions make for their cloud images: extents, no inline data, no encryption. The file system may be anybody's: every number that leads
 //! somewhere is looked at before it is followed.
 
 use std::{
@@ -18,8 +18,12 @@ use crate::{
     tree_path::TreePath,
 };
 
-/// Features that change how a file system is read: file types in directories, extents, 64-bit block numbers, flexible groups.
-const KNOWN: u32 = 0x2 | 0x40 | 0x80 | 0x200;
+/// Features that change how a file system is read: file types in directories, extents, 64-bit block numbers, flexible groups. The
+/// seed of checksums (0x2000) changes only them.
+const KNOWN: u32 = 0x2 | 0x40 | 0x80 | 0x200 | 0x2000;
+/// What is in the journal is not in the file system yet.
+const RECOVER: u32 = 0x4;
+const ENCRYPT: u32 = 0x1_0000;
 const ROOT: u32 = 2;
 const EXTENTS: u32 = 0x8_0000;
 const INLINE_DATA: u32 = 0x1000_0000;
@@ -41,8 +45,38 @@ const MAX_TARGET: u64 = 4096;
 /// # Errors
 /// When it is no file system of this builder, or damaged; those of the disk; when it is cancelled.
 pub(crate) fn read(path: &Path, spool: &Spool, limit_gib: u64, cancel: &Cancel) -> Result<Diff, BuildError> {
-    let system = System::open(path).map_err(Fault::into_error)?;
-    let mut walk = Walk { system: &system, spool, cancel, diff: Diff::default(), names: BTreeMap::new(), left: limit_gib << 30 };
+    System::open(path).and_then(|system| system.read(spool, limit_gib, cancel, &|_| true)).map_err(Fault::into_error)
+}
+
+/// What is in a file system that lies in `file` at `begin`, as [`read`] gives it. Of paths that are not `wanted` neither they nor what is below
+/// them are read.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn read_within(
+    (file, begin, size): (File, u64, u64),
+    spool: &Spool,
+    limit_gib: u64,
+    cancel: &Cancel,
+    wanted: &dyn Fn(&TreePath) -> bool,
+) -> Result<Diff, BuildError> {
+    System::within(file, begin, size).and_then(|system| system.read(spool, limit_gib, cancel, wanted)).map_err(Fault::into_error)
+}
+
+/// The names in the root of a file system that lies in `file` at `begin`.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn root_names((file, begin, size): (File, u64, u64), cancel: &Cancel) -> Result<Vec<Vec<u8>>, BuildError> {
+    let names = System::within(file, begin, size).and_then(|system| {
+        let root = system.inode(ROOT)?;
+        system.names_in(&root, cancel)
+    });
+    names.map(|names| names.into_iter().map(|(name, _)| name).collect()).map_err(Fault::into_error)
+}
+
+fn read_all(system: &System, spool: &Spool, limit_gib: u64, cancel: &Cancel, wanted: &dyn Fn(&TreePath) -> bool) -> Found<Diff> {
+    let mut walk = Walk { system, spool, cancel, wanted, diff: Diff::default(), names: BTreeMap::new(), left: limit_gib << 30 };
     let walked = walk.run();
     let mut diff = walk.diff;
     match walked {
@@ -51,8 +85,8 @@ pub(crate) fn read(path: &Path, spool: &Spool, limit_gib: u64, cancel: &Cancel) 
             Ok(diff)
         }
         // However it shows: a reader that was stopped looks like a damaged file.
-        Err(_) if cancel.is_cancelled() => Err(BuildError::Cancelled),
-        Err(fault) => Err(fault.into_error()),
+        Err(_) if cancel.is_cancelled() => Err(Fault::Build(BuildError::Cancelled)),
+        Err(fault) => Err(fault),
     }
 }
 
@@ -97,6 +131,8 @@ fn split(low: u32, high: u32) -> u64 {
 
 struct System {
     file: File,
+    /// Where in the file it begins.
+    begin: u64,
     /// Bytes.
     size: u64,
     block: u64,
@@ -133,11 +169,24 @@ impl System {
     fn open(path: &Path) -> Found<Self> {
         let file = File::open(path)?;
         let size = file.metadata()?.len();
+        Self::within(file, 0, size)
+    }
+
+    fn within(file: File, begin: u64, size: u64) -> Found<Self> {
+        if size < 2048 {
+            return damaged("it is no ext4");
+        }
         let mut bytes = [0; 1024];
-        file.read_exact_at(&mut bytes, 1024)?;
+        file.read_exact_at(&mut bytes, begin.saturating_add(1024))?;
         let features = long(&bytes, 0x60);
         if word(&bytes, 0x38) != 0xef53 {
             return damaged("it is no ext4");
+        }
+        if features & RECOVER != 0 {
+            return damaged("it was not unmounted cleanly: mount and unmount it once, or shut its machine down");
+        }
+        if features & ENCRYPT != 0 {
+            return damaged("it has encrypted files");
         }
         if features & !KNOWN != 0 {
             return damaged(format!("it uses features that this version does not know ({:#x})", features & !KNOWN));
@@ -145,6 +194,7 @@ impl System {
         let log = long(&bytes, 0x18);
         let system = Self {
             file,
+            begin,
             size,
             block: if log <= 6 { 1024 << log } else { 0 },
             inodes: long(&bytes, 0),
@@ -162,8 +212,20 @@ impl System {
             return damaged("something in it lies behind its end");
         }
         let mut bytes = vec![0; usize::try_from(length).map_err(|_| Fault::Damaged("something in it is too large".to_owned()))?];
-        self.file.read_exact_at(&mut bytes, at)?;
+        self.read_exact_at(&mut bytes, at)?;
         Ok(bytes)
+    }
+
+    /// Nothing behind its end is read: there may be another file system.
+    fn read_exact_at(&self, piece: &mut [u8], at: u64) -> io::Result<()> {
+        match at.checked_add(piece.len() as u64).filter(|end| *end <= self.size).and_then(|_| at.checked_add(self.begin)) {
+            Some(at) => self.file.read_exact_at(piece, at),
+            None => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "something in it lies behind its end")),
+        }
+    }
+
+    fn read(&self, spool: &Spool, limit_gib: u64, cancel: &Cancel, wanted: &dyn Fn(&TreePath) -> bool) -> Found<Diff> {
+        read_all(self, spool, limit_gib, cancel, wanted)
     }
 
     fn block(&self, number: u64) -> Found<Vec<u8>> {
@@ -269,6 +331,33 @@ impl System {
         self.contents(inode, cancel)?.read_to_end(&mut bytes)?;
         Ok(bytes)
     }
+
+    fn names_in(&self, directory: &Inode, cancel: &Cancel) -> Found<Vec<(Vec<u8>, u32)>> {
+        let bytes = self.whole(directory, MAX_DIRECTORY, cancel)?;
+        let mut found = Vec::new();
+        // Entries do not go from block to block; inner blocks of an index look like empty ones.
+        for block in bytes.chunks(usize::try_from(self.block).unwrap_or(4096)) {
+            let mut at = 0;
+            while at + 8 <= block.len() {
+                let (inode, length, name) = (long(block, at), usize::from(word(block, at + 4)), usize::from(block[at + 6]));
+                // The largest length, of blocks of 64 KiB, is written as this.
+                let length = if length == 0xffff || (length == 0 && block.len() > 0xffff) { block.len() } else { length };
+                if length < 8 || at + length > block.len() || 8 + name > length {
+                    return damaged("a directory is damaged");
+                }
+                let name = &block[at + 8..at + 8 + name];
+                if inode != 0 && name != b"." && name != b".." {
+                    if name.is_empty() || name.contains(&b'/') || name.contains(&0) {
+                        return damaged("a directory has a name that is none");
+                    }
+                    found.push((name.to_vec(), inode));
+                }
+                at += length;
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
 }
 
 /// The attributes that are part of an image, of a list that begins at `at`. Values lie behind `base`.
@@ -324,7 +413,7 @@ impl Read for Contents<'_> {
         let most = usize::try_from(end.min(self.size).saturating_sub(self.at)).unwrap_or(usize::MAX).min(buffer.len());
         let piece = &mut buffer[..most];
         match place {
-            Some(place) => self.system.file.read_exact_at(piece, place)?,
+            Some(place) => self.system.read_exact_at(piece, place)?,
             None => piece.fill(0),
         }
         self.at += most as u64;
@@ -336,6 +425,7 @@ struct Walk<'a> {
     system: &'a System,
     spool: &'a Spool,
     cancel: &'a Cancel,
+    wanted: &'a dyn Fn(&TreePath) -> bool,
     diff: Diff,
     /// The first name of each file that has several.
     names: BTreeMap<u32, TreePath>,
@@ -351,7 +441,7 @@ impl Walk<'_> {
             if inode.mode & 0xf000 != 0x4000 {
                 return damaged("a directory is none");
             }
-            for (name, number) in self.names_in(&inode)? {
+            for (name, number) in self.system.names_in(&inode, self.cancel)? {
                 if self.cancel.is_cancelled() {
                     return Err(Fault::Build(BuildError::Cancelled));
                 }
@@ -359,6 +449,9 @@ impl Walk<'_> {
                     continue;
                 }
                 let path = TreePath::parse(directory.join(&name).as_bytes()).map_err(|error| Fault::Damaged(error.to_string()))?;
+                if !(self.wanted)(&path) {
+                    continue;
+                }
                 let inode = self.system.inode(number)?;
                 self.entry(&path, &inode)?;
                 if inode.mode & 0xf000 == 0x4000 {
@@ -373,33 +466,6 @@ impl Walk<'_> {
             }
         }
         Ok(())
-    }
-
-    fn names_in(&self, directory: &Inode) -> Found<Vec<(Vec<u8>, u32)>> {
-        let bytes = self.system.whole(directory, MAX_DIRECTORY, self.cancel)?;
-        let mut found = Vec::new();
-        // Entries do not go from block to block; inner blocks of an index look like empty ones.
-        for block in bytes.chunks(usize::try_from(self.system.block).unwrap_or(4096)) {
-            let mut at = 0;
-            while at + 8 <= block.len() {
-                let (inode, length, name) = (long(block, at), usize::from(word(block, at + 4)), usize::from(block[at + 6]));
-                // The largest length, of blocks of 64 KiB, is written as this.
-                let length = if length == 0xffff || (length == 0 && block.len() > 0xffff) { block.len() } else { length };
-                if length < 8 || at + length > block.len() || 8 + name > length {
-                    return damaged("a directory is damaged");
-                }
-                let name = &block[at + 8..at + 8 + name];
-                if inode != 0 && name != b"." && name != b".." {
-                    if name.is_empty() || name.contains(&b'/') || name.contains(&0) {
-                        return damaged("a directory has a name that is none");
-                    }
-                    found.push((name.to_vec(), inode));
-                }
-                at += length;
-            }
-        }
-        found.sort();
-        Ok(found)
     }
 
     fn entry(&mut self, path: &TreePath, inode: &Inode) -> Found<()> {

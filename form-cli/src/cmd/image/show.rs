@@ -31,6 +31,9 @@ struct Local {
     size_bytes: u64,
     stored_bytes: u64,
     created_at: Timestamp,
+    /// What `uname -r` prints in its VMs, when it brings a kernel along.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<String>,
     packages: std::collections::BTreeMap<String, String>,
     /// The base first.
     layers: Vec<HistoryEntry>,
@@ -65,6 +68,7 @@ fn local(image: &ImageReference, session: &Session) -> Outcome {
         size_bytes: found.size,
         stored_bytes: found.stored_bytes,
         created_at: Timestamp::try_from(found.created).unwrap_or(Timestamp::UNIX_EPOCH),
+        kernel: manifest.kernel.map(|kernel| kernel.release),
         packages: manifest.packages,
         layers: manifest.history,
     };
@@ -77,7 +81,9 @@ fn local(image: &ImageReference, session: &Session) -> Outcome {
         .field("digest", image.digest)
         .field("size", bytes(image.size_bytes))
         .field("stored", bytes(image.stored_bytes))
-        .field("created", image.created_at)
+        .field("created", image.created_at);
+    let record = if let Some(release) = &image.kernel { record.field("kernel", release) } else { record };
+    let record = record
         .field("layers", layers.join("\n"))
         .field("packages", if packages.is_empty() { String::new() } else { packages.len().to_string() })
         .wide("versions", packages.join("\n"));

@@ -7,7 +7,7 @@ use form_api::{
     deploy::{CreateVmRequest, DeployRequest},
 };
 use form_bundle::Manifest;
-use form_image::{ImageStore, StoreError};
+use form_image::{ImageStore, KernelBundle, StoreError};
 use form_types::{
     Digest, IdempotencyKey, ImageReference, Name, Spec,
     spec::{Env, EnvScope, Port, Restart},
@@ -113,26 +113,62 @@ struct Found {
     config: Spec,
     /// Not on the host.
     local: Option<(Manifest, ImageStore)>,
+    /// Of the kernel that it brings along.
+    kernel: Option<Digest>,
 }
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
     let client = session.client()?;
     is_free(&client, &args.name).await?;
     let found = find(&client, &args.image).await?;
-    let spec = args.spec(found.config);
+    let spec = args.spec(found.config.clone());
     let unknown: Vec<&str> = spec.users.iter().filter(|user| user.has_passwd).map(|user| user.name.as_str()).collect();
     if !unknown.is_empty() {
         session.terminal.warn(format!("no password is set for {}: passwords are no part of an image", unknown.join(", ")));
     }
-    let kernel = build::kernel(session).await?;
-    let vm = DeployRequest { spec, passwd_hashes: [].into(), image: found.digest, kernel: kernel.digest };
+    let kernel = kernel(session, &client, &found).await?;
+    let vm = DeployRequest { spec, passwd_hashes: [].into(), image: found.digest, kernel: kernel.digest() };
     let plan = client.plan(&vm).await?;
     session.terminal.note(plan_view::text(&plan, &session.terminal).trim_end());
-    upload_kernel(session, &client, &kernel).await?;
+    if let Kernel::Here(bundle) = &kernel {
+        upload_kernel(session, &client, bundle).await?;
+    }
     if let Some((manifest, store)) = found.local {
         upload_image(session, &client, &found.digest, &manifest, Arc::new(store)).await?;
     }
     make(session, &client, CreateVmRequest { vm, start: !args.wishes.no_start, disk_of: None, fork_of: None }).await
+}
+
+/// What the VM is started with.
+enum Kernel {
+    /// Of this machine, sent when the host does not have it.
+    Here(KernelBundle),
+    /// The image's own, which came to the host with it.
+    There(Digest),
+}
+
+impl Kernel {
+    const fn digest(&self) -> Digest {
+        match self {
+            Self::Here(bundle) => bundle.digest,
+            Self::There(digest) => *digest,
+        }
+    }
+}
+
+async fn kernel(session: &Session, client: &Client, found: &Found) -> Result<Kernel, Failure> {
+    match (&found.local, found.kernel) {
+        (Some((manifest, _)), _) => build::kernel_of(session, manifest).await.map(Kernel::Here),
+        (None, None) => build::kernel(session).await.map(Kernel::Here),
+        (None, Some(digest)) => match client.kernel(&digest).await {
+            Ok(_) => Ok(Kernel::There(digest)),
+            Err(ClientError::Api(error)) if error.code == ErrorCode::NotFound => {
+                Err(Failure::not_found("the host has the image, and not the kernel that the image brings along")
+                    .hint("remove the image there with `form image rm`, and create the VM from a machine that has it in its build cache"))
+            }
+            Err(error) => Err(error.into()),
+        },
+    }
 }
 
 /// Asks for a new VM and follows that to its end.
@@ -170,12 +206,13 @@ pub async fn is_free(client: &Client, name: &Name) -> Result<(), Failure> {
 
 async fn find(client: &Client, reference: &ImageReference) -> Result<Found, Failure> {
     match client.image_config(reference).await {
-        Ok(config) => Ok(Found { digest: config.image.digest, config: config.spec, local: None }),
+        Ok(config) => Ok(Found { digest: config.image.digest, config: config.spec, local: None, kernel: config.kernel }),
         Err(ClientError::Api(error)) if error.code == ErrorCode::NotFound => {
             let store = image::store()?;
             match store.get(reference) {
                 Ok((record, manifest)) => {
-                    Ok(Found { digest: record.digest, config: manifest.config.clone(), local: Some((manifest, store)) })
+                    let kernel = manifest.kernel.as_ref().map(|kernel| kernel.bundle);
+                    Ok(Found { digest: record.digest, config: manifest.config.clone(), local: Some((manifest, store)), kernel })
                 }
                 Err(StoreError::NotFound(_)) => {
                     Err(Failure::not_found(format!("there is no image {reference}, neither on the host nor on this machine"))
