@@ -490,6 +490,28 @@ fn an_image_is_pulled_and_runs_as_it_says() {
 }
 
 #[test]
+fn a_disk_is_known_by_its_content_and_refused_with_the_reason() {
+    let place = Place::new();
+    let mut table = vec![0; 4096];
+    table[510..512].copy_from_slice(&[0x55, 0xaa]);
+    for name in ["cloud.tar", "My Disk.img"] {
+        std::fs::write(place.path(name), &table).unwrap();
+    }
+    std::fs::write(place.path("torn.raw"), b"QFI\xfb").unwrap();
+    let refused = |words: &[&str], code: i32, message: &str, hint: &str| {
+        let run = place.run(&[&["image", "import"], words, &["-o", "json"]].concat());
+        let error = error(&run);
+        let says = |key: &str, text: &str| error[key].as_str().unwrap_or_default().contains(text);
+        assert!(run.code == code && says("message", message) && says("hint", hint), "{run:?}");
+    };
+    refused(&["cloud.tar"], 1, "no image can be made of cloud.tar: it has no partition table", "");
+    refused(&["My Disk.img"], 2, "`My Disk` cannot be the image's name", "form image import My Disk.img NAME");
+    refused(&["My Disk.img", "disk"], 1, "it has no partition table", "");
+    refused(&["torn.raw"], 1, "the qcow2 image torn.raw cannot be read", "qemu-img convert");
+    assert_eq!(place.run(&["image", "ls", "--local", "-q"]).out, "");
+}
+
+#[test]
 fn an_image_goes_by_a_file_to_another_machine() {
     let (here, there) = (Place::new(), Place::new());
     here.write("Formfile", "NAME web\nFROM scratch\nCOPY Formfile /etc/Formfile\nCMD [\"/web\"]\n");

@@ -54,6 +54,7 @@ fn manifest() -> Value {
         "media_type": manifest::MEDIA_TYPE, "name": "web", "spec_digest": DIGEST, "config": spec(),
         "rootfs": {"media_type": manifest::ROOTFS_MEDIA_TYPE, "blocks": {"size": 262_144, "runs": blocks()["runs"]}},
         "packages": {"nginx": "1.22"}, "history": [{"text": "FROM debian:12", "layer": DIGEST, "changed_blocks": 3}],
+        "kernel": {"release": "6.1.0-31-cloud-amd64", "bundle": DIGEST},
     })
 }
 
