@@ -12,7 +12,7 @@ use form_api::{
 };
 use form_types::{Name, VmId};
 
-use crate::{agent::Agent, cgroup, desired, driver::as_it_should_be, headroom, machine, vcpus, volume};
+use crate::{agent::Agent, cgroup, desired, driver::as_it_should_be, headroom, machine, snapshot, vcpus, volume};
 
 fn ok(name: &str, message: impl Into<String>) -> Check {
     Check { name: name.to_owned(), status: CheckStatus::Ok, message: message.into(), hint: None, fixable: false }
@@ -162,6 +162,8 @@ enum Leftover {
     Log(VmId),
     Snapshots(VmId),
     PartialSnapshot(PathBuf),
+    /// A volume and its snapshot, which was one with a VM's that is not there.
+    SnapshotPart(Name, Name),
     /// Of a volume that was to go back to a snapshot.
     Restore(Name),
 }
@@ -190,6 +192,7 @@ impl Leftover {
                 (format!("snapshots/{vm}/{name}"), "a snapshot that was never finished")
             }
             Self::Log(id) => (format!("log/{id}"), "a log without a VM"),
+            Self::SnapshotPart(volume, name) => (format!("volume/{volume}/{name}"), "a part of a snapshot of a VM that is not there"),
             Self::Restore(name) => (format!("volume/{name}"), "files of a restore that nobody is at work on"),
         };
         Check {
@@ -239,6 +242,9 @@ async fn leftovers(agent: &Arc<Agent>) -> Vec<Leftover> {
     let task_agent = Arc::clone(agent);
     let unsettled = tokio::task::spawn_blocking(move || volume::snapshot::unsettled(&task_agent)).await.unwrap_or_default();
     found.extend(unsettled.into_iter().map(Leftover::Restore));
+    let task_agent = Arc::clone(agent);
+    let parts = tokio::task::spawn_blocking(move || snapshot::volumes::left_over(&task_agent)).await.unwrap_or_default();
+    found.extend(parts.into_iter().map(|(volume, name)| Leftover::SnapshotPart(volume, name)));
     found
 }
 
@@ -257,6 +263,11 @@ pub async fn fix(agent: &Arc<Agent>) -> Result<(), ApiError> {
                 let (agent, name) = (Arc::clone(agent), name.clone());
                 let settled = tokio::task::spawn_blocking(move || volume::snapshot::settle(&agent, &name)).await;
                 settled.map_err(|error| error.to_string()).and_then(|settled| settled.map_err(|error| error.message))
+            }
+            Leftover::SnapshotPart(volume, name) => {
+                let (agent, volume, name) = (Arc::clone(agent), volume.clone(), name.clone());
+                let removed = tokio::task::spawn_blocking(move || snapshot::volumes::remove_left_over(&agent, &volume, &name)).await;
+                removed.map_err(|error| error.to_string()).and_then(|removed| removed.map_err(|error| error.message))
             }
             // A driver knows how: it adopts or kills what runs there, and then removes everything.
             Leftover::Runtime(_) | Leftover::Disk(_) | Leftover::Log(_) | Leftover::Snapshots(_) => {

@@ -249,13 +249,13 @@ pub fn config(
 }
 
 /// The same VM from what was saved of it, to be held where it stood. Descriptors are passed as: kvm, state, memory, log ring, exit record,
-/// tap, root disk, its backing files.
-pub fn restore_config(id: &VmId, link: &Link, disk: Disk, limits: VmLimits, jail: JailConfig) -> RestoreConfig {
+/// tap, root disk, its backing files, volumes.
+pub fn restore_config(id: &VmId, link: &Link, disk: Disk, volumes: &[VolumeDisk], limits: VmLimits, jail: JailConfig) -> RestoreConfig {
     RestoreConfig {
         kvm: Fd(0),
         state: Fd(1),
         memory: Fd(2),
-        disks: disks(id, 6, disk, &[], limits.disk),
+        disks: disks(id, 6, disk, volumes, limits.disk),
         networks: networks(link, Fd(5), limits),
         vsock_cid: Some(GUEST_CID),
         rng: true,
@@ -319,13 +319,6 @@ mod tests {
     fn descriptors_are_all_different() {
         let id = VmId::from_bytes([7; 16]);
         let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
-        let volume = |name: &str| VolumeDisk {
-            name: name.parse().unwrap(),
-            serial: VolumeId::from_bytes([name.len() as u8; 16]).serial(),
-            format: DiskFormat::Raw,
-            read_only: false,
-            limits: DiskLimits { iops: Some(100), bytes_per_second: None },
-        };
         let config = config(&id, &request("web"), &link(), disk, &[volume("data"), volume("other")], LIMITS, JailConfig::default());
         let iops: Vec<Option<u64>> = config.disks.iter().map(|disk| disk.limits.iops.map(NonZeroU64::get)).collect();
         assert_eq!(iops, [Some(7), Some(100), Some(100)]);
@@ -340,12 +333,23 @@ mod tests {
         assert_eq!(used, (0..11).collect::<Vec<_>>());
     }
 
+    fn volume(name: &str) -> VolumeDisk {
+        VolumeDisk {
+            name: name.parse().unwrap(),
+            serial: VolumeId::from_bytes([name.len() as u8; 16]).serial(),
+            format: DiskFormat::Raw,
+            read_only: false,
+            limits: DiskLimits { iops: Some(100), bytes_per_second: None },
+        }
+    }
+
     #[test]
     fn a_restored_vm_has_the_devices_of_a_booted_one() {
         let id = VmId::from_bytes([7; 16]);
         let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
-        let booted = config(&id, &request("web"), &link(), disk, &[], LIMITS, JailConfig::default());
-        let restored = restore_config(&id, &link(), disk, LIMITS, JailConfig::default());
+        let volumes = [volume("data"), volume("other")];
+        let booted = config(&id, &request("web"), &link(), disk, &volumes, LIMITS, JailConfig::default());
+        let restored = restore_config(&id, &link(), disk, &volumes, LIMITS, JailConfig::default());
         let disks = |disks: &[DiskConfig]| {
             disks.iter().map(|disk| (disk.id.clone(), disk.serial.clone(), disk.format, disk.limits)).collect::<Vec<_>>()
         };
@@ -358,6 +362,7 @@ mod tests {
         let mut used = vec![restored.kvm.0, restored.state.0, restored.memory.0];
         used.extend([restored.console_log.unwrap().0, restored.exit_record.unwrap().0, restored.networks[0].tap.0]);
         used.extend([restored.disks[0].file.0, restored.disks[0].backing[0].file.0]);
-        assert_eq!(used, (0..8).collect::<Vec<_>>());
+        used.extend(restored.disks[1..].iter().map(|disk| disk.file.0));
+        assert_eq!(used, (0..10).collect::<Vec<_>>());
     }
 }

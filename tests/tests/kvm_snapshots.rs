@@ -204,14 +204,6 @@ fn what_cannot_be_restored_changes_nothing(host: &mut Host) {
     memory.set_len(length).unwrap();
     refused(host, 1, "never finished");
 
-    let _ = host.form(&["volume", "create", "data", "-s", "16M"]).ok();
-    let _ = host.form(&["volume", "attach", "data", "web", "/data"]).ok();
-    refused(host, 5, "volumes (data)");
-    let create = host.form(&["vm", "snapshot", "create", "web"]).exits(5);
-    assert!(create.stderr.contains("volumes (data)"), "{create:?}");
-    let _ = host.form(&["volume", "detach", "data"]).ok();
-    let _ = host.form(&["volume", "rm", "data", "-y"]).ok();
-
     let _ = host.form(&["vm", "set", "web", "--memory", "160M", "--restart"]).ok();
     let (_, pid) = host.process(&host.vm("web"));
     let changed = host.form(&["vm", "snapshot", "restore", "web", "paused", "-y"]).exits(5);
@@ -279,6 +271,102 @@ fn kvm_an_agent_that_dies_leaves_a_vm_that_runs_and_nothing_half() {
     let _ = host.form(&["doctor"]).ok();
     let _ = host.form(&["destroy", "web", "-y"]).ok();
     host.is_clean();
+}
+
+/// What a guest finds on its root disk, on the two volumes and in its memory; not what it remembers of the disks.
+fn everything(host: &Host) -> String {
+    sh(host, "echo 3 > /proc/sys/vm/drop_caches; busybox cat /file /data/file /log/file /dev/shm/file")
+}
+
+fn write_everywhere(host: &Host, word: &str) {
+    // Nothing of it is asked to be on a disk.
+    sh(host, &format!("busybox mkdir -p /dev/shm; for at in / /data/ /log/ /dev/shm/; do echo {word} > ${{at}}file; done"));
+}
+
+fn parts(host: &Host) -> Vec<String> {
+    let parts = host.form(&["volume", "snapshot", "ls", "-o", "json"]).ok().json();
+    parts
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|part| format!("{}/{}", part["volume"].as_str().unwrap(), part["name"].as_str().unwrap()))
+        .collect()
+}
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_volumes_go_back_with_their_vm() {
+    let mut host = Host::start();
+    deploy(&host);
+    let disk = SmallDisk::sharing(&host.path("xfs.img"), &host.path("shares"), 400);
+    let _ = host.form(&["pool", "create", "shares", "--path", host.path("shares").to_str().unwrap()]).ok();
+    // Two that it can write to, and one that it can only read.
+    for (name, format, pool) in [("data", "raw", "shares"), ("log", "qcow2", "shares"), ("given", "raw", "local")] {
+        let _ = host.form(&["volume", "create", name, "-s", "32M", "--format", format, "--pool", pool]).ok();
+    }
+    let _ = host.form(&["volume", "attach", "data", "web", "/data"]).ok();
+    let _ = host.form(&["volume", "attach", "given", "web", "--read-only"]).ok();
+    let _ = host.form(&["volume", "attach", "log", "web", "/log"]).ok();
+    write_everywhere(&host, "before");
+
+    // An agent that dies with one of two kept keeps none.
+    let create_command = ["vm", "snapshot", "create", "web", "--name", "one"];
+    assert!(!dies_and_comes_back(&mut host, VolumeSnapshotNamed, &create_command, "snapshot-create"));
+    assert_eq!((names(&host), parts(&host)), (Vec::new(), Vec::new()));
+    let made = create(&host, "one");
+    assert_eq!((&made["volumes"], &made["fault"]), (&serde_json::json!(["data", "log"]), &Value::Null));
+    assert_eq!(parts(&host), ["data/one", "log/one"]);
+    let own = host.form(&["volume", "snapshot", "rm", "data", "one", "-y"]).exits(5);
+    assert!(own.stderr.contains("a part of that of vm/web"), "{own:?}");
+    let fork = host.form(&["vm", "fork", "web", "other", "--snapshot", "one"]).exits(5);
+    assert!(fork.stderr.contains("volume/data"), "{fork:?}");
+    let fork = host.form(&["vm", "fork", "web", "other"]).exits(5);
+    assert!(fork.stderr.contains("volume/data") && names(&host) == ["one"], "{fork:?}");
+
+    // All of it goes back, also when the agent dies with one volume gone back and the other not.
+    write_everywhere(&host, "after");
+    assert_eq!(everything(&host), "after\n".repeat(4));
+    let restore_command = ["vm", "snapshot", "restore", "web", "one", "-y"];
+    assert!(dies_and_comes_back(&mut host, VolumeRestoreSwitched, &restore_command, "vm-restore"));
+    assert_eq!(everything(&host), "before\n".repeat(4));
+    // The guest goes on with its volumes: what it writes is theirs, and a volume comes and goes.
+    write_everywhere(&host, "again");
+    sh(&host, "busybox sync");
+    assert_eq!(everything(&host), "again\n".repeat(4));
+    let _ = host.form(&["doctor"]).ok();
+    let _ = host.form(&["volume", "detach", "log"]).ok();
+    let refused = |words: &str| {
+        let refused = host.form(&restore_command).exits(5);
+        assert!(refused.stderr.contains("volume/log") && refused.stderr.contains(words), "{words}: {}", refused.stderr);
+    };
+    refused("is detached");
+    let _ = host.form(&["volume", "attach", "log", "web", "/elsewhere"]).ok();
+    refused("was at /log and is at /elsewhere");
+    let _ = host.form(&["volume", "detach", "log"]).ok();
+    let _ = host.form(&["volume", "attach", "log", "web", "/log"]).ok();
+    assert_eq!(everything(&host), "again\n".repeat(4));
+    let _ = host.form(&restore_command).ok();
+    assert_eq!(everything(&host), "before\n".repeat(4));
+
+    // With the VM stopped; then there is no memory that remembers.
+    let _ = host.form(&["vm", "stop", "web"]).ok();
+    let stopped = create(&host, "stopped");
+    assert_eq!(stopped["volumes"], serde_json::json!(["data", "log"]));
+    let _ = host.form(&restore_command).ok();
+    write_everywhere(&host, "lost");
+    let _ = host.form(&["vm", "snapshot", "restore", "web", "stopped", "-y"]).ok();
+    is_whole(&host);
+    assert_eq!(sh(&host, "busybox cat /file /data/file /log/file"), "before\n".repeat(3));
+
+    // What it kept goes with it, also when the agent dies on the way; and with the VM.
+    assert!(dies_and_comes_back(&mut host, SnapshotRetired, &["vm", "snapshot", "rm", "web", "one", "-y"], "snapshot-remove"));
+    assert_eq!((names(&host), parts(&host)), (vec!["stopped".to_owned()], vec!["data/stopped".to_owned(), "log/stopped".to_owned()]));
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    assert_eq!(parts(&host), Vec::<String>::new());
+    let _ = host.form(&["volume", "rm", "data", "log", "given", "-y"]).ok();
+    let _ = host.form(&["pool", "rm", "shares", "-y"]).ok();
+    host.is_clean();
+    drop(disk);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Snapshots: memory, devices and root disk of a VM at one instant.
+//! Snapshots: memory, devices, root disk and volumes of a VM at one instant.
 
 use form_types::{Digest, HostId, Name, VmId};
 use jiff::Timestamp;
@@ -21,8 +21,11 @@ pub struct Snapshot {
     pub vcpus: Option<u32>,
     /// Of the disk, as the guest sees it.
     pub disk_bytes: Option<u64>,
-    /// What its files take. Blocks that they share with others are counted.
+    /// What its files take. Blocks that they share with others are counted. What it holds of volumes is in their pools, and not counted.
     pub allocated_bytes: Option<u64>,
+    /// The volumes that it holds: those that the VM could write to. Each has a snapshot of the same name, which goes with this one.
+    #[serde(default)]
+    pub volumes: Vec<Name>,
     /// How long the VM stood still for it, in milliseconds; none when it did not run.
     pub pause_ms: Option<u64>,
     /// The image that the VM ran.

@@ -23,7 +23,7 @@ use crate::{
     agent::Agent,
     cgroup, create,
     desired::DesiredVm,
-    plan,
+    plan, snapshot,
     vm::{self, Disk, VolumeDisk},
     volume::attach::{self, AttachError, Ready},
 };
@@ -81,8 +81,8 @@ pub async fn launch(agent: &Arc<Agent>, desired: &DesiredVm) -> Result<Process, 
 
 /// Has a process hold what was saved.
 pub async fn restore(agent: &Arc<Agent>, desired: &DesiredVm, prepared: Prepared) -> Result<Process, LaunchError> {
-    // One with volumes is not restored.
-    start(agent, desired, Vec::new(), move |agent, desired, tap, uid, process| restore::hold(agent, desired, prepared, tap, uid, process))
+    let volumes = prepared.volumes.ids();
+    start(agent, desired, volumes, move |agent, desired, tap, uid, process| restore::hold(agent, desired, prepared, tap, uid, process))
         .await
 }
 
@@ -302,6 +302,8 @@ pub async fn remove(agent: &Arc<Agent>, id: &VmId) -> Result<(), LaunchError> {
         agent.store.remove_disk(&id)?;
         reach(Failpoint::RemoveDiskRemoved);
         agent.store.remove_snapshots(&id)?;
+        // What stays of it in a pool that is away is logged, and keeps no VM from going.
+        let _ = snapshot::volumes::remove_of_vm(&agent, &id);
         remove_directory(&agent.vm_directory(&id)).map_err(io_error("its directory"))?;
         reach(Failpoint::RemoveDirectoryRemoved);
         agent.remove_log(&id).map_err(io_error("its log"))?;

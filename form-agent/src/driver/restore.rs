@@ -23,8 +23,12 @@ use crate::{
     create,
     desired::DesiredVm,
     memory,
-    snapshot::{self, restore},
-    vm::{self, Disk},
+    snapshot::{
+        restore,
+        volumes::{Held, Restored},
+    },
+    vm::{self, Disk, VolumeDisk},
+    volume::attach::Ready,
 };
 
 /// What is open before anything is ended.
@@ -36,6 +40,7 @@ pub struct Prepared {
     is_qcow2: bool,
     backing: Vec<fs::File>,
     restored: RestoredDisk,
+    pub volumes: Restored,
     log_from: u64,
 }
 
@@ -43,16 +48,16 @@ pub struct Prepared {
 enum Plan {
     /// Memory, devices and disk.
     GoOn(Box<Prepared>),
-    /// The disk alone: the VM did not run when the snapshot was made, and is started from it.
-    Start(Box<RestoredDisk>),
+    /// The disk and the volumes alone: the VM did not run when the snapshot was made, and is started from them.
+    Start(Box<(RestoredDisk, Restored)>),
 }
 
 fn prepare(agent: &Agent, desired: &DesiredVm, name: &Name) -> Result<Plan, LaunchError> {
     let refused = |error: form_api::ApiError| LaunchError::Restore(error.message);
-    let saved = restore::check(agent, desired, name).map_err(refused)?;
-    let (_, details) = snapshot::find(agent, &desired.id, name).map_err(refused)?;
+    let (saved, details) = restore::check(agent, desired, name).map_err(refused)?;
     let restored = agent.store.restore_disk(&desired.id, name)?;
-    let Some(saved) = saved else { return Ok(Plan::Start(Box::new(restored))) };
+    let volumes = Restored::draft(agent, name, details.operation, details.volumes).map_err(refused)?;
+    let Some(saved) = saved else { return Ok(Plan::Start(Box::new((restored, volumes)))) };
     let files = &restored.files;
     Ok(Plan::GoOn(Box::new(Prepared {
         kvm: fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("/dev/kvm"))?.into(),
@@ -62,6 +67,7 @@ fn prepare(agent: &Agent, desired: &DesiredVm, name: &Name) -> Result<Plan, Laun
         is_qcow2: files.format == StoredFormat::Qcow2,
         backing: files.backing.iter().map(fs::File::open).collect::<io::Result<_>>().map_err(io_error("its image"))?,
         restored,
+        volumes,
         log_from: details.next_log_sequence,
     })))
 }
@@ -85,9 +91,9 @@ impl Driver {
         self.begin_start(boot);
         let restored = match plan {
             Plan::GoOn(prepared) => launch::restore(&self.agent, desired, *prepared).await.map(Some),
-            Plan::Start(disk) => {
+            Plan::Start(disks) => {
                 let (agent, desired) = (Arc::clone(&self.agent), desired.clone());
-                let placed = tokio::task::spawn_blocking(move || place(&agent, &desired, *disk)).await;
+                let placed = tokio::task::spawn_blocking(move || place(&agent, &desired, *disks)).await;
                 placed.unwrap_or(Err(LaunchError::Stopping)).map(|()| None)
             }
         };
@@ -140,13 +146,20 @@ impl Driver {
 }
 
 /// Of a snapshot without memory.
-fn place(agent: &Agent, desired: &DesiredVm, disk: RestoredDisk) -> Result<(), LaunchError> {
+fn place(agent: &Agent, desired: &DesiredVm, (disk, volumes): (RestoredDisk, Restored)) -> Result<(), LaunchError> {
+    let _turn = agent.volume_turn();
+    let held = hold_volumes(agent, desired, &volumes)?;
     disk.publish(&agent.store, &desired.id)?;
     reach(Failpoint::RestoreSwapped);
+    volumes.settle(&held)?;
     restore::note(agent, &desired.id, desired.starts, None).map_err(io_error("the note of its restore"))
 }
 
-/// Has `process` hold the saved VM, gives it its disk, and writes down that it is what the VM is now.
+fn hold_volumes(agent: &Agent, desired: &DesiredVm, volumes: &Restored) -> Result<Held, LaunchError> {
+    volumes.hold(agent, desired).map_err(|error| LaunchError::Restore(error.message))
+}
+
+/// Has `process` hold the saved VM, gives it its disks, and writes down that it is what the VM is now.
 pub fn hold(
     agent: &Agent,
     desired: &DesiredVm,
@@ -158,7 +171,11 @@ pub fn hold(
     let (ring, exit_record) = launch::records(process)?;
     let format = if prepared.is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
     let disk = Disk { format, backing: prepared.backing.len() as u16 };
-    let config = vm::restore_config(&desired.id, &agent.link(desired), disk, desired.limits, vm::jail(uid));
+    // Until the volumes are what they were then, nobody else opens them.
+    let _turn = agent.volume_turn();
+    let held = hold_volumes(agent, desired, &prepared.volumes)?;
+    let volumes: Vec<VolumeDisk> = held.ready.iter().map(Ready::disk).collect();
+    let config = vm::restore_config(&desired.id, &agent.link(desired), disk, &volumes, desired.limits, vm::jail(uid));
     let mut descriptors: Vec<BorrowedFd<'_>> = vec![
         prepared.kvm.as_fd(),
         prepared.state.as_fd(),
@@ -169,11 +186,13 @@ pub fn hold(
         prepared.disk.as_fd(),
     ];
     descriptors.extend(prepared.backing.iter().map(AsFd::as_fd));
+    descriptors.extend(held.ready.iter().map(|ready| ready.open.file.as_fd()));
     process.restore(&config, &descriptors)?;
     memory::restored(agent, &desired.id).map_err(io_error("its limit of memory"))?;
     reach(Failpoint::RestoreHeld);
     prepared.restored.publish(&agent.store, &desired.id)?;
     reach(Failpoint::RestoreSwapped);
+    prepared.volumes.settle(&held)?;
     process.record_restored(desired.starts, prepared.log_from)?;
     reach(Failpoint::RestoreRecorded);
     // Before its first instruction: from then on its memory and the snapshot's disk do not fit any more.

@@ -139,7 +139,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("RestoreRequest", json!(RestoreRequest { snapshot: before.clone() })),
         ("RollbackRequest", json!(RollbackRequest { to: earlier.request.clone() })),
         ("SetVolumeRequest", json!(SetVolumeRequest { iops: Some(Some(500)), bytes_per_second: Some(None) })),
-        ("Snapshot", json!(snapshot(&before, &vm))),
+        ("Snapshot", json!(snapshot(&before, &data, &vm))),
         ("SnapshotRequest", json!(SnapshotRequest { name: Some(before.clone()) })),
         ("Spec", json!(spec(&name))),
         ("SshAccess", json!(ssh_access(&vm))),
@@ -381,7 +381,7 @@ fn verification(name: &Name) -> Verification {
     Verification { name: name.clone(), version: 2, digest: digest("image"), blocks: 16_384, damaged_blocks: 1, damaged: vec![damaged] }
 }
 
-fn snapshot(name: &Name, vm: &Vm) -> Snapshot {
+fn snapshot(name: &Name, volume: &Name, vm: &Vm) -> Snapshot {
     Snapshot {
         name: name.clone(),
         vm: vm.name.clone(),
@@ -394,6 +394,7 @@ fn snapshot(name: &Name, vm: &Vm) -> Snapshot {
         vcpus: Some(vm.vcpus),
         disk_bytes: Some(vm.disk_gib << 30),
         allocated_bytes: Some(151_519_232),
+        volumes: vec![volume.clone()],
         pause_ms: Some(310),
         image_digest: Some(vm.image_digest),
         fault: None,

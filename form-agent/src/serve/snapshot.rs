@@ -86,7 +86,8 @@ async fn begin(agent: Shared, caller: Caller, vm: &str, change: Change) -> Accep
 
 /// Saves memory, devices and root disk of a VM at one instant.
 ///
-/// The VM stands still while they are written. Of a stopped VM the disk alone is saved; one with volumes is refused.
+/// The VM stands still for it. Of a stopped VM the disks alone are saved. Each volume that it can write to gets a snapshot of the same name,
+/// which goes with this one; while the VM runs its pool has to share blocks between files.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/snapshots",

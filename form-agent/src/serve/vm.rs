@@ -211,7 +211,8 @@ pub async fn set(State(agent): State<Shared>, Segment(name): Segment, request: R
 
 /// Puts a VM back to what it was when a snapshot was made, and lets it go on from there.
 ///
-/// What it did since is lost. The snapshot stays. A VM whose image, size or settings have changed since is refused, and one with volumes.
+/// What it did since is lost. The snapshot stays. The volumes that it holds go back as well. A VM whose image, size, settings or
+/// volumes have changed since is refused.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/restore",

@@ -3,7 +3,10 @@
 use form_api::{ApiError, snapshot::Snapshot};
 use form_types::Name;
 
-use super::find;
+use super::{
+    find,
+    volumes::{self, KeptVolume},
+};
 use crate::{
     agent::Agent,
     desired::{self, DesiredVm},
@@ -60,6 +63,7 @@ fn described(agent: &Agent, vm: &DesiredVm, name: &Name) -> Snapshot {
         vcpus: None,
         disk_bytes: None,
         allocated_bytes: None,
+        volumes: Vec::new(),
         pause_ms: None,
         image_digest: None,
         fault: None,
@@ -75,6 +79,9 @@ fn described(agent: &Agent, vm: &DesiredVm, name: &Name) -> Snapshot {
             snapshot.allocated_bytes = Some(entry.allocated_bytes);
             snapshot.pause_ms = details.pause_ms;
             snapshot.image_digest = Some(details.request.image);
+            snapshot.fault = volumes::fault(agent, &vm.id, name, &details.volumes).map(|error| error.message);
+            snapshot.volumes = details.volumes.into_iter().filter(KeptVolume::is_kept).map(|volume| volume.name).collect();
+            snapshot.volumes.sort();
         }
         Err(error) => snapshot.fault = Some(error.message),
     }

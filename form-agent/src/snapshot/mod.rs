@@ -5,6 +5,7 @@ pub mod operate;
 pub mod restore;
 pub mod still;
 mod take;
+pub mod volumes;
 
 use form_api::{ApiError, ErrorCode, deploy::DeployRequest, snapshot::Consistency};
 use form_store::SnapshotEntry;
@@ -12,7 +13,7 @@ use form_types::{Name, OperationId, VmId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{agent::Agent, desired::DesiredVm, serve::store_error, volume::of_vm};
+use crate::{agent::Agent, serve::store_error};
 
 /// What the store keeps of a snapshot for the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +30,9 @@ pub struct Details {
     /// It is another VM's, for this one to go on from once and become itself; then it is removed.
     #[serde(default)]
     pub is_shared: bool,
+    /// Those that the VM had.
+    #[serde(default)]
+    pub volumes: Vec<volumes::KeptVolume>,
 }
 
 impl Details {
@@ -50,16 +54,4 @@ pub fn find(agent: &Agent, vm: &VmId, name: &Name) -> Result<(SnapshotEntry, Det
     let entry = agent.store.snapshot(vm, name).map_err(|error| store_error(&error))?;
     let details = Details::of(&entry)?;
     Ok((entry, details))
-}
-
-/// Volumes are not in a snapshot, and a VM that goes back without them would find other bytes on them than it remembers.
-fn without_volumes(agent: &Agent, vm: &DesiredVm, what: &str) -> Result<(), ApiError> {
-    let attached = of_vm(&agent.view(), &vm.id);
-    if attached.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<&str> = attached.iter().map(|volume| volume.name.as_str()).collect();
-    let name = vm.name();
-    Err(ApiError::new(ErrorCode::Conflict, format!("vm/{name} has volumes ({}), and snapshots do not hold volumes", names.join(", ")))
-        .hint(format!("{what} a VM without volumes: stop it, `form volume detach {}`, and start it", names[0])))
 }

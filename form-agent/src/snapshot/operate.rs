@@ -11,7 +11,7 @@ use form_types::{Name, OperationId, VmId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{find, take, without_volumes};
+use super::{find, take, volumes};
 use crate::{
     action::{self, Action},
     agent::{Agent, internal},
@@ -91,8 +91,8 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<Name, ApiErro
         Change::Remove(name) => return super::describe::one(agent, vm, name).map(|_| name.clone()),
         Change::Create(wanted) => wanted,
     };
-    action::check(Action::Snapshot, state_of(agent, &vm.id), vm.name())?;
-    without_volumes(agent, vm, "make snapshots of")?;
+    let state = state_of(agent, &vm.id);
+    action::check(Action::Snapshot, state, vm.name())?;
     let name = match wanted {
         Some(name) => name.clone(),
         None => name_of(Timestamp::now())?,
@@ -105,6 +105,7 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<Name, ApiErro
         let text = format!("the host's disk is full: {} MiB are free under /var/lib/formation", space.free >> 20);
         return Err(ApiError::new(ErrorCode::NoRoom, text).hint("remove snapshots with `form vm snapshot rm`, or images and VMs"));
     }
+    volumes::check_create(agent, vm, &name, matches!(state, VmState::Running | VmState::Paused))?;
     Ok(name)
 }
 
@@ -124,13 +125,16 @@ async fn perform(agent: &Arc<Agent>, id: OperationId, progress: &Progress) -> Re
     let Progress { vm, name, removes } = progress;
     let (vm, name) = (*vm, name.clone());
     if *removes {
-        return on_disk(agent, move |agent| agent.store.remove_snapshot(&vm, &name)).await;
+        let of = name.clone();
+        on_disk(agent, move |agent| agent.store.remove_snapshot(&vm, &of)).await?;
+        return on_disk(agent, move |agent| Ok(volumes::remove_of(agent, &vm, &name))).await?;
     }
     let desired = agent.desired(&vm).ok_or_else(|| ApiError::new(ErrorCode::Conflict, "the VM was removed meanwhile"))?;
     let result = take::take(agent, id, &desired, &name, state_of(agent, &vm)).await;
     if agent.desired(&vm).is_none() {
         // It was destroyed meanwhile, perhaps before its snapshot got its name.
         on_disk(agent, move |agent| agent.store.remove_snapshots(&vm)).await?;
+        on_disk(agent, move |agent| Ok(volumes::remove_of_vm(agent, &vm))).await??;
     }
     result
 }
@@ -145,19 +149,30 @@ pub(super) async fn on_disk<T: Send + 'static>(
     done.map_err(|error| store_error(&error))
 }
 
-/// Ends what an earlier run of the agent left unfinished. What it left of a snapshot was removed when the store was opened, and its VM goes
-/// on by its driver.
+/// Ends what an earlier run of the agent left unfinished. What it left of a snapshot was removed when the store was opened, but for its parts
+/// in pools, and its VM goes on by its driver.
 pub fn resume(agent: &Arc<Agent>, record: &Record) {
     let id = record.operation.id;
     let progress: Option<Progress> = record.resume.clone().and_then(|resume| serde_json::from_value(resume).ok());
-    let is_done = progress.is_some_and(|progress| {
-        if progress.removes {
-            return agent.store.snapshots(&progress.vm).is_ok_and(|names| !names.contains(&progress.name));
-        }
-        find(agent, &progress.vm, &progress.name).is_ok_and(|(_, details)| details.operation == id)
-    });
     let stopped = || ApiError::new(ErrorCode::Failed, "the agent was stopped in the middle of it, and nothing of it was kept");
-    let result = if is_done { Ok(()) } else { Err(stopped().hint("run the same command again")) };
+    let unfinished = || Err(stopped().hint("run the same command again"));
+    let result = match progress {
+        None => unfinished(),
+        Some(Progress { vm, name, removes: true }) => {
+            if agent.store.snapshots(&vm).is_ok_and(|names| !names.contains(&name)) {
+                volumes::remove_of(agent, &vm, &name)
+            } else {
+                unfinished()
+            }
+        }
+        Some(Progress { vm, name, removes: false }) => {
+            if find(agent, &vm, &name).is_ok_and(|(_, details)| details.operation == id) {
+                Ok(())
+            } else {
+                volumes::remove_made_by(agent, id).and_then(|()| unfinished())
+            }
+        }
+    };
     agent.operations.finish(id, result);
 }
 

@@ -11,7 +11,7 @@ use form_types::{Digest, Name, VmId};
 use form_vmm::machine;
 use serde::{Deserialize, Serialize};
 
-use super::{Details, find, without_volumes};
+use super::{Details, find, volumes};
 use crate::{
     agent::{Agent, internal},
     desired::{DesiredVm, Restore},
@@ -59,8 +59,7 @@ pub fn note(agent: &Agent, vm: &VmId, starts: u64, fault: Option<String>) -> std
 ///
 /// # Errors
 /// Not found, damaged, of another release; the VM has changed since, or the host cannot run what was saved.
-pub fn check(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<Option<SavedMemory>, ApiError> {
-    without_volumes(agent, vm, "restore")?;
+pub fn check(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<(Option<SavedMemory>, Details), ApiError> {
     let (entry, details) = find(agent, &vm.id, name)?;
     fits(&details.request, &vm.request, entry.saved.is_some(), &|image| agent.root_of(image)).map_err(|reason| {
         ApiError::new(ErrorCode::Conflict, format!("vm/{} has changed since the snapshot `{name}` was made: {reason}", vm.name()))
@@ -69,7 +68,8 @@ pub fn check(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<Option<SavedM
     if let Some(saved) = &entry.saved {
         check_saved(saved, &details.request, name)?;
     }
-    Ok(entry.saved)
+    volumes::check_restore(agent, vm, name, &details.volumes)?;
+    Ok((entry.saved, details))
 }
 
 /// Whether a new VM that is to be `request` can go on from the snapshot `name` of `source`. Ports are led by the host, and a guest learns its
@@ -83,6 +83,10 @@ pub fn check_fork(agent: &Agent, source: &DesiredVm, name: &Name, request: &Depl
         return conflict("a VM that goes on from a snapshot has no volumes".to_owned(), "attach volumes to it later");
     }
     let (entry, details) = find(agent, &source.id, name)?;
+    if let Some(had) = details.volumes.first() {
+        let text = format!("vm/{} had volume/{} when the snapshot `{name}` was made, and a fork has no volumes", source.name(), had.name);
+        return conflict(text, "detach its volumes, and fork it then");
+    }
     let mut then = details.request.clone();
     then.spec.ports.clone_from(&request.spec.ports);
     if let Err(reason) = fits(&then, request, entry.saved.is_some(), &|image| agent.root_of(image)) {

@@ -3,7 +3,7 @@
 use std::{
     os::fd::{AsFd, BorrowedFd},
     path::Path,
-    sync::Arc,
+    sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -14,7 +14,11 @@ use form_types::{Failpoint, Name, OperationId, VmId, failpoint::reach};
 use form_vmm::control::{Aside, Client, ClientError, ErrorKind, VmState as ProcessState};
 use jiff::Timestamp;
 
-use super::{Details, operate::on_disk};
+use super::{
+    Details,
+    operate::on_disk,
+    volumes::{self, Drafts, KeptVolume},
+};
 use crate::{
     agent::{Agent, internal},
     cgroup::Twice,
@@ -22,6 +26,7 @@ use crate::{
     driver::{guest, live, process::RuntimeDirectory},
     headroom, machine, memory,
     serve::store_error,
+    volume::snapshot::PartDetails,
 };
 
 /// How long a guest may take to quiesce its file systems.
@@ -38,6 +43,15 @@ const RESUMES: u32 = 3;
 /// # Errors
 /// No room, the VM ended meanwhile, or it cannot be saved. It goes on as it was, and nothing is left.
 pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, state: VmState) -> Result<(), ApiError> {
+    let result = make(agent, id, vm, name, state).await;
+    if result.is_err() {
+        // It is told why it failed; what stays of it is logged.
+        let _ = on_disk(agent, move |agent| Ok(volumes::remove_made_by(agent, id))).await;
+    }
+    result
+}
+
+async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, state: VmState) -> Result<(), ApiError> {
     let (vm_id, of) = (vm.id, name.clone());
     let mut draft = on_disk(agent, move |agent| agent.store.draft_snapshot(&vm_id, &of)).await?;
     let mut details = Details {
@@ -48,6 +62,7 @@ pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Na
         pause_ms: None,
         next_log_sequence: 0,
         is_shared: false,
+        volumes: Vec::new(),
     };
     if matches!(state, VmState::Running | VmState::Paused) {
         let running = Running { agent, vm: &vm_id, directory: RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm_id) };
@@ -59,13 +74,15 @@ pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Na
         }
         let frozen = runs && running.freeze().await;
         details.consistency = if frozen { Consistency::Quiesced } else { Consistency::Crash };
-        agent.operations.step(id, "saving memory, devices and disk");
-        let saved = running.save(draft, details.request.spec.resources.memory_mib).await;
+        agent.operations.step(id, "saving memory, devices and disks");
+        let part = part(&details, vm_id);
+        let saved = running.save(draft, details.request.spec.resources.memory_mib, vm.clone(), name.clone(), part).await;
         if runs {
             running.thaw(frozen).await;
         }
         let saved = saved?;
         details.created_at = Timestamp::now();
+        details.volumes = saved.volumes;
         details.pause_ms = Some(u64::try_from(saved.pause.as_millis()).unwrap_or(u64::MAX));
         if let Some(writing) = saved.writing {
             agent.operations.step(id, "writing memory");
@@ -73,17 +90,30 @@ pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Na
         }
         draft = saved.draft;
     } else {
-        agent.operations.step(id, "copying the disk");
-        draft = on_disk(agent, move |agent| {
-            draft.copy_disk(&agent.store, &vm_id)?;
-            Ok(draft)
-        })
-        .await?;
+        agent.operations.step(id, "copying its disks");
+        let (vm, name, part) = (vm.clone(), name.clone(), part(&details, vm_id));
+        let copied = on_disk(agent, move |agent| {
+            let mut copy = || -> Result<Vec<KeptVolume>, ApiError> {
+                let drafts = Drafts::begin(agent, &vm, &name, false)?;
+                draft.copy_disk(&agent.store, &vm_id).map_err(|error| store_error(&error))?;
+                drafts.copy()?;
+                drafts.publish(&part)
+            };
+            let volumes = copy();
+            Ok(volumes.map(|volumes| (draft, volumes)))
+        });
+        (draft, details.volumes) = copied.await??;
     }
     let details = serde_json::to_value(&details).map_err(|error| internal(&error))?;
     on_disk(agent, move |_| draft.publish(details)).await?;
     reach(Failpoint::SnapshotNamed);
     Ok(())
+}
+
+/// What the snapshot of a volume says that is made with the VM's.
+const fn part(details: &Details, vm: VmId) -> PartDetails {
+    let Details { operation, created_at, consistency, .. } = *details;
+    PartDetails { operation, created_at, consistency, pause_ms: None, part_of: Some(vm) }
 }
 
 /// A VM with a process.
@@ -135,18 +165,40 @@ impl Running<'_> {
         });
     }
 
-    /// Pauses it, saves it, lets it go on if it ran.
-    async fn save(&self, draft: SnapshotDraft, memory_mib: u64) -> Result<Saved, ApiError> {
+    /// Pauses it, saves it with its volumes, lets it go on if it ran.
+    async fn save(
+        &self,
+        draft: SnapshotDraft,
+        memory_mib: u64,
+        desired: DesiredVm,
+        name: Name,
+        mut part: PartDetails,
+    ) -> Result<Saved, ApiError> {
         let (agent, vm, directory) = (Arc::clone(self.agent), *self.vm, self.directory.clone());
         let memory_mib = memory::held_mib(&agent, &vm, memory_mib);
         let done = tokio::task::spawn_blocking(move || {
+            // No volume comes or goes meanwhile.
+            let turn = agent.volumes_of(&vm);
+            let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+            let volumes = Drafts::begin(&agent, &desired, &name, true)?;
             // An agent that is killed now leaves a VM that stands: the next one finds the mark and lets it go on.
             directory.mark_saving().map_err(|error| internal(&error))?;
-            let result = stand_and_save(&agent, &vm, memory_mib, &directory.control(), draft);
+            let result = stand_and_save(&agent, &vm, memory_mib, &directory.control(), draft, &volumes);
             if !matches!(result, Err(Fault::Stands(_))) {
                 directory.unmark_saving();
             }
-            result.map_err(Fault::into_api)
+            let mut saved = result.map_err(Fault::into_api)?;
+            part.created_at = Timestamp::now();
+            part.pause_ms = Some(u64::try_from(saved.pause.as_millis()).unwrap_or(u64::MAX));
+            match volumes.publish(&part) {
+                Ok(kept) => saved.volumes = kept,
+                Err(error) => {
+                    // As in `stand_and_save`.
+                    let _ = saved.writing.map(|writing| writing.wait(&agent));
+                    return Err(full(&agent, error));
+                }
+            }
+            Ok(saved)
         });
         done.await.map_err(|error| internal(&error))?
     }
@@ -154,6 +206,8 @@ impl Running<'_> {
 
 struct Saved {
     draft: SnapshotDraft,
+    /// Of which there are snapshots now.
+    volumes: Vec<KeptVolume>,
     /// How long it stood still.
     pause: Duration,
     /// What is left to do for the draft to be whole.
@@ -188,7 +242,14 @@ impl Fault {
     }
 }
 
-fn stand_and_save(agent: &Agent, vm: &VmId, memory_mib: u64, control: &Path, mut draft: SnapshotDraft) -> Result<Saved, Fault> {
+fn stand_and_save(
+    agent: &Agent,
+    vm: &VmId,
+    memory_mib: u64,
+    control: &Path,
+    mut draft: SnapshotDraft,
+    volumes: &Drafts,
+) -> Result<Saved, Fault> {
     let client = Client::connect(control).map_err(|error| Fault::Api(process_error(&error)))?;
     let ran = match client.status() {
         Ok((state, _)) => state == ProcessState::Running,
@@ -199,7 +260,7 @@ fn stand_and_save(agent: &Agent, vm: &VmId, memory_mib: u64, control: &Path, mut
     let mut aside = None;
     let saved = pause(&client, ran).and_then(|()| {
         reach(Failpoint::SnapshotPaused);
-        write(agent, vm, &client, &mut draft, twice.is_some(), &mut aside)?;
+        write(agent, vm, &client, &mut draft, volumes, twice.is_some().then_some(&mut aside))?;
         reach(Failpoint::SnapshotSaved);
         Ok(())
     });
@@ -214,7 +275,7 @@ fn stand_and_save(agent: &Agent, vm: &VmId, memory_mib: u64, control: &Path, mut
     match (saved, resumed) {
         (Ok(()), Ok(())) => {
             let writing = aside.zip(twice).map(|(aside, twice)| Writing { aside, _twice: twice });
-            Ok(Saved { draft, pause, writing })
+            Ok(Saved { draft, volumes: Vec::new(), pause, writing })
         }
         (Err(error), Ok(())) => Err(Fault::Api(full(agent, error))),
         (_, Err(error)) => Err(Fault::Stands(error)),
@@ -246,24 +307,27 @@ pub(super) fn pause(client: &Client, ran: bool) -> Result<(), ApiError> {
 }
 
 /// Everything at one instant: nothing of the VM moves.
-/// When the VM may have its memory twice, that may be written later: `aside` is it then, also when something else fails.
+/// With `aside` the VM may have its memory twice, and that may be written later: there it is then, also when something else fails.
 fn write(
     agent: &Agent,
     vm: &VmId,
     client: &Client,
     draft: &mut SnapshotDraft,
-    is_twice_allowed: bool,
-    aside: &mut Option<Aside>,
+    volumes: &Drafts,
+    aside: Option<&mut Option<Aside>>,
 ) -> Result<(), ApiError> {
     let store = |error: StoreError| store_error(&error);
     let (state, memory) = draft.create_saved().map_err(store)?;
-    if is_twice_allowed {
+    let mut is_begun = false;
+    if let Some(aside) = aside {
         *aside = save_aside(client, vm, state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))?;
+        is_begun = aside.is_some();
     }
-    if aside.is_none() {
+    if !is_begun {
         client.save(state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))?;
     }
     draft.copy_disk(&agent.store, vm).map_err(store)?;
+    volumes.share()?;
     // Its process may have been killed meanwhile, and another one started on the disk that was being copied.
     still_stands(client)
 }

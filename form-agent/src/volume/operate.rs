@@ -189,7 +189,7 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
     }
     match change {
         Change::Snapshot(name) => snapshot::check_create(agent, &volume, name),
-        Change::RemoveSnapshot(name) => snapshot::one(agent, &volume, name).map(drop),
+        Change::RemoveSnapshot(name) => snapshot::check_remove(agent, &volume, name),
         Change::Restore(request) => snapshot::check_restore(agent, &volume, request),
         change => check_of(agent, &volume, &view, change),
     }
@@ -266,14 +266,16 @@ fn pool_of(agent: &Agent, volume: &DesiredVolume) -> Result<Arc<Pool>, ApiError>
 
 /// Which exports of a volume stand in the way of a change.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Exported {
+pub enum Exported {
     Writable,
     Whatever,
 }
 
 use Exported::{Whatever, Writable};
 
-pub(super) fn not_exported(agent: &Agent, volume: &DesiredVolume, what: &str, which: Exported) -> Result<(), ApiError> {
+/// # Errors
+/// A conflict, when there is such an export.
+pub fn not_exported(agent: &Agent, volume: &DesiredVolume, what: &str, which: Exported) -> Result<(), ApiError> {
     match agent.exports.of(&volume.id).filter(|export| export.writable || which == Whatever) {
         Some(export) => {
             let how = if export.writable { " for writing" } else { "" };

@@ -28,12 +28,83 @@ use crate::{
 
 /// What the store keeps of a snapshot for the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Details {
+pub struct PartDetails {
     /// That made it: a restarted agent knows by it that the operation has come to its end.
-    operation: OperationId,
-    created_at: Timestamp,
-    consistency: Consistency,
-    pause_ms: Option<u64>,
+    pub operation: OperationId,
+    pub created_at: Timestamp,
+    pub consistency: Consistency,
+    pub pause_ms: Option<u64>,
+    /// The VM whose snapshot of the same name it is a part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part_of: Option<VmId>,
+}
+
+type Details = PartDetails;
+
+/// A snapshot of a volume that belongs to one of a VM.
+pub struct Part {
+    pub volume: DesiredVolume,
+    pub name: Name,
+    pub details: PartDetails,
+}
+
+impl Part {
+    pub fn is_of(&self, vm: &VmId) -> bool {
+        self.details.part_of == Some(*vm)
+    }
+}
+
+/// Every such one in the pools that are there. One whose record cannot be read is nobody's part.
+pub fn parts(agent: &Agent) -> Vec<Part> {
+    let mut found = Vec::new();
+    for volume in own(agent) {
+        let Ok(pool) = pool_of(agent, &volume) else { continue };
+        for name in pool.snapshots(&volume.id).unwrap_or_default() {
+            if let Ok((_, details)) = find(&pool, &volume, &name)
+                && details.part_of.is_some()
+            {
+                found.push(Part { volume: volume.clone(), name, details });
+            }
+        }
+    }
+    found
+}
+
+/// The VM whose snapshot a part belongs to, when that exists or is being made or removed.
+pub fn whole_of(agent: &Agent, part: &Part) -> Option<String> {
+    let vm = part.details.part_of?;
+    let name = describe::vm_name(agent, &vm);
+    let is_there = || agent.store.snapshots(&vm).is_ok_and(|names| names.contains(&part.name));
+    // Looked at again: it may have been made in between.
+    (is_there() || agent.operations.is_under_way(&format!("vm/{name}")) || is_there()).then_some(name)
+}
+
+/// Whether the part of the snapshot `name` of `vm` is there, and of a volume of this size.
+///
+/// # Errors
+/// Not found, damaged, of another size or of something else.
+pub fn check_part(agent: &Agent, volume: &DesiredVolume, name: &Name, vm: &VmId, size_bytes: u64) -> Result<(), ApiError> {
+    let found = pool_of(agent, volume).and_then(|pool| find(&pool, volume, name));
+    let (entry, details) = found.map_err(|error| ApiError { message: format!("volume/{}: {}", volume.name, error.message), ..error })?;
+    if details.part_of == Some(*vm) && entry.size_bytes == size_bytes {
+        return Ok(());
+    }
+    let text = format!("the snapshot `{name}` of volume/{} is not the one that was made with the VM's", volume.name);
+    Err(conflict(text, "another snapshot may do: `form vm snapshot ls`".to_owned()))
+}
+
+/// Whether a snapshot of a volume can be removed by itself.
+pub(super) fn check_remove(agent: &Agent, volume: &DesiredVolume, name: &Name) -> Result<(), ApiError> {
+    let pool = pool_of(agent, volume)?;
+    is_one(&pool, volume, name)?;
+    let Ok((_, details)) = find(&pool, volume, name) else { return Ok(()) };
+    match whole_of(agent, &Part { volume: volume.clone(), name: name.clone(), details }) {
+        None => Ok(()),
+        Some(vm) => {
+            let text = format!("the snapshot `{name}` of volume/{} is a part of that of vm/{vm}", volume.name);
+            Err(conflict(text, format!("remove both: `form vm snapshot rm {vm} {name}`")))
+        }
+    }
 }
 
 fn store(error: &StoreError) -> ApiError {
@@ -163,7 +234,10 @@ pub fn settle(agent: &Agent, name: &Name) -> Result<(), ApiError> {
 }
 
 /// Whether a snapshot of a volume can be made now.
-pub(super) fn check_create(agent: &Agent, volume: &DesiredVolume, name: &Name) -> Result<(), ApiError> {
+///
+/// # Errors
+/// Not found, no room, in use by somebody who cannot be kept from writing.
+pub fn check_create(agent: &Agent, volume: &DesiredVolume, name: &Name) -> Result<(), ApiError> {
     let pool = pool_of(agent, volume)?;
     if pool.snapshots(&volume.id).map_err(|error| store(&error))?.contains(name) {
         return Err(store(&StoreError::VolumeSnapshotExists(name.clone())));
@@ -204,7 +278,10 @@ fn writer(agent: &Agent, volume: &DesiredVolume) -> Result<(VmId, bool), ApiErro
 }
 
 /// A VM stands still for what takes no time, not for a copy of a whole disk.
-fn shares(agent: &Agent, pool: &Pool, volume: &DesiredVolume, vm: &VmId) -> Result<(), ApiError> {
+///
+/// # Errors
+/// A conflict, in a pool that does not share blocks.
+pub fn shares(agent: &Agent, pool: &Pool, volume: &DesiredVolume, vm: &VmId) -> Result<(), ApiError> {
     if pool.shares_blocks().map_err(|error| store(&error))? {
         return Ok(());
     }
@@ -233,7 +310,7 @@ pub(super) fn create(agent: &Arc<Agent>, pool: &Pool, volume: &Name, progress: &
             .and_then(|()| pool.ensure(&volume.id, volume.format, volume.size_bytes))
             .and_then(|_| pool.draft_snapshot(&volume.id, name, false))
     };
-    let mut details = Details { operation, created_at: Timestamp::now(), consistency: Consistency::Stopped, pause_ms: None };
+    let mut details = Details { operation, created_at: Timestamp::now(), consistency: Consistency::Stopped, pause_ms: None, part_of: None };
     let draft = match drafted {
         Ok(draft) => {
             agent.operations.step(operation, "copying the volume");

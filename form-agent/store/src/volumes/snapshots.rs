@@ -9,13 +9,14 @@ use std::{
     io,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use form_types::{Failpoint, Name, OperationId, VolumeFormat, VolumeId, failpoint::reach};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Pool, RECORD as VOLUME, Record as VolumeRecord, VolumeEntry, copy_and_compare, file_name};
+use super::{OpenVolume, Pool, RECORD as VOLUME, Record as VolumeRecord, VolumeEntry, copy_and_compare, file_name, is_blank};
 use crate::{
     blocks::read_dir,
     copy::{share, share_or_copy},
@@ -23,7 +24,7 @@ use crate::{
     disks::create,
     durable::{Draft, bury, make_dir, read_json, retire, sync_dir, to_json, write_file},
     error::{Result, StoreError},
-    hold,
+    hold, lock,
 };
 
 const SNAPSHOTS: &str = "snapshots";
@@ -71,6 +72,11 @@ pub struct VolumeSnapshotDraft {
 }
 
 impl VolumeSnapshotDraft {
+    /// Of the volume, as a guest sees it.
+    pub const fn size_bytes(&self) -> u64 {
+        self.entry.size_bytes
+    }
+
     /// Copies what the volume holds: blocks are shared where the file system can.
     ///
     /// # Errors
@@ -307,6 +313,30 @@ impl Pool {
     /// Whether [`Pool::draft_restore`] was done for this operation, and nothing since.
     pub fn has_restore(&self, id: &VolumeId, operation: &OperationId) -> bool {
         self.restore_place(id, operation).join(VOLUME).exists()
+    }
+
+    /// Opens what [`Pool::draft_restore`] made, locked as [`Pool::open_volume`] locks a volume that is written to. It stays what is open when
+    /// [`Pool::settle_held`] makes the volume of it.
+    ///
+    /// # Errors
+    /// When there is none, those of the file system.
+    pub fn open_restore(&self, id: &VolumeId, operation: &OperationId) -> Result<OpenVolume> {
+        let place = self.restore_place(id, operation);
+        let record: VolumeRecord = read_json(&place.join(VOLUME))?;
+        let path = place.join(record.file_name());
+        let file = File::options().read(true).write(true).open(&path).map_err(StoreError::io("open", &path))?;
+        lock::take(&file, &path, true)?;
+        let is_blank = is_blank(&file, record.format).map_err(StoreError::io("read", &path))?;
+        Ok(OpenVolume { file, format: record.format, size_bytes: record.size_bytes, is_blank })
+    }
+
+    /// When a volume's file was last written to.
+    ///
+    /// # Errors
+    /// Those of [`Pool::volume`].
+    pub fn written_at(&self, id: &VolumeId) -> Result<SystemTime> {
+        let entry = self.volume(id)?;
+        fs::metadata(&entry.path).and_then(|metadata| metadata.modified()).map_err(StoreError::io("read", &entry.path))
     }
 
     /// Takes a restore back that the state does not know of.

@@ -266,9 +266,9 @@ impl Prepared {
             let device = devices::saved_memory(added, &empty.vm, &memory)?;
             handles.memory = Some(device.handle());
             // It came while the VM ran, so the configuration does not name it.
-            let place = state.devices.iter().position(|device| device.id == devices::MEMORY).unwrap_or(0);
-            backends.insert(place.min(backends.len()), Box::new(device));
+            backends.push(Box::new(device));
         }
+        in_saved_order(&mut backends, &state.devices);
         check_devices(&backends, &state.devices)?;
         // Not the first free ones: a disk that was taken away before the save has left its slot empty.
         let slots: Vec<usize> = state.devices.iter().map(|device| device.slot).collect();
@@ -336,7 +336,12 @@ fn check_host(host: &CpuId, state: &MachineState) -> Result<(), MachineError> {
     Ok(())
 }
 
-/// The configuration names the devices that were saved, in the same order.
+/// What came while the VM ran stands behind what it booted with.
+fn in_saved_order(given: &mut [Box<dyn VirtioDevice>], saved: &[DeviceState]) {
+    given.sort_by_key(|device| saved.iter().position(|saved| saved.id == device.id()).unwrap_or(usize::MAX));
+}
+
+/// The configuration names the devices that were saved, and no others.
 fn check_devices(given: &[Box<dyn VirtioDevice>], saved: &[DeviceState]) -> Result<(), MachineError> {
     let given: Vec<&str> = given.iter().map(|device| device.id()).collect();
     let saved: Vec<&str> = saved.iter().map(|device| device.id.as_str()).collect();

@@ -2,10 +2,12 @@ use std::{collections::BTreeSet, sync::Mutex};
 
 use clap_complete::engine::ArgValueCompleter;
 use form_api::{
+    ApiError, ErrorCode,
     client::Client,
     deploy::{CreateVmRequest, DeployRequest, ForkOf},
     operation::Operation,
     snapshot::SnapshotRequest,
+    volume::Volume,
 };
 use form_types::{IdempotencyKey, Name};
 
@@ -56,6 +58,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     let source = client.vm(&args.source).await?.desired;
     let names = names(&client, &args).await?;
     let Some(snapshot) = &args.snapshot else {
+        without_volumes(&client, &args.source).await?;
         let snapshot = take(session, &client, &args.source).await?;
         let made = make(session, &client, &args, &source, &names, &snapshot).await;
         remove(session, &client, &args.source, &snapshot).await;
@@ -94,6 +97,15 @@ fn numbered(source: &Name, count: u32, taken: &BTreeSet<Name>) -> Result<Vec<Nam
         }
     }
     Ok(found)
+}
+
+/// Said before the VM stands still for it; the host looks again.
+async fn without_volumes(client: &Client, vm: &Name) -> Result<(), Failure> {
+    let has = |volume: &Volume| volume.attachment.as_ref().is_some_and(|attachment| attachment.vm == *vm);
+    let Some(volume) = client.volumes().await?.into_iter().find(has) else { return Ok(()) };
+    let text = format!("vm/{vm} has volume/{}, and a fork has no volumes", volume.name);
+    let error = ApiError::new(ErrorCode::Conflict, text);
+    Err(error.hint(format!("take it away first: `form volume detach {}`", volume.name)).into())
 }
 
 /// Saves the VM under a name that nobody else gives.

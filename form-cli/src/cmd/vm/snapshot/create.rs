@@ -11,9 +11,10 @@ use crate::{
     session::Session,
 };
 
-/// Save memory, devices and root disk of a VM at one instant
+/// Save memory, devices, root disk and volumes of a VM at one instant
 ///
-/// The VM stands still while they are written, and goes on. Of a stopped VM the disk is saved. A VM with volumes is refused.
+/// The VM stands still for it, and goes on. Of a stopped VM the disks are saved. Each volume that it can write to gets a snapshot of the same
+/// name in its own pool; while the VM runs that pool has to share blocks (XFS, Btrfs).
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The VM

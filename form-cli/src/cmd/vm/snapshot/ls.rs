@@ -24,7 +24,8 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         Some(vm) => client.snapshots(vm).await?,
         None => client.all_snapshots().await?,
     };
-    let mut table = Table::new(&["NAME", "VM", "MEMORY", "DISK", "USED", "STATE", "AGE"], &["PAUSE", "VCPUS", "IMAGE", "HOST", "FAULT"]);
+    let mut table =
+        Table::new(&["NAME", "VM", "MEMORY", "DISK", "USED", "STATE", "AGE"], &["VOLUMES", "PAUSE", "VCPUS", "IMAGE", "HOST", "FAULT"]);
     for snapshot in &snapshots {
         let state = snapshot.consistency.filter(|_| snapshot.fault.is_none());
         table.row([
@@ -35,6 +36,7 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
             snapshot.allocated_bytes.map(bytes).unwrap_or_default(),
             state.map_or("failed", |consistency| consistency.as_str()).to_owned(),
             snapshot.created_at.map(|at| age(at, Timestamp::now())).unwrap_or_default(),
+            snapshot.volumes.iter().map(Name::as_str).collect::<Vec<_>>().join(" "),
             snapshot.pause_ms.map(|ms| format!("{ms} ms")).unwrap_or_default(),
             snapshot.vcpus.map(|vcpus| vcpus.to_string()).unwrap_or_default(),
             snapshot.image_digest.map(|digest| digest.short()).unwrap_or_default(),

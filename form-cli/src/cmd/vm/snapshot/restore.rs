@@ -6,7 +6,8 @@ use crate::{args::vm_name, complete, failure::Outcome, operation::settle, sessio
 
 /// Put a VM back to what it was when a snapshot was made
 ///
-/// It goes on from there with its name and address; what it did since is lost. The snapshot stays.
+/// It goes on from there with its name and address, and its volumes go back with it; what it did since is lost. The snapshot stays. The VM
+/// has to have the volumes that it had then, in the same places.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The VM

@@ -11,7 +11,7 @@ use crate::{
 
 /// Remove snapshots of a VM
 ///
-/// A VM that was restored from one runs on.
+/// What they hold of volumes goes with them. A VM that was restored from one runs on.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The VM

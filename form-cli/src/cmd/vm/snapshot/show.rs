@@ -30,6 +30,10 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .optional("memory", snapshot.memory_mib.map(|mib| bytes(mib << 20)))
         .optional("vcpus", snapshot.vcpus)
         .optional("disk", snapshot.disk_bytes.map(bytes))
+        .optional(
+            "volumes",
+            Some(snapshot.volumes.iter().map(Name::as_str).collect::<Vec<_>>().join(" ")).filter(|names| !names.is_empty()),
+        )
         .optional("used", snapshot.allocated_bytes.map(bytes))
         .optional("stood still", snapshot.pause_ms.map(|ms| format!("{ms} ms")))
         .optional("image", snapshot.image_digest)
