@@ -3,7 +3,7 @@
 use form_types::{Digest, HostId, Name, VmId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Snapshot {
@@ -55,6 +55,18 @@ impl Consistency {
             Self::Stopped => "stopped",
         }
     }
+}
+
+/// `GET /v1/vms/{name}/snapshots/{snapshot}`: how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct ShowSnapshotQuery {
+    /// Read all of its memory and compare it with its checksums: what is damaged is its `fault`. Without it only what was written to since it was
+    /// made is compared, and only when it is restored.
+    #[serde(default)]
+    #[param(required = false)]
+    pub verify: bool,
 }
 
 /// `POST /v1/vms/{name}/snapshots`

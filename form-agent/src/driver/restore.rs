@@ -148,10 +148,10 @@ impl Driver {
 /// Of a snapshot without memory.
 fn place(agent: &Agent, desired: &DesiredVm, (disk, volumes): (RestoredDisk, Restored)) -> Result<(), LaunchError> {
     let _turn = agent.volume_turn();
-    let held = hold_volumes(agent, desired, &volumes)?;
+    let mut held = hold_volumes(agent, desired, &volumes)?;
     disk.publish(&agent.store, &desired.id)?;
     reach(Failpoint::RestoreSwapped);
-    volumes.settle(&held)?;
+    volumes.settle(&mut held)?;
     restore::note(agent, &desired.id, desired.starts, None).map_err(io_error("the note of its restore"))
 }
 
@@ -173,7 +173,7 @@ pub fn hold(
     let disk = Disk { format, backing: prepared.backing.len() as u16 };
     // Until the volumes are what they were then, nobody else opens them.
     let _turn = agent.volume_turn();
-    let held = hold_volumes(agent, desired, &prepared.volumes)?;
+    let mut held = hold_volumes(agent, desired, &prepared.volumes)?;
     let volumes: Vec<VolumeDisk> = held.ready.iter().map(Ready::disk).collect();
     let config = vm::restore_config(&desired.id, &agent.link(desired), disk, &volumes, desired.limits, vm::jail(uid));
     let mut descriptors: Vec<BorrowedFd<'_>> = vec![
@@ -192,7 +192,7 @@ pub fn hold(
     reach(Failpoint::RestoreHeld);
     prepared.restored.publish(&agent.store, &desired.id)?;
     reach(Failpoint::RestoreSwapped);
-    prepared.volumes.settle(&held)?;
+    prepared.volumes.settle(&mut held)?;
     process.record_restored(desired.starts, prepared.log_from)?;
     reach(Failpoint::RestoreRecorded);
     // Before its first instruction: from then on its memory and the snapshot's disk do not fit any more.

@@ -7,14 +7,14 @@ use form_api::{
     ApiError,
     operation::Operation,
     server::read_json,
-    snapshot::{Snapshot, SnapshotRequest},
+    snapshot::{ShowSnapshotQuery, Snapshot, SnapshotRequest},
 };
 use form_types::Name;
 
 use super::{
     Segment, Segments, Shared, accepted, blocking, changing, no_body,
     openapi::{ChangeHeaders, InTheWay, Missing, NoRoom, Refused, Unreadable},
-    parsed, reading,
+    parsed, query, reading,
 };
 use crate::{
     authorise::Caller,
@@ -60,14 +60,16 @@ pub async fn list(State(agent): State<Shared>, Segment(vm): Segment, request: Re
     path = "/v1/vms/{name}/snapshots/{snapshot}",
     operation_id = "show_snapshot",
     tag = "snapshots",
-    params(("name" = Name, Path, description = "The VM"), ("snapshot" = Name, Path, description = "The snapshot")),
-    responses((status = 200, description = "The snapshot", body = Snapshot), Refused, Missing),
+    params(("name" = Name, Path, description = "The VM"), ("snapshot" = Name, Path, description = "The snapshot"), ShowSnapshotQuery),
+    responses((status = 200, description = "The snapshot", body = Snapshot), Refused, Unreadable, Missing),
     security((), ("key" = []))
 )]
 pub async fn show(State(agent): State<Shared>, Segments(vm, name): Segments, request: Request) -> Result<Json<Snapshot>, ApiError> {
+    let ShowSnapshotQuery { verify } = query(request.uri())?;
     reading(&agent, request).await?;
     let (vm, name): (Name, Name) = (parsed(&vm)?, parsed(&name)?);
-    blocking(move || describe::one(&agent, &agent.vm_named(&vm)?, &name)).await.map(Json)
+    let look = if verify { describe::verified } else { describe::one };
+    blocking(move || look(&agent, &agent.vm_named(&vm)?, &name)).await.map(Json)
 }
 
 type Accepted = Result<(StatusCode, Json<Operation>), ApiError>;

@@ -1,14 +1,17 @@
 //! Snapshots as a client sees them.
 
-use form_api::{ApiError, snapshot::Snapshot};
+use std::fs::File;
+
+use form_api::{ApiError, ErrorCode, snapshot::Snapshot};
 use form_types::Name;
+use form_vmm::{machine, memory::image::ImageError};
 
 use super::{
     find,
     volumes::{self, KeptVolume},
 };
 use crate::{
-    agent::Agent,
+    agent::{Agent, internal},
     desired::{self, DesiredVm},
     serve::store_error,
 };
@@ -47,7 +50,32 @@ pub fn one(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<Snapshot, ApiEr
     if names.contains(name) {
         return Ok(described(agent, vm, name));
     }
-    Err(store_error(&form_store::StoreError::NoSnapshot(name.clone())).hint(format!("list them with `form vm snapshot ls {}`", vm.name())))
+    Err(not_there(vm, name))
+}
+
+fn not_there(vm: &DesiredVm, name: &Name) -> ApiError {
+    store_error(&form_store::StoreError::NoSnapshot(name.clone())).hint(format!("list them with `form vm snapshot ls {}`", vm.name()))
+}
+
+/// As [`one`], after a reading of its memory: what is damaged is its fault.
+///
+/// # Errors
+/// As [`one`]; that an earlier release made it, which kept no checksums.
+pub fn verified(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<Snapshot, ApiError> {
+    let mut snapshot = one(agent, vm, name)?;
+    if snapshot.fault.is_some() {
+        return Ok(snapshot);
+    }
+    let Some(saved) = find(agent, &vm.id, name)?.0.saved else { return Ok(snapshot) };
+    let file = File::open(&saved.memory).map_err(|error| internal(&format!("{}: {error}", saved.memory.display())))?;
+    match machine::verify_memory(&file) {
+        Ok(()) => {}
+        Err(error @ ImageError::NoChecksums) => {
+            return Err(ApiError::new(ErrorCode::Failed, format!("the snapshot `{name}`: {error}")).hint("make a new one"));
+        }
+        Err(error) => snapshot.fault = Some(error.to_string()),
+    }
+    Ok(snapshot)
 }
 
 fn described(agent: &Agent, vm: &DesiredVm, name: &Name) -> Snapshot {

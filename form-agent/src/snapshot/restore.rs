@@ -106,6 +106,9 @@ fn check_saved(saved: &SavedMemory, request: &DeployRequest, name: &Name) -> Res
         ApiError::new(ErrorCode::Failed, format!("the snapshot `{name}` cannot be restored here: {}", machine::explain(&error)))
             .hint("nothing was changed; another snapshot may do: `form vm snapshot ls`")
     })?;
+    if saved.is_touched {
+        verify(saved, name)?;
+    }
     let resources = &request.spec.resources;
     if (size.vcpus, size.memory_mib) == (resources.vcpus as usize, resources.memory_mib) {
         return Ok(());
@@ -115,6 +118,18 @@ fn check_saved(saved: &SavedMemory, request: &DeployRequest, name: &Name) -> Res
         size.vcpus, size.memory_mib, resources.vcpus, resources.memory_mib
     );
     Err(ApiError::new(ErrorCode::Failed, text).hint("its files were mixed up: remove it with `form vm snapshot rm`"))
+}
+
+/// Reads the saved memory, and compares it with its checksums.
+///
+/// # Errors
+/// Damaged, or of a release that kept none.
+pub fn verify(saved: &SavedMemory, name: &Name) -> Result<(), ApiError> {
+    let file = fs::File::open(&saved.memory).map_err(|error| internal(&format!("{}: {error}", saved.memory.display())))?;
+    machine::verify_memory(&file).map_err(|error| {
+        ApiError::new(ErrorCode::Failed, format!("the snapshot `{name}` cannot be restored: {error}"))
+            .hint("nothing was changed; another snapshot may do: `form vm snapshot ls`")
+    })
 }
 
 /// What keeps a VM that should be `now` from being what it was. A saved memory holds all that the VM was started from; a disk only has to

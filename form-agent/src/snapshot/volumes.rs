@@ -398,12 +398,12 @@ impl Restored {
         Ok(held)
     }
 
-    /// Has all of them take the places of what the volumes were.
+    /// Has all of them take the places of what the volumes were, whose files are closed before they are removed (NFS keeps those that are open).
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn settle(&self, held: &Held) -> form_store::Result<()> {
-        held.holds.iter().try_for_each(|(pool, lock)| pool.settle_held(lock, Some(&self.operation)))
+    pub fn settle(&self, held: &mut Held) -> form_store::Result<()> {
+        held.holds.drain(..).try_for_each(|(pool, lock)| pool.settle_held(lock, Some(&self.operation)))
     }
 }
 

@@ -146,6 +146,11 @@ impl Seal {
         })
     }
 
+    /// Whether nobody has written to it since, whatever became of its name, links and permissions.
+    pub fn has_same_bytes(&self, path: &Path) -> Result<bool> {
+        Ok(Self { changed: self.changed, ..Self::of(path)? } == *self)
+    }
+
     /// # Errors
     /// [`StoreError::Damaged`] with what is different.
     pub fn check(&self, path: &Path) -> Result<()> {

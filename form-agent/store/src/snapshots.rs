@@ -23,7 +23,7 @@ use crate::{
     copy::share_or_copy,
     described::{Fault, Kind},
     disks::{self, DISK, DiskFiles, DiskFormat, create, file_name},
-    durable::{Draft, make_dir, remove_tree, retire, sync_dir, to_json, write_file},
+    durable::{Draft, Seal, make_dir, remove_tree, retire, sync_dir, to_json, write_file},
     error::{Result, StoreError},
 };
 
@@ -41,6 +41,9 @@ struct Record {
     disk_length: u64,
     /// Of the files of state and memory, in bytes; none when the VM did not run.
     saved: Option<(u64, u64)>,
+    /// Of the file of memory; none of a snapshot that an earlier release made.
+    #[serde(default)]
+    memory_seal: Option<Seal>,
     /// The agent's.
     details: Value,
 }
@@ -60,6 +63,8 @@ impl Drafts {
 pub struct SavedMemory {
     pub state: PathBuf,
     pub memory: PathBuf,
+    /// Somebody wrote to the file of memory, or it is a copy: its checksums tell whether it holds the same.
+    pub is_touched: bool,
 }
 
 /// A snapshot that is whole.
@@ -140,7 +145,9 @@ impl SnapshotDraft {
             Some((state, memory)) => Some((length(state, STATE)?, length(memory, MEMORY)?)),
             None => None,
         };
-        let record = Record { disk: disk.clone(), disk_length: length(file, file_name(disk.format))?, saved, details };
+        let memory_seal = saved.map(|_| Seal::of(&self.path.join(MEMORY))).transpose()?;
+        let disk_length = length(file, file_name(disk.format))?;
+        let record = Record { disk: disk.clone(), disk_length, saved, memory_seal, details };
         self.name(&record)
     }
 
@@ -281,7 +288,11 @@ impl Store {
         };
         check(file_name(record.disk.format), record.disk_length)?;
         let saved = match record.saved {
-            Some((state, memory)) => Some(SavedMemory { state: check(STATE, state)?, memory: check(MEMORY, memory)? }),
+            Some((state, memory)) => {
+                let (state, memory) = (check(STATE, state)?, check(MEMORY, memory)?);
+                let is_touched = record.memory_seal.map_or(Ok(false), |seal| seal.has_same_bytes(&memory).map(|same| !same))?;
+                Some(SavedMemory { state, memory, is_touched })
+            }
             None => None,
         };
         Ok(SnapshotEntry {

@@ -107,9 +107,17 @@ fn another_vm_gets_a_snapshot_without_a_copy_of_it() {
     let inode = |saved: &form_store::SavedMemory| std::os::unix::fs::MetadataExt::ino(&fs::metadata(&saved.memory).unwrap());
     assert_eq!(inode(&mine.saved.unwrap()), inode(its.saved.as_ref().unwrap()));
 
+    // Another name for it, and one name less, are no reason to read all of it.
+    let is_touched = |vm: &VmId| store.snapshot(vm, &name("one")).unwrap().saved.unwrap().is_touched;
+    assert_eq!((is_touched(&VM), is_touched(&OTHER)), (false, false));
+
     // It is whole whatever becomes of the first, and makes a disk for its own VM.
     store.remove_snapshot(&VM, &name("one")).unwrap();
-    assert_eq!(fs::read(&its.saved.unwrap().memory).unwrap(), b"memory");
+    assert!(!is_touched(&OTHER));
+    let memory = its.saved.unwrap().memory;
+    assert_eq!(fs::read(&memory).unwrap(), b"memory");
+    fs::OpenOptions::new().write(true).open(&memory).unwrap().write_all_at(b"memory", 0).unwrap();
+    assert!(is_touched(&OTHER), "somebody wrote to it, be it the same");
     store.restore_disk(&OTHER, &name("one")).unwrap().publish(&store, &OTHER).unwrap();
     assert!(store.open_disk(&OTHER).is_ok());
     store.remove_snapshots(&OTHER).unwrap();

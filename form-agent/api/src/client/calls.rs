@@ -207,6 +207,12 @@ impl Client {
         self.read(&Call::get(format!("/v1/vms/{vm}/snapshots/{name}"))).await
     }
 
+    /// As [`Client::snapshot`], after the host has compared its memory with its checksums.
+    pub async fn verified_snapshot(&self, vm: &Name, name: &Name) -> Result<Snapshot, ClientError> {
+        let path = Query::new(&format!("/v1/vms/{vm}/snapshots/{name}")).with("verify", Some(true));
+        self.read(&Call::get(path.0)).await
+    }
+
     pub async fn create_snapshot(&self, vm: &Name, request: &SnapshotRequest) -> Result<Operation, ClientError> {
         self.read(&Call::post(format!("/v1/vms/{vm}/snapshots")).json(request)?.signed(fresh_key()?)).await
     }

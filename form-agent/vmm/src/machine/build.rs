@@ -307,6 +307,14 @@ pub fn check_saved(state: &File, memory: &File, kvm: OwnedFd) -> Result<SavedSiz
     Ok(SavedSize { vcpus: saved.vcpus.len(), memory_mib: saved.memory_mib + wanted })
 }
 
+/// Reads a saved VM's memory, and compares it with its checksums.
+///
+/// # Errors
+/// The first place that is damaged; that it has no checksums ([`image::ImageError::NoChecksums`]), being of an earlier release.
+pub fn verify_memory(memory: &File) -> Result<(), image::ImageError> {
+    image::verify(memory)
+}
+
 /// What was added to a saved VM while it ran: what its memory device says.
 fn added_memory(state: &MachineState, layout: &Layout, host: &CpuId) -> Result<Option<MemState>, MachineError> {
     let Some(device) = state.devices.iter().find(|device| device.id == devices::MEMORY) else { return Ok(None) };

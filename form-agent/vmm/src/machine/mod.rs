@@ -19,7 +19,7 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::build::DeviceSurroundings;
-pub use self::build::{Prepared, SavedSize, check_saved};
+pub use self::build::{Prepared, SavedSize, check_saved, verify_memory};
 use self::devices::Handles;
 use self::processors::Recipe;
 use self::state::{ClockState, DeviceState, MachineState};

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use super::state::MachineState;
 
 /// Raised with every change of what is saved.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// What was saved since then can be read.
 const OLDEST: u32 = 1;
 const MAGIC: [u8; 8] = *b"FORMVMST";

@@ -1,19 +1,25 @@
 //! Guest RAM as a file: written sparse while the VM is paused, and mapped privately when it is restored, so that a page is read when
 //! it is first touched and the file never changes.
 //!
-//! The file holds the ranges of RAM one behind the other, without the hole, and then one page that tells which save it belongs to.
+//! The file holds the ranges of RAM one behind the other, without the hole, then their checksums ([`super::sums`]), filled up to a page, and
+//! then one page, the trailer: magic, the save that it belongs to (16 bytes), version, bytes of RAM (8), checksum of the checksums, checksum of
+//! all this; numbers are little-endian and have 4 bytes else. Files of version 0 have no checksums, and zeros behind the save.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
 use super::MemoryError;
+use super::sums::{self, Sums, table_bytes};
 
 const MAGIC: [u8; 8] = *b"FORMVMEM";
-const PAGE: usize = 4096;
+const VERSION: u32 = 1;
+pub(super) const PAGE: usize = 4096;
+/// Bytes of the trailer that are used.
+const TRAILER: usize = 48;
 /// One write moves at most this much, so that a signal or a full disk is noticed early.
 const RUN_MAX: usize = 4 << 20;
 
@@ -32,13 +38,65 @@ pub enum ImageError {
     Foreign,
     #[error("the memory file belongs to another save than the state: pass the two that were written together")]
     OtherSave,
+    #[error("the memory file has version {found}, this program reads {VERSION}: restore it with the release that saved it")]
+    Version { found: u32 },
+    #[error("the memory file is damaged: the checksum of what describes it is wrong")]
+    Table,
+    #[error("the memory file is damaged: the checksum of the MiB at {mebibyte} MiB is wrong")]
+    Checksum { mebibyte: u64 },
+    #[error("the memory file is of a release that kept no checksums, and cannot be compared with them")]
+    NoChecksums,
 }
 
-fn trailer(id: &SaveId) -> [u8; 24] {
-    let mut bytes = [0; 24];
+/// What the last page of a file says.
+struct Trailer {
+    id: SaveId,
+    /// None of one without checksums.
+    sums: Option<SumsTrailer>,
+}
+
+#[derive(Clone, Copy)]
+struct SumsTrailer {
+    ram: u64,
+    table: u32,
+}
+
+fn trailer(id: &SaveId, SumsTrailer { ram, table }: SumsTrailer) -> [u8; TRAILER] {
+    let mut bytes = [0; TRAILER];
     bytes[..8].copy_from_slice(&MAGIC);
-    bytes[8..].copy_from_slice(id);
+    bytes[8..24].copy_from_slice(id);
+    bytes[24..28].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[28..36].copy_from_slice(&ram.to_le_bytes());
+    bytes[36..40].copy_from_slice(&table.to_le_bytes());
+    let own = crc32fast::hash(&bytes[..TRAILER - 8]);
+    bytes[TRAILER - 8..TRAILER - 4].copy_from_slice(&own.to_le_bytes());
     bytes
+}
+
+impl Trailer {
+    fn read(file: &File) -> Result<Self, ImageError> {
+        let length = file.metadata().map_err(ImageError::Read)?.len();
+        let at = length.checked_sub(PAGE as u64).ok_or(ImageError::Foreign)?;
+        let mut bytes = [0; TRAILER];
+        file.read_exact_at(&mut bytes, at).map_err(ImageError::Read)?;
+        if bytes[..8] != MAGIC {
+            return Err(ImageError::Foreign);
+        }
+        let mut id = [0; 16];
+        id.copy_from_slice(&bytes[8..24]);
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        match word(24) {
+            0 if bytes[24..] == [0; TRAILER - 24] => return Ok(Self { id, sums: None }),
+            VERSION => {}
+            0 => return Err(ImageError::Table),
+            found => return Err(ImageError::Version { found }),
+        }
+        if crc32fast::hash(&bytes[..TRAILER - 8]) != word(TRAILER - 8) {
+            return Err(ImageError::Table);
+        }
+        let ram = u64::from(word(28)) | u64::from(word(32)) << 32;
+        Ok(Self { id, sums: Some(SumsTrailer { ram, table: word(36) }) })
+    }
 }
 
 fn ram_bytes(memory: &GuestMemoryMmap) -> u64 {
@@ -54,7 +112,8 @@ pub fn save(memory: &GuestMemoryMmap, file: &File, id: &SaveId) -> Result<(), Im
     let write = ImageError::Write;
     let ram = ram_bytes(memory);
     file.set_len(0).map_err(write)?;
-    file.set_len(ram + PAGE as u64).map_err(write)?;
+    file.set_len(ram + table_bytes(ram) + PAGE as u64).map_err(write)?;
+    let mut sums = Sums::new(file, ram);
     let mut offset = 0;
     for region in memory.iter() {
         let length = usize::try_from(region.len()).map_err(|_| write(io::ErrorKind::InvalidInput.into()))?;
@@ -62,18 +121,29 @@ pub fn save(memory: &GuestMemoryMmap, file: &File, id: &SaveId) -> Result<(), Im
         while at < length {
             let run = run(region, at, length);
             if run.zero {
-                at += run.length;
-                continue;
+                sums.zeros(run.length).map_err(write)?;
+            } else {
+                write_run(region, at, run.length, file, offset + at as u64).map_err(write)?;
+                sum_run(region, at, run.length, &mut sums).map_err(write)?;
             }
-            write_run(region, at, run.length, file, offset + at as u64).map_err(write)?;
             at += run.length;
         }
         offset += region.len();
     }
+    let table = sums.finish().map_err(write)?;
     // The mark comes last: a file without it was never finished.
     file.sync_data().map_err(write)?;
-    file.write_all_at(&trailer(id), ram).map_err(write)?;
+    file.write_all_at(&trailer(id, SumsTrailer { ram, table }), ram + table_bytes(ram)).map_err(write)?;
     file.sync_data().map_err(write)
+}
+
+/// What was written is read once more: nobody changes it meanwhile.
+fn sum_run(region: &GuestRegionMmap, at: usize, length: usize, sums: &mut Sums<'_>) -> io::Result<()> {
+    let mut page = [0; PAGE];
+    (at..at + length).step_by(PAGE).try_for_each(|at| {
+        region.read_slice(&mut page, MemoryRegionAddress(at as u64)).map_err(|_| io::ErrorKind::InvalidInput)?;
+        sums.page(&page)
+    })
 }
 
 /// As [`save`], by a copy of this process: when it returns the VM may go on, and the copy has its memory as it was. The kernel copies a page
@@ -199,26 +269,42 @@ pub fn map(ranges: &[(u64, u64)], file: File, id: &SaveId) -> Result<GuestMemory
 pub fn check(ranges: &[(u64, u64)], file: &File, id: &SaveId) -> Result<(), ImageError> {
     let ram: u64 = ranges.iter().map(|(_, bytes)| bytes).sum();
     let found = file.metadata().map_err(ImageError::Read)?.len();
-    let expected = ram + PAGE as u64;
-    if found != expected {
+    let (bare, expected) = (ram + PAGE as u64, ram + table_bytes(ram) + PAGE as u64);
+    if found != bare && found != expected {
         return Err(ImageError::Size { expected, found });
     }
-    let mut bytes = [0; 24];
-    file.read_exact_at(&mut bytes, ram).map_err(ImageError::Read)?;
-    if bytes[..8] != MAGIC {
-        return Err(ImageError::Foreign);
-    }
-    if bytes[8..] != id[..] {
+    let trailer = Trailer::read(file)?;
+    if trailer.id != *id {
         return Err(ImageError::OtherSave);
     }
-    Ok(())
+    match trailer.sums {
+        None if found == bare => Ok(()),
+        Some(sums) if found == expected && sums.ram == ram => Ok(()),
+        _ => Err(ImageError::Size { expected, found }),
+    }
+}
+
+/// Reads all of `file`, but for its holes, and compares it with its checksums. It belongs to a save of its own, whichever that is.
+///
+/// # Errors
+/// [`ImageError::Checksum`] with the first place that is damaged, [`ImageError::NoChecksums`], and what [`check`] finds.
+pub fn verify(file: &File) -> Result<(), ImageError> {
+    let found = file.metadata().map_err(ImageError::Read)?.len();
+    let SumsTrailer { ram, table } = Trailer::read(file)?.sums.ok_or(ImageError::NoChecksums)?;
+    let expected = ram.saturating_add(PAGE as u64);
+    // Whatever it says, no more than there is.
+    if ram >= found || ram + table_bytes(ram) + PAGE as u64 != found {
+        return Err(ImageError::Size { expected, found });
+    }
+    sums::verify(file, ram, table)
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
 
-    use vm_memory::{Bytes, GuestAddress};
+    use rustix::fs::FallocateFlags;
+    use vm_memory::GuestAddress;
 
     use super::*;
     use crate::layout::{HOLE_END, Layout, MIB};
@@ -313,12 +399,64 @@ mod tests {
         file.as_file().set_len(length - 1).unwrap();
         assert!(matches!(refused(&file), ImageError::Size { .. }));
         file.as_file().set_len(length).unwrap();
-        file.as_file().write_all_at(&[0; 24], 17 * MIB).unwrap();
+        let mark = length - PAGE as u64;
+        let sums = Trailer::read(file.as_file()).unwrap().sums.unwrap();
+        file.as_file().write_all_at(&[0; TRAILER], mark).unwrap();
         assert!(matches!(refused(&file), ImageError::Foreign));
-        file.as_file().write_all_at(&trailer(&[8; 16]), 17 * MIB).unwrap();
+        file.as_file().write_all_at(&trailer(&[8; 16], sums), mark).unwrap();
         assert!(matches!(refused(&file), ImageError::OtherSave));
-        file.as_file().write_all_at(&trailer(&ID), 17 * MIB).unwrap();
+        file.as_file().write_all_at(&trailer(&ID, SumsTrailer { ram: sums.ram - 1, ..sums }), mark).unwrap();
+        assert!(matches!(refused(&file), ImageError::Size { .. }));
+        file.as_file().write_all_at(&trailer(&ID, sums), mark).unwrap();
+        file.as_file().write_all_at(&2_u32.to_le_bytes(), mark + 24).unwrap();
+        assert!(matches!(refused(&file), ImageError::Version { found: 2 }));
+        file.as_file().write_all_at(&trailer(&ID, sums), mark).unwrap();
         assert!(restored(&file).is_ok());
+    }
+
+    #[test]
+    fn damage_anywhere_is_found_and_its_place_is_told() {
+        let (file, _) = saved();
+        let length = file.as_file().metadata().unwrap().len();
+        verify(file.as_file()).unwrap();
+        let damaged = |at: u64, bytes: &[u8]| {
+            let mut before = vec![0; bytes.len()];
+            file.as_file().read_exact_at(&mut before, at).unwrap();
+            file.as_file().write_all_at(bytes, at).unwrap();
+            let said = verify(file.as_file()).unwrap_err();
+            file.as_file().write_all_at(&before, at).unwrap();
+            verify(file.as_file()).unwrap();
+            said
+        };
+        let place = |error: ImageError| match error {
+            ImageError::Checksum { mebibyte } => mebibyte,
+            other => panic!("{other}"),
+        };
+        // One bit of a page, a page that is lost, something where a hole was, the last byte.
+        assert_eq!(place(damaged(3 * MIB + 5, &[0x45])), 3);
+        assert_eq!(place(damaged(16 * MIB - 3 * PAGE as u64, &[0; PAGE])), 15);
+        assert_eq!(place(damaged(9 * MIB, &[1])), 9);
+        assert_eq!(place(damaged(17 * MIB - 1, &[2])), 16);
+        let lost = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        assert!(matches!(damaged(17 * MIB + 4, &[1]), ImageError::Table));
+        assert!(matches!(damaged(length - PAGE as u64 + 30, &[1]), ImageError::Table));
+        rustix::fs::fallocate(file.as_file(), lost, 3 * MIB, PAGE as u64).unwrap();
+        assert_eq!(place(verify(file.as_file()).unwrap_err()), 3);
+    }
+
+    #[test]
+    fn a_file_of_an_earlier_release_is_taken_and_cannot_be_verified() {
+        let (file, memory) = saved();
+        let ram = 17 * MIB;
+        file.as_file().set_len(ram).unwrap();
+        file.as_file().set_len(ram + PAGE as u64).unwrap();
+        let mut old = [0; 24];
+        old[..8].copy_from_slice(&MAGIC);
+        old[8..].copy_from_slice(&ID);
+        file.as_file().write_all_at(&old, ram).unwrap();
+        let value: u32 = restored(&file).unwrap().read_obj(GuestAddress(3 * MIB + 5)).unwrap();
+        assert_eq!(value, memory.read_obj::<u32>(GuestAddress(3 * MIB + 5)).unwrap());
+        assert!(matches!(verify(file.as_file()), Err(ImageError::NoChecksums)));
     }
 
     #[test]

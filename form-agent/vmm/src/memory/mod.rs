@@ -2,6 +2,7 @@
 
 pub mod chunks;
 pub mod image;
+mod sums;
 
 use std::io;
 

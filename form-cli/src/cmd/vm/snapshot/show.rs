@@ -18,10 +18,17 @@ pub struct Args {
     /// Its snapshot
     #[arg(add = ArgValueCompleter::new(complete::snapshots))]
     snapshot: Name,
+    /// Read all of its memory and compare it with its checksums; damage is its fault, and exit 1
+    #[arg(long)]
+    verify: bool,
 }
 
 pub async fn run(args: &Args, session: &Session) -> Outcome {
-    let snapshot = session.client()?.snapshot(&args.vm, &args.snapshot).await?;
+    let client = session.client()?;
+    let snapshot = match args.verify {
+        true => client.verified_snapshot(&args.vm, &args.snapshot).await?,
+        false => client.snapshot(&args.vm, &args.snapshot).await?,
+    };
     let record = Record::new(snapshot.name.to_string())
         .field("name", &snapshot.name)
         .field("vm", &snapshot.vm)
@@ -42,5 +49,5 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .wide("vm id", snapshot.vm_id)
         .wide("host id", snapshot.host);
     session.terminal.show(&snapshot, &record)?;
-    Ok(0)
+    Ok(u8::from(args.verify && snapshot.fault.is_some()))
 }
