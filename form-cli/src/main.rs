@@ -13,6 +13,7 @@ mod formfile_source;
 mod operation;
 mod sandbox;
 mod session;
+mod signals;
 mod ui;
 mod vm_view;
 

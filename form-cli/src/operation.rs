@@ -12,6 +12,7 @@ use form_types::{Name, OperationId};
 use crate::{
     failure::{Failure, Outcome},
     session::Session,
+    signals,
     ui::Step,
 };
 
@@ -36,11 +37,12 @@ pub async fn settle(session: &Session, client: &Client, operation: Operation) ->
 }
 
 async fn follow(session: &Session, client: &Client, id: OperationId) -> Result<Operation, Failure> {
+    let mut interrupts = signals::interrupts()?;
     tokio::select! {
         settled = client.wait_operation(&id, session.deadline()) => settled.map_err(|error| still_going(error, id)),
         // It shows steps and never ends before the operation does; without events the wait goes on all the same.
         never = show_steps(session, client, id) => match never {},
-        _ = tokio::signal::ctrl_c() => {
+        _ = interrupts.recv() => {
             session.close().await;
             session.terminal.note(format!("\nThe operation goes on. Watch it with `form op wait {id}`"));
             std::process::exit(130)

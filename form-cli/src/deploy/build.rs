@@ -19,6 +19,7 @@ use crate::{
     failure::Failure,
     formfile_source::Source,
     session::Session,
+    signals,
     ui::{Step, bytes, printable},
 };
 
@@ -171,6 +172,7 @@ pub async fn observed<T: Send + 'static>(
     cancel: &Cancel,
     work: impl FnOnce(&mut dyn BuildObserver) -> Result<T, BuildError> + Send + 'static,
 ) -> Result<T, Failure> {
+    let mut interrupts = signals::interrupts()?;
     let (sender, mut events) = mpsc::unbounded_channel();
     let task = tokio::task::spawn_blocking(move || work(&mut Forward(sender)));
     let mut view = View { session, coming: None, step: None };
@@ -181,7 +183,7 @@ pub async fn observed<T: Send + 'static>(
                 None => break,
             },
             () = tokio::time::sleep(LET_CACHE_ANSWER), if view.coming.is_some() => view.begin(),
-            _ = tokio::signal::ctrl_c() => cancel.cancel(),
+            _ = interrupts.recv() => cancel.cancel(),
         }
     }
     drop(view);

@@ -14,6 +14,7 @@ use crate::{
     disk_file::DiskFile,
     failure::{Failure, Outcome},
     session::Session,
+    signals,
 };
 
 /// Take an image in: one that `form image export` wrote, or the disk of a cloud image
@@ -63,11 +64,12 @@ async fn disk(args: Args, session: &Session) -> Result<BuiltImage, Failure> {
     let size = file.size();
     let (root, stop) = (paths.root().to_owned(), cancel.clone());
     let step = session.terminal.step(format!("reading {}", args.from.display()));
+    let mut interrupts = signals::interrupts()?;
     let mut reading = tokio::task::spawn_blocking(move || file.plain(&root, || !stop.is_cancelled()));
     let file = loop {
         tokio::select! {
             read = &mut reading => break read.map_err(|error| Failure::failed(format!("the reader stopped: {error}")))??,
-            _ = tokio::signal::ctrl_c() => cancel.cancel(),
+            _ = interrupts.recv() => cancel.cancel(),
         }
     };
     step.done("");

@@ -16,13 +16,13 @@ use form_archive::{ArchiveError, Owner, Target};
 use form_types::Name;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf},
-    signal::unix::{SignalKind, signal},
     sync::mpsc,
 };
 
 use crate::{
     failure::{Failure, Outcome},
     session::Session,
+    signals,
     ui::Bar,
 };
 
@@ -219,7 +219,7 @@ async fn copy_out(session: &Session, client: &Client, vm: &Name, path: String, t
     let progress = bar.as_ref().map(Bar::handle);
     let (sender, pieces) = mpsc::channel::<Option<Vec<u8>>>(16);
     let drain = Drain { pieces, rest: Vec::new(), read: 0, ended: false };
-    let ended = ended()?;
+    let ended = signals::ended()?;
     let unpacking = tokio::task::spawn_blocking(move || form_archive::unpack(drain, &Target::Exactly(target), Owner::Mine, false));
     let received = async {
         loop {
@@ -255,20 +255,6 @@ async fn copy_out(session: &Session, client: &Client, vm: &Name, path: String, t
     }
     unpacked.map_err(|error| failure(&error))?;
     Ok(0)
-}
-
-/// Comes when somebody wants the program to end: with its exit code, as a shell says it.
-pub fn ended() -> Result<impl Future<Output = u8>, Failure> {
-    let listen = |kind| signal(kind).map_err(|error| Failure::failed(format!("signals cannot be handled: {error}")));
-    let (interrupt, terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
-    let mut signals = (interrupt, terminate, listen(SignalKind::hangup())?);
-    Ok(async move {
-        tokio::select! {
-            _ = signals.0.recv() => 130,
-            _ = signals.1.recv() => 143,
-            _ = signals.2.recv() => 129,
-        }
-    })
 }
 
 /// What the top of a local tree is called: the name it has where it is.

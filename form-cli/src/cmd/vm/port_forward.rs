@@ -15,6 +15,7 @@ use crate::{
     complete,
     failure::{Failure, Outcome},
     session::Session,
+    signals,
 };
 
 /// Reach ports of a VM's own loopback interface from this machine
@@ -48,6 +49,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     let client = session.client()?;
     // A VM that does not exist is said now and not at the first connection.
     client.vm(&args.name).await?;
+    let mut interrupts = signals::interrupts()?;
     let (troubles, mut trouble) = mpsc::channel(16);
     for forward in &args.ports {
         let wanted = SocketAddr::new(args.address, forward.local);
@@ -64,7 +66,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     loop {
         tokio::select! {
             Some(message) = trouble.recv() => session.terminal.warn(message),
-            _ = tokio::signal::ctrl_c() => return Ok(0),
+            _ = interrupts.recv() => return Ok(0),
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::{
     complete,
     failure::{Failure, Outcome},
     session::Session,
+    signals,
     ui::{Table, bytes, span},
 };
 
@@ -36,13 +37,14 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
         session.terminal.list(&stats, &table(&stats))?;
         return Ok(0);
     }
+    let mut interrupts = signals::interrupts()?;
     loop {
         tokio::select! {
             stats = ask(&client, &args.names) => {
                 let stats = stats?;
                 session.terminal.repaint(&stats, &table(&stats))?;
             }
-            _ = tokio::signal::ctrl_c() => return Ok(0),
+            _ = interrupts.recv() => return Ok(0),
         }
     }
 }

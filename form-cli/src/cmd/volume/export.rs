@@ -20,12 +20,12 @@ use super::{
 };
 use crate::{
     args::volume_name,
-    cmd::vm::cp,
     complete,
     disk_file::NewDiskFile,
     failure::{Failure, Outcome},
     operation::settle,
     session::Session,
+    signals,
     ui::bytes,
 };
 
@@ -105,7 +105,7 @@ async fn to_file(session: &Session, client: &Client, name: &Name, file: &Path, f
     let volume = client.volume(name).await?;
     let new = NewDiskFile::create(file, format, volume.size_bytes)?;
     let step = session.terminal.step(format!("{name}: {} to {}", bytes(volume.size_bytes), file.display()));
-    let interrupted = cp::ended()?;
+    let interrupted = signals::ended()?;
     tokio::select! {
         written = session.in_time(receive(session, client, &volume, new)) => written??,
         code = interrupted => {

@@ -20,11 +20,11 @@ use super::{
 };
 use crate::{
     args::volume_name,
-    cmd::vm::cp,
     complete,
     disk_source::DiskSource,
     failure::{Failure, Outcome},
     session::Session,
+    signals,
     ui::bytes,
 };
 
@@ -71,7 +71,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     let query = ImportQuery { size_bytes, format: args.format.into(), pool: Some(args.pool) };
     let text = format!("{}: {}, {}", args.name, disk.describe(), bytes(disk.size()));
     let step = session.terminal.step(text);
-    let interrupted = cp::ended()?;
+    let interrupted = signals::ended()?;
     tokio::select! {
         imported = session.in_time(import(session, &client, &args.name, &query, disk)) => imported??,
         code = interrupted => {
