@@ -15,7 +15,10 @@ use std::{
         unix::net::UnixListener,
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -30,7 +33,7 @@ use rustls::ServerConfig;
 use self::negotiate::{Answer, Negotiation, Offer, Security};
 use crate::contents::Contents;
 
-/// Clients of one export at a time; further ones are hung up on.
+/// Clients of one export at a time; further ones are hung up on. Who has not said yet what he wants, or who he is, gives way to the next.
 pub const MAX_CLIENTS: usize = 16;
 
 /// How long a client may take to say what it wants.
@@ -71,7 +74,43 @@ struct Shared {
 struct Clients {
     /// Nobody is let in any more.
     ended: bool,
-    all: Vec<(Weak<Socket>, JoinHandle<()>)>,
+    all: Vec<Connection>,
+}
+
+#[derive(Debug)]
+struct Connection {
+    socket: Weak<Socket>,
+    thread: JoinHandle<()>,
+    /// It is a client: with TLS it has shown that it may be one.
+    agreed: Arc<AtomicBool>,
+    /// It was hung up on, and its thread ends.
+    gone: bool,
+}
+
+impl Connection {
+    fn hang_up(&mut self) {
+        if let Some(socket) = self.socket.upgrade() {
+            socket.close();
+        }
+        self.gone = true;
+    }
+}
+
+impl Clients {
+    /// Whether there is a place for one more. When there is none, the oldest connection that is no client yet loses its.
+    fn make_room(&mut self) -> bool {
+        self.all.retain(|connection| !connection.thread.is_finished());
+        if self.all.iter().filter(|connection| !connection.gone).count() < MAX_CLIENTS {
+            return true;
+        }
+        match self.all.iter_mut().find(|connection| !connection.gone && !connection.agreed.load(Ordering::Acquire)) {
+            Some(silent) => {
+                silent.hang_up();
+                true
+            }
+            None => false,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -127,7 +166,7 @@ impl Server {
 
     /// Clients that are connected now.
     pub fn clients(&self) -> usize {
-        self.shared.clients().all.iter().filter(|(_, thread)| !thread.is_finished()).count()
+        self.shared.clients().all.iter().filter(|connection| !connection.gone && !connection.thread.is_finished()).count()
     }
 }
 
@@ -143,12 +182,10 @@ impl Drop for Server {
             let _ = thread.join();
         }
         let clients = std::mem::take(&mut self.shared.clients().all);
-        for (socket, thread) in clients {
-            if let Some(socket) = socket.upgrade() {
-                socket.close();
-            }
+        for mut connection in clients {
+            connection.hang_up();
             // It ends with what it is doing; a panic of it was reported.
-            let _ = thread.join();
+            let _ = connection.thread.join();
         }
     }
 }
@@ -167,7 +204,8 @@ impl Shared {
     }
 
     /// Greets a client and finds out what it wants; none when it leaves again.
-    fn negotiate(&self, mut channel: Channel) -> io::Result<Option<(Channel, Terms)>> {
+    /// `agreed` is set before it is told that it is a client.
+    fn negotiate(&self, mut channel: Channel, agreed: &AtomicBool) -> io::Result<Option<(Channel, Terms)>> {
         let offer = Offer { name: &self.name, size: self.contents.size_bytes(), writable: self.contents.is_writable() };
         channel.write_all(&greeting())?;
         let mut flags = [0; 4];
@@ -188,6 +226,7 @@ impl Shared {
                     channel.secure_server(config)?;
                 }
                 Answer::Begin(bytes, terms) => {
+                    agreed.store(true, Ordering::Release);
                     channel.write_all(&bytes)?;
                     return Ok(Some((channel, terms)));
                 }
@@ -199,10 +238,10 @@ impl Shared {
         }
     }
 
-    fn serve(&self, socket: &Arc<Socket>) -> io::Result<()> {
+    fn serve(&self, socket: &Arc<Socket>, agreed: &AtomicBool) -> io::Result<()> {
         let mut channel = Channel::new(Arc::clone(socket))?;
         channel.wait_until(Instant::now() + HANDSHAKE);
-        let Some((mut channel, terms)) = self.negotiate(channel)? else { return Ok(()) };
+        let Some((mut channel, terms)) = self.negotiate(channel, agreed)? else { return Ok(()) };
         // A client may have nothing to ask for a long time.
         channel.wait_for_each(None)?;
         transmit::transmit(channel, &self.contents, terms)
@@ -216,22 +255,23 @@ fn accept(listener: &Listener, shared: &Arc<Shared>) {
         if clients.ended {
             return;
         }
-        clients.all.retain(|(_, thread)| !thread.is_finished());
         let result = accepted.and_then(|socket| {
-            if clients.all.len() >= MAX_CLIENTS {
+            if !clients.make_room() {
                 tracing::warn!(volume = shared.name, "an NBD client was turned away: there are {MAX_CLIENTS} already");
                 return Ok(());
             }
             let socket = Arc::new(socket);
             let (known, server) = (Arc::downgrade(&socket), Arc::clone(shared));
+            let agreed = Arc::new(AtomicBool::new(false));
+            let agrees = Arc::clone(&agreed);
             let thread = thread::Builder::new().name("nbd-client".to_owned()).stack_size(STACK).spawn(move || {
-                if let Err(error) = server.serve(&socket) {
+                if let Err(error) = server.serve(&socket, &agrees) {
                     tracing::debug!(volume = server.name, %error, "an NBD client was hung up on");
                 }
                 // Seen by the client at once, whoever else holds the socket for a moment.
                 socket.close();
             })?;
-            clients.all.push((known, thread));
+            clients.all.push(Connection { socket: known, thread, agreed, gone: false });
             Ok(())
         });
         drop(clients);

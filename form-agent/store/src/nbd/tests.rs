@@ -255,6 +255,22 @@ fn there_are_so_many_clients_and_no_more_and_the_end_leaves_nothing() {
 }
 
 #[test]
+fn who_says_nothing_keeps_nobody_away() {
+    let export = export(VolumeFormat::Raw, false);
+    let mut greeted = [0; 18];
+    let mut silent: Vec<UnixStream> = (0..MAX_CLIENTS).map(|_| export.connect()).collect();
+    for stream in &mut silent {
+        stream.read_exact(&mut greeted).unwrap();
+    }
+    let mut clients: Vec<UnixStream> = (0..MAX_CLIENTS).map(|_| export.client()).collect();
+    // The clients have their places now, and keep them.
+    assert!(silent.iter_mut().all(|stream| matches!(stream.read(&mut [0]), Ok(0))));
+    assert!(matches!(export.connect().read(&mut [0]), Ok(0)), "one too many");
+    assert_eq!(export.server.as_ref().unwrap().clients(), MAX_CLIENTS);
+    assert!(!ask(&mut clients[0], command::READ, 0, 0, 512).is_empty());
+}
+
+#[test]
 fn tcp_gets_a_port() {
     let export = export(VolumeFormat::Raw, false);
     let server = Server::start(contents(&export.store, false), "data", &Place::Tcp("127.0.0.1:0".parse().unwrap())).unwrap();
