@@ -1,5 +1,5 @@
 use clap_complete::engine::ArgValueCompleter;
-use form_api::client::Client;
+use form_api::{ErrorCode, client::Client};
 use form_types::Name;
 
 use crate::{
@@ -22,6 +22,9 @@ pub struct Args {
     /// Remove their volumes too, with everything they hold
     #[arg(long)]
     volumes: bool,
+    /// With --volumes: also those that have snapshots of their own, and these
+    #[arg(long, requires = "volumes")]
+    snapshots: bool,
 }
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
@@ -35,10 +38,16 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
         client.vm(name).await?;
     }
     let volumes = volumes_of(&client, &args.names).await?;
+    if args.volumes && !args.snapshots {
+        have_no_snapshots(&client, &args.names, &volumes).await?;
+    }
     let names: Vec<&str> = args.names.iter().map(Name::as_str).collect();
     let (names, volume_names) = (names.join(", "), volumes.iter().map(Name::as_str).collect::<Vec<_>>().join(", "));
     let question = match (volumes.is_empty(), args.volumes) {
-        (false, true) => format!("Destroy {names} with everything on the root disk and on the volumes {volume_names}?"),
+        (false, true) => {
+            let also = if args.snapshots { ", and all their snapshots" } else { "" };
+            format!("Destroy {names} with everything on the root disk and on the volumes {volume_names}{also}?")
+        }
         (false, false) => format!("Destroy {names} and everything on the root disk? What is on the volumes {volume_names} is kept."),
         (true, _) => format!("Destroy {names} and everything on the root disk?"),
     };
@@ -58,11 +67,31 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     }
     let code = outcome?;
     let removed = each(session, &volumes, async |name: Name| {
-        let operation = settle(session, &client, client.remove_volume(&name, false).await?).await?;
+        let operation = settle(session, &client, client.remove_volume(&name, args.snapshots).await?).await?;
         session.terminal.done(&operation, name.as_str(), &format!("{name}: removed"))
     })
     .await?;
     Ok(code.max(removed))
+}
+
+/// Said before anything is destroyed: such a volume could not be removed afterwards. Snapshots of the VMs themselves, whose parts volumes have
+/// by the same names, go with them.
+async fn have_no_snapshots(client: &Client, vms: &[Name], volumes: &[Name]) -> Result<(), Failure> {
+    let mut gone = Vec::new();
+    for vm in vms {
+        gone.extend(client.snapshots(vm).await?.into_iter().map(|snapshot| snapshot.name));
+    }
+    for volume in volumes {
+        let snapshots = client.volume_snapshots(volume).await?.into_iter().map(|snapshot| snapshot.name);
+        let own: Vec<String> = snapshots.filter(|name| !gone.contains(name)).map(|name| name.to_string()).collect();
+        if !own.is_empty() {
+            let text = format!("volume/{volume} has snapshots of its own ({}): nothing was destroyed", own.join(", "));
+            return Err(
+                Failure::new(ErrorCode::Conflict, text).hint("--snapshots removes them as well; without --volumes the volume is kept")
+            );
+        }
+    }
+    Ok(())
 }
 
 async fn volumes_of(client: &Client, vms: &[Name]) -> Result<Vec<Name>, Failure> {
