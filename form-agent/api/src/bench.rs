@@ -21,6 +21,8 @@ pub enum Measurement {
     Hotplug,
     /// How long a VM stands for its snapshot, and how that grows with its memory.
     Pause,
+    /// Writing all of a VM, and going on with it in another process.
+    Restore,
     /// A change of the state: signed, checked and on the disk; and reading all of it.
     State,
     /// Memory of an agent, and of one more VM on its record.
@@ -34,13 +36,14 @@ pub enum Measurement {
 }
 
 impl Measurement {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::FirstInstruction,
         Self::GuestInit,
         Self::VmmMemory,
         Self::VmmProgram,
         Self::Hotplug,
         Self::Pause,
+        Self::Restore,
         Self::State,
         Self::AgentMemory,
         Self::Ps,
@@ -56,6 +59,7 @@ impl Measurement {
             Self::VmmProgram => "vmm-program",
             Self::Hotplug => "hotplug",
             Self::Pause => "pause",
+            Self::Restore => "restore",
             Self::State => "state",
             Self::AgentMemory => "agent-memory",
             Self::Ps => "ps",

@@ -1,4 +1,5 @@
-//! The smallest guest: a PVH kernel of fifteen instructions that says one line on the serial port. With five more it uses all its memory first.
+//! The smallest guest: a PVH kernel of fifteen instructions that says one line on the serial port. With five more it uses all its memory first,
+//! and with five others it goes on and says dots.
 //!
 //! PVH enters it in 32-bit protected mode with flat segments and without paging (Xen: docs/misc/pvh.pandoc). Nobody has to stop
 //! it: half a minute after its line its timer fires, and because it has no interrupt table that resets the VM.
@@ -27,6 +28,21 @@ const CODE: &[u8] = &[
     0xEB, 0xFD, // jmp wait
 ];
 
+/// How the code above ends: it waits for its timer.
+const WAIT: &[u8] = &[0xF4, 0xEB, 0xFD];
+
+/// What the guest says instead of waiting, again and again.
+pub const TICK: &str = ".";
+
+const TICKING: &[u8] = &[
+    0xB9, 0x00, 0x00, 0x01, 0x00, // tick: mov ecx, 0x10000
+    0x49, // next: dec ecx
+    0x75, 0xFD, // jnz next
+    0xB0, b'.', // mov al, '.'
+    0xEE, // out dx, al
+    0xEB, 0xF3, // jmp tick
+];
+
 /// Writes a word to each page from 2 MiB on, up to the address that follows at [`TOUCH_END`].
 const TOUCH: &[u8] = &[
     0xBF, 0x00, 0x00, 0x20, 0x00, // mov edi, 0x200000
@@ -43,8 +59,8 @@ const ENTRY_NOTE: u32 = 18;
 const ELF_HEADER: u64 = 64;
 const PROGRAM_HEADER: u64 = 56;
 
-/// The instructions. With `touch` they begin with a write to each page below that address, in bytes.
-fn code(touch: Option<u32>) -> Vec<u8> {
+/// The instructions. With `touch` they begin with a write to each page below that address, in bytes; with `ticks` they end with saying [`TICK`].
+fn code(touch: Option<u32>, ticks: bool) -> Vec<u8> {
     let mut code = Vec::new();
     if let Some(end) = touch {
         code.extend_from_slice(TOUCH);
@@ -52,15 +68,19 @@ fn code(touch: Option<u32>) -> Vec<u8> {
     }
     let begin = code.len();
     code.extend_from_slice(CODE);
+    if ticks {
+        code.truncate(code.len() - WAIT.len());
+        code.extend_from_slice(TICKING);
+    }
     let message = BASE + u32::try_from(code.len()).unwrap_or(u32::MAX);
     code[begin + 1..begin + 5].copy_from_slice(&message.to_le_bytes());
     code
 }
 
 /// The program as an ELF file (System V ABI, chapters 4 and 5): one segment to load, one note. With `touch` it writes to each page of memory
-/// below that address before it says its line.
-pub fn elf(touch: Option<u32>) -> Vec<u8> {
-    let mut content = code(touch);
+/// below that address before it says its line; with `ticks` it goes on and says [`TICK`].
+pub fn elf(touch: Option<u32>, ticks: bool) -> Vec<u8> {
+    let mut content = code(touch, ticks);
     content.extend_from_slice(LINE.as_bytes());
     content.extend_from_slice(b"\n\0");
     content.resize(content.len().next_multiple_of(4), 0);
@@ -107,26 +127,29 @@ mod tests {
     #[test]
     fn the_code_points_at_its_message() {
         for (touch, begin) in [(None, 0), (Some(0x8000_0000), TOUCH.len())] {
-            let code = code(touch);
+            let code = code(touch, false);
             let address = u32::from_le_bytes(code[begin + 1..begin + 5].try_into().unwrap());
             assert_eq!((address - BASE) as usize, code.len());
-            let file = elf(touch);
+            let file = elf(touch, false);
             let at = (ELF_HEADER + 2 * PROGRAM_HEADER) as usize + code.len();
             assert_eq!(&file[at..at + LINE.len() + 2], format!("{LINE}\n\0").as_bytes());
         }
         // The loop ends where it should, and leads back to its first instruction.
-        let touching = code(Some(0x8000_0000));
+        let touching = code(Some(0x8000_0000), false);
         assert_eq!(touching[TOUCH_END - 2..TOUCH_END + 4], [0x81, 0xFF, 0, 0, 0, 0x80]);
         assert_eq!(TOUCH.len() as i8 + touching[TOUCH.len() - 1] as i8, 5);
+        assert!(CODE.ends_with(WAIT), "what is left out where it ticks");
+        assert_eq!(TICKING.len() as i8 + TICKING[TICKING.len() - 1] as i8, 0);
+        assert!(code(None, true).ends_with(TICKING) && !code(None, true).contains(&0xF4));
     }
 
     #[test]
     fn the_headers_lead_to_code_and_note() {
-        let file = elf(None);
+        let file = elf(None, false);
         let word = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
         assert_eq!((word(24), word(32)), (BASE as usize, 64));
         let (load, note) = (64, 64 + 56);
-        assert_eq!(file[word(load + 8)..][..CODE.len()], code(None));
+        assert_eq!(file[word(load + 8)..][..CODE.len()], code(None, false));
         assert_eq!((word(load + 16), word(load + 32)), (BASE as usize, word(note + 8) - word(load + 8)));
         assert_eq!(word(note + 8) + word(note + 32), file.len());
         assert_eq!(word(word(note + 8) + 16), BASE as usize);

@@ -67,14 +67,21 @@ impl Kernel {
 /// The guest that does nothing but say its line.
 pub fn first_program(directory: &Path) -> Result<Guest, BenchError> {
     let kernel = directory.join("first-program");
-    fs::write(&kernel, first_program::elf(None)).map_err(io_error("write the first program"))?;
+    fs::write(&kernel, first_program::elf(None, false)).map_err(io_error("write the first program"))?;
     Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: MEMORY_MIB })
 }
 
 /// The guest that has used each page of its `memory_mib` when it says its line.
 pub fn full(directory: &Path, memory_mib: u32) -> Result<Guest, BenchError> {
     let kernel = directory.join(format!("full-{memory_mib}"));
-    fs::write(&kernel, first_program::elf(Some(memory_mib << 20))).map_err(io_error("write the first program"))?;
+    fs::write(&kernel, first_program::elf(Some(memory_mib << 20), false)).map_err(io_error("write the first program"))?;
+    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: memory_mib.into() })
+}
+
+/// As [`full`], and then says again and again that it runs.
+pub fn ticking(directory: &Path, memory_mib: u32) -> Result<Guest, BenchError> {
+    let kernel = directory.join(format!("ticking-{memory_mib}"));
+    fs::write(&kernel, first_program::elf(Some(memory_mib << 20), true)).map_err(io_error("write the first program"))?;
     Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: memory_mib.into() })
 }
 

@@ -11,7 +11,7 @@ use std::{
 
 use form_types::{VmId, spec::Resources};
 use form_vmm::{
-    config::{DiskConfig, DiskFormat, DiskLimits, Fd, NetworkConfig, VmConfig},
+    config::{DiskConfig, DiskFormat, DiskLimits, Fd, NetworkConfig, RestoreConfig, VmConfig},
     control::{Client, ClientError},
     log_ring,
 };
@@ -80,13 +80,49 @@ impl<'a> Machine<'a> {
     /// # Errors
     /// When something cannot be made, or the VM process refuses.
     pub fn start(setup: &'a Setup<'a>, guest: &Guest) -> Result<Self, BenchError> {
-        let number = setup.started.get().wrapping_add(1);
-        setup.started.set(number);
-        let id = VmId::from_bytes([number; 16]);
-        let directory = RuntimeDirectory::new(setup.directory, &id);
-        fs::create_dir_all(directory.path()).map_err(io_error("make a directory"))?;
+        let (id, directory) = place(setup)?;
         let files = Files::open(guest, &directory, setup.uid)?;
-        let resources = Resources { vcpus: 1, memory_mib: guest.memory_mib, disk_gib: 1, gpus: Vec::new() };
+        let descriptors: Vec<_> = files.descriptors.iter().map(AsFd::as_fd).collect();
+        Self::begin(setup, id, directory, guest.memory_mib, |client| client.boot(&files.config, &descriptors))
+    }
+
+    /// Starts a VM process that goes on with a saved VM.
+    ///
+    /// # Errors
+    /// As [`Machine::start`].
+    pub fn restore(setup: &'a Setup<'a>, saved: &Saved) -> Result<Self, BenchError> {
+        let (id, directory) = place(setup)?;
+        let read = |path: &Path| fs::File::open(path).map_err(io_error(path.display().to_string()));
+        let kvm = open_kvm()?;
+        let (state, memory) = (read(&saved.state)?, read(&saved.memory)?);
+        let (ring, exit) = records(&directory)?;
+        let config = RestoreConfig {
+            kvm: Fd(0),
+            state: Fd(1),
+            memory: Fd(2),
+            disks: Vec::new(),
+            networks: Vec::new(),
+            vsock_cid: None,
+            rng: false,
+            balloon: false,
+            console_log: Some(Fd(3)),
+            exit_record: Some(Fd(4)),
+            jail: vm::jail(setup.uid),
+            resume: true,
+        };
+        let descriptors = [&kvm, &state, &memory, &ring, &exit].map(AsFd::as_fd);
+        Self::begin(setup, id, directory, saved.memory_mib, |client| client.restore(&config, &descriptors))
+    }
+
+    /// Starts a VM process in the cgroup of a VM with so much memory, and has it do `first`.
+    fn begin(
+        setup: &'a Setup<'a>,
+        id: VmId,
+        directory: RuntimeDirectory,
+        memory_mib: u64,
+        first: impl FnOnce(&Client) -> Result<(), ClientError>,
+    ) -> Result<Self, BenchError> {
+        let resources = Resources { vcpus: 1, memory_mib, disk_gib: 1, gpus: Vec::new() };
         let group = cgroup::create(&mark(), &id, &resources).map_err(io_error("make a cgroup"))?;
         let begun = Instant::now();
         let child = spawn(&setup.program, &directory).map_err(|error| BenchError::Machine(error.to_string()))?;
@@ -96,8 +132,7 @@ impl<'a> Machine<'a> {
             fs::write(group.join("cgroup.procs"), machine.child.id().to_string()).map_err(io_error("fill a cgroup"))?;
         }
         let client = Client::connect(&machine.directory.control()).map_err(|error| machine.refused(&error))?;
-        let descriptors: Vec<_> = files.descriptors.iter().map(AsFd::as_fd).collect();
-        client.boot(&files.config, &descriptors).map_err(|error| machine.refused(&error))?;
+        first(&client).map_err(|error| machine.refused(&error))?;
         let ring = fs::File::open(machine.directory.console()).map_err(io_error("open the console"))?;
         machine.console = Some(log_ring::Reader::open(ring).map_err(|error| BenchError::Machine(error.to_string()))?);
         Ok(machine)
@@ -179,17 +214,30 @@ impl<'a> Machine<'a> {
     /// When the VM process refuses.
     pub fn pause(&self) -> Result<Spent, BenchError> {
         let failed = |error: ClientError| self.refused(&error);
-        let create = |name: &str| {
-            let path = self.directory.path().join(name);
-            fs::File::options().read(true).write(true).create_new(true).open(&path).map_err(io_error("make a file"))
-        };
-        let (state, memory) = (create("state")?, create("memory")?);
+        let (state, memory) = (create(&self.directory.path().join("state"))?, create(&self.directory.path().join("memory"))?);
         let client = Client::connect(&self.directory.control()).map_err(failed)?;
         self.spent(|| {
             client.pause().map_err(failed)?;
             client.save_aside(state.as_fd(), memory.as_fd()).map_err(failed)?;
             client.resume().map_err(failed)
         })
+    }
+
+    /// Pauses the VM and writes memory and devices to files that stay when it is gone. What that took, until the files were whole.
+    ///
+    /// # Errors
+    /// When the VM process refuses.
+    pub fn save(&self, memory_mib: u64) -> Result<(Saved, Spent), BenchError> {
+        let failed = |error: ClientError| self.refused(&error);
+        let place = |name: &str| self.setup.directory.join(format!("{name}-{}", self.id));
+        let saved = Saved { state: place("state"), memory: place("memory"), memory_mib };
+        let (state, memory) = (create(&saved.state)?, create(&saved.memory)?);
+        let client = Client::connect(&self.directory.control()).map_err(failed)?;
+        let spent = self.spent(|| {
+            client.pause().map_err(failed)?;
+            client.save(state.as_fd(), memory.as_fd()).map_err(failed)
+        })?;
+        Ok((saved, spent))
     }
 
     fn spent(&self, act: impl FnOnce() -> Result<(), BenchError>) -> Result<Spent, BenchError> {
@@ -207,6 +255,52 @@ impl<'a> Machine<'a> {
         let text = fs::read_to_string(format!("/proc/{}/smaps", self.child.id())).map_err(io_error("read the VM process's memory"))?;
         Ok(smaps::outside_guest(&text, MEMORY_MIB << 20)?)
     }
+}
+
+/// The files of a saved VM, gone when dropped.
+pub struct Saved {
+    state: PathBuf,
+    memory: PathBuf,
+    memory_mib: u64,
+}
+
+impl Drop for Saved {
+    fn drop(&mut self) {
+        for path in [&self.state, &self.memory] {
+            // Else they go with the directory of all of it.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn create(path: &Path) -> Result<fs::File, BenchError> {
+    fs::File::options().read(true).write(true).create_new(true).open(path).map_err(io_error("make a file"))
+}
+
+/// An id and a directory for the next VM.
+fn place(setup: &Setup<'_>) -> Result<(VmId, RuntimeDirectory), BenchError> {
+    let number = setup.started.get().wrapping_add(1);
+    setup.started.set(number);
+    let id = VmId::from_bytes([number; 16]);
+    let directory = RuntimeDirectory::new(setup.directory, &id);
+    fs::create_dir_all(directory.path()).map_err(io_error("make a directory"))?;
+    Ok((id, directory))
+}
+
+fn open_kvm() -> Result<fs::File, BenchError> {
+    fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("open /dev/kvm"))
+}
+
+fn made(path: &Path) -> Result<fs::File, BenchError> {
+    let options = fs::File::options().read(true).write(true).create(true).truncate(true).clone();
+    options.open(path).map_err(io_error(path.display().to_string()))
+}
+
+/// The ring for serial output, and the exit record.
+fn records(directory: &RuntimeDirectory) -> Result<(fs::File, fs::File), BenchError> {
+    let ring = made(&directory.console())?;
+    log_ring::create(&ring, CONSOLE).map_err(|error| BenchError::Machine(error.to_string()))?;
+    Ok((ring, made(&directory.path().join("exit.json"))?))
 }
 
 impl Drop for Machine<'_> {
@@ -256,13 +350,8 @@ impl Files {
             Fd(descriptors.len() as u16 - 1)
         };
         let read = |path: &Path| fs::File::open(path).map_err(io_error(path.display().to_string()));
-        let made = |path: PathBuf| {
-            let options = fs::File::options().read(true).write(true).create(true).truncate(true).clone();
-            options.open(&path).map_err(io_error(path.display().to_string()))
-        };
-        let kvm = fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("open /dev/kvm"))?;
-        let ring = made(directory.console())?;
-        log_ring::create(&ring, CONSOLE).map_err(|error| BenchError::Machine(error.to_string()))?;
+        let kvm = open_kvm()?;
+        let (ring, exit) = records(directory)?;
         let mut config = VmConfig {
             vcpus: 1,
             most_vcpus: Some(vm::most_vcpus(1)),
@@ -277,14 +366,14 @@ impl Files {
             rng: guest.devices,
             balloon: guest.devices,
             console_log: Some(add(ring.into())),
-            exit_record: Some(add(made(directory.path().join("exit.json"))?.into())),
+            exit_record: Some(add(exit.into())),
             jail: vm::jail(uid),
         };
         if let Some(initramfs) = &guest.initramfs {
             config.initramfs.push(add(read(initramfs)?.into()));
         }
         if guest.devices {
-            let disk = made(directory.path().join("disk"))?;
+            let disk = made(&directory.path().join("disk"))?;
             disk.set_len(DISK).map_err(io_error("make a disk"))?;
             let tap = form_net::tap::open(&format!("fbench{}", std::process::id() % 1_000_000_000))?;
             let (file, tap) = (add(disk.into()), add(tap));

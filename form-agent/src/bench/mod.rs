@@ -29,7 +29,7 @@ use form_api::bench::{BenchRow, MAX_RUNS, Measurement, Unit};
 
 use crate::config::{Config, Paths};
 use guests::Kernel;
-use machine::{Guest, Machine, Setup, Spent};
+use machine::{Guest, Machine, Saved, Setup, Spent};
 use row::{Line, megabytes};
 
 /// Behind the uids of VMs: their range is shorter than this.
@@ -38,6 +38,8 @@ const UID_OFFSET: u32 = 65_000;
 /// What the peer needs on the host of docs/bench.md: millions of instructions, and megabytes.
 const PEER_FIRST_INSTRUCTION: f64 = 22.2;
 const PEER_GUEST_INIT: f64 = 1592.0;
+/// Milliseconds from the start to the first tick of a guest whose memory file is mapped.
+const PEER_RESTORE: f64 = 42.0;
 const PEER_MEMORY: f64 = 4.0;
 const PEER_ANONYMOUS: f64 = 0.3;
 const PEER_PROGRAM: f64 = 3.0;
@@ -93,7 +95,7 @@ pub struct Options {
     /// How often each is repeated
     #[arg(long, default_value_t = form_api::bench::DEFAULT_RUNS, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_RUNS)))]
     pub runs: u32,
-    /// Only this (may be repeated): first-instruction, guest-init, vmm-memory, vmm-program, hotplug, pause, state, agent-memory, ps, queries, nbd
+    /// Only this (may be repeated): first-instruction, guest-init, vmm-memory, vmm-program, hotplug, pause, restore, state, agent-memory, ps, queries, nbd
     #[arg(long, value_name = "MEASUREMENT")]
     pub only: Vec<Measurement>,
     /// A kernel bundle's directory (vmlinux, kernel.json, modules); without it the newest of this host
@@ -176,6 +178,7 @@ impl Bench<'_> {
             Measurement::VmmProgram => self.vmm_program(),
             Measurement::Hotplug => self.hotplug(),
             Measurement::Pause => self.pause(),
+            Measurement::Restore => self.restore(),
             Measurement::State => self.state(),
             Measurement::AgentMemory => self.agent_memory(),
             Measurement::Ps => self.ps(),
@@ -315,6 +318,32 @@ impl Bench<'_> {
         rows.extend(self.rows(large, "pause/2g/time", Ok(many)));
         rows.push(growth.measured(&times));
         rows
+    }
+
+    /// A VM that uses all its memory is saved, and another process goes on with it.
+    fn restore(&self) -> Vec<BenchRow> {
+        let snapshot = self.cpu_line("snapshot", "from a VM's pause to all of it being written, with 256 MiB in use");
+        let restore = self.cpu_line("restore", "from the start of a VM process to the first line of the guest that it goes on with");
+        match self.restores() {
+            Ok(spent) => {
+                let (saved, restored) = spent.into_iter().unzip();
+                let mut rows = self.rows(snapshot, "snapshot/time", Ok(saved));
+                rows.extend(self.rows(restore, "restore/time", Ok(restored)));
+                if let Some(time) = rows.last_mut().filter(|row| self.options.instruction_clock && row.fault.is_none()) {
+                    time.peer = Some(row::peer(PEER_RESTORE, time.median));
+                }
+                rows
+            }
+            Err(error) => [snapshot, restore].map(|line| line.failed(error.to_string())).to_vec(),
+        }
+    }
+
+    fn restores(&self) -> Result<Vec<(Spent, Spent)>, BenchError> {
+        let guest = guests::ticking(self.directory, machine::MEMORY_MIB as u32)?;
+        let saved = self.starts(&guest, first_program::LINE, |machine, _| machine.save(guest.memory_mib))?;
+        let setup = self.setup()?;
+        let restore = |(saved, took): (Saved, Spent)| Ok((took, Machine::restore(&setup, &saved)?.wait_for(first_program::TICK)?));
+        saved.into_iter().map(restore).collect()
     }
 
     fn vmm_program(&self) -> Vec<BenchRow> {

@@ -41,7 +41,7 @@ impl Line {
             min,
             median,
             max,
-            peer: self.peer.map(|value| Peer { name: PEER.to_owned(), value, ratio: median / value }),
+            peer: self.peer.map(|value| peer(value, median)),
             over: self.unit.is_enforced() && self.budget.is_some_and(|budget| median > budget),
             fault: None,
             ..self.empty()
@@ -67,6 +67,11 @@ impl Line {
             fault: None,
         }
     }
+}
+
+/// What the peer needs, beside a median of ours.
+pub fn peer(value: f64, median: f64) -> Peer {
+    Peer { name: PEER.to_owned(), value, ratio: median / value }
 }
 
 /// Of sorted values; the mean of the middle two when there is no middle one.
