@@ -5,11 +5,7 @@ use std::{
     net::{TcpListener, TcpStream},
     os::unix::net::UnixStream,
     process::{Child, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc,
-    },
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::Duration,
 };
@@ -116,10 +112,13 @@ fn system_ten_operations_on_a_vm_and_a_hundred_on_a_host_are_each_on_record() {
     host.is_clean();
 }
 
-/// A collector of OpenTelemetry: the bodies that it was sent, by path. It refuses what it is told to refuse.
+/// Which status it answers with, by the path.
+type Answers = Arc<Mutex<fn(&str) -> u16>>;
+
+/// A collector of OpenTelemetry: the bodies that it took, by path.
 struct Collector {
     port: u16,
-    refuses: Arc<AtomicBool>,
+    answers: Answers,
     bodies: mpsc::Receiver<(String, Vec<u8>)>,
 }
 
@@ -127,21 +126,21 @@ impl Collector {
     fn start() -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
-        let refuses = Arc::new(AtomicBool::new(true));
+        let answers: Answers = Arc::new(Mutex::new(|_| 503));
         let (sender, bodies) = mpsc::channel();
-        let refuses_too = Arc::clone(&refuses);
+        let answers_too = Arc::clone(&answers);
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
-                let (sender, refuses) = (sender.clone(), Arc::clone(&refuses_too));
-                thread::spawn(move || Self::serve(stream, &sender, &refuses));
+                let (sender, answers) = (sender.clone(), Arc::clone(&answers_too));
+                thread::spawn(move || Self::serve(stream, &sender, &answers));
             }
         });
-        Self { port, refuses, bodies }
+        Self { port, answers, bodies }
     }
 
     /// One connection, for as many requests as there are.
-    fn serve(stream: TcpStream, sender: &mpsc::Sender<(String, Vec<u8>)>, refuses: &AtomicBool) -> Option<()> {
-        let mut answers = stream.try_clone().ok()?;
+    fn serve(stream: TcpStream, sender: &mpsc::Sender<(String, Vec<u8>)>, answers: &Answers) -> Option<()> {
+        let mut back = stream.try_clone().ok()?;
         let mut reader = BufReader::new(stream);
         loop {
             let head: Vec<String> = reader.by_ref().lines().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
@@ -152,13 +151,11 @@ impl Collector {
             assert_eq!(header("authorization:").as_deref(), Some("bearer hunter2"));
             let mut body = vec![0; header("content-length:")?.parse().ok()?];
             reader.read_exact(&mut body).ok()?;
-            let status = if refuses.load(Ordering::Relaxed) {
-                "503 Service Unavailable"
-            } else {
+            let status = answers.lock().unwrap()(&path);
+            if status == 200 {
                 sender.send((path, body)).ok()?;
-                "200 OK"
-            };
-            write!(answers, "HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").ok()?;
+            }
+            write!(back, "HTTP/1.1 {status} Said\r\nContent-Length: 0\r\n\r\n").ok()?;
         }
     }
 
@@ -195,7 +192,7 @@ fn system_metrics_and_operations_go_to_a_collector() {
     };
     wait("the agent knows that the collector refuses", || health()["message"].as_str().unwrap().contains("503"));
     assert_eq!(health()["healthy"], false);
-    collector.refuses.store(false, Ordering::Relaxed);
+    *collector.answers.lock().unwrap() = |_| 200;
 
     let traces = ExportTraceServiceRequest::decode(collector.next("/v1/traces").as_slice()).unwrap();
     let of_host = &traces.resource_spans[0];
@@ -218,8 +215,15 @@ fn system_metrics_and_operations_go_to_a_collector() {
     assert!(names.contains(&"form_host_memory_bytes") && names.contains(&"form_operations_total"), "{names:?}");
     wait("all is well again", || health()["healthy"] == true);
 
+    // One that has no use for metrics gets traces all the same.
+    *collector.answers.lock().unwrap() = |path| if path == "/v1/metrics" { 404 } else { 200 };
+    let _ = host.form(&["volume", "create", "more", "-s", "16M"]).ok();
+    let traces = ExportTraceServiceRequest::decode(collector.next("/v1/traces").as_slice()).unwrap();
+    let spans = &traces.resource_spans[0].scope_spans[0].spans;
+    assert!(spans.iter().any(|span| has(&span.attributes, "form.subject", "volume/more")), "{spans:?}");
+
     // One that does not answer holds nothing up.
     drop(collector);
-    let _ = host.form(&["volume", "rm", "data", "-y"]).ok();
+    let _ = host.form(&["volume", "rm", "data", "more", "-y"]).ok();
     assert!(!host.agent_log().contains("hunter2"));
 }

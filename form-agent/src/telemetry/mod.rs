@@ -79,14 +79,20 @@ async fn once(agent: &Arc<Agent>, collector: &Arc<Collector>, spans: &mut Spans)
         Err(error) => Err(Refusal { message: error.to_string(), again: true }),
     };
     let mut traces = Ok(());
-    if metrics.is_ok() && !spans.ended.is_empty() {
+    // Some take nothing but traces. One that does not answer is not asked twice.
+    if is_settled(&metrics) && !spans.ended.is_empty() {
         traces = send(collector, "/v1/traces", messages::traces(agent, spans.ended.iter().cloned()).encode_to_vec()).await;
         // What it will never take is not kept.
-        if traces.as_ref().map_or_else(|refusal| !refusal.again, |()| true) {
+        if is_settled(&traces) {
             spans.ended.clear();
         }
     }
     agent.telemetry.set(metrics.and(traces).map_err(|refusal| refusal.message));
+}
+
+/// Whether trying again would change nothing.
+fn is_settled(sent: &Result<(), Refusal>) -> bool {
+    sent.as_ref().map_or_else(|refusal| !refusal.again, |()| true)
 }
 
 async fn send(collector: &Arc<Collector>, path: &'static str, body: Vec<u8>) -> Result<(), Refusal> {
