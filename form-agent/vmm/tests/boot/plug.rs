@@ -130,7 +130,7 @@ fn slots_without_a_device_stay_empty_in_a_restored_vm(vm: &Vm, with: &Shape, dir
     vm.kill();
     vm.wait();
     let Err(error) = Vm::restore(vm, with, &state, &memory, true) else { panic!("restored with a disk that it did not have") };
-    assert!(error.to_string().contains("root, rng") && error.to_string().contains("root, data, rng"), "{error}");
+    assert!(error.to_string().contains("root, rng") && error.to_string().contains("root, rng, data"), "{error}");
     let restored = Vm::restore(vm, &Shape { qcow2_mib: None, ..with.clone() }, &state, &memory, true).unwrap();
     let raw = file(directory, "raw");
     restored.client().plug(&disk("raw", DiskFormat::Raw), &[raw.as_fd()]).unwrap();
