@@ -68,21 +68,21 @@ impl Kernel {
 pub fn first_program(directory: &Path) -> Result<Guest, BenchError> {
     let kernel = directory.join("first-program");
     fs::write(&kernel, first_program::elf(None, false)).map_err(io_error("write the first program"))?;
-    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: MEMORY_MIB })
+    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB })
 }
 
 /// The guest that has used each page of its `memory_mib` when it says its line.
 pub fn full(directory: &Path, memory_mib: u32) -> Result<Guest, BenchError> {
     let kernel = directory.join(format!("full-{memory_mib}"));
     fs::write(&kernel, first_program::elf(Some(memory_mib << 20), false)).map_err(io_error("write the first program"))?;
-    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: memory_mib.into() })
+    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: memory_mib.into(), limit_mib: memory_mib.into() })
 }
 
 /// As [`full`], and then says again and again that it runs.
 pub fn ticking(directory: &Path, memory_mib: u32) -> Result<Guest, BenchError> {
     let kernel = directory.join(format!("ticking-{memory_mib}"));
     fs::write(&kernel, first_program::elf(Some(memory_mib << 20), true)).map_err(io_error("write the first program"))?;
-    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: memory_mib.into() })
+    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: memory_mib.into(), limit_mib: 2 * u64::from(memory_mib) })
 }
 
 /// Linux up to its first process. With `devices` the VM has them and that process loads their drivers before it says its line.
@@ -94,7 +94,7 @@ pub fn linux(kernel: &Kernel, directory: &Path, devices: bool) -> Result<Guest, 
     let archive = initramfs(&busybox, &modules).map_err(|error| BenchError::Missing(error.to_string()))?;
     let path = directory.join(if devices { "devices.cpio" } else { "init.cpio" });
     fs::write(&path, archive).map_err(io_error("write the initramfs"))?;
-    Ok(Guest { kernel: kernel.directory.join(VMLINUX_FILE), initramfs: Some(path), devices, memory_mib: MEMORY_MIB })
+    Ok(Guest { kernel: kernel.directory.join(VMLINUX_FILE), initramfs: Some(path), devices, memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB })
 }
 
 fn initramfs(busybox: &[u8], modules: &[(String, Vec<u8>)]) -> Result<Vec<u8>, InitramfsError> {

@@ -54,6 +54,8 @@ pub struct Guest {
     /// Disk, network, vsock, entropy and balloon, as the agent's VMs have them, or none.
     pub devices: bool,
     pub memory_mib: u64,
+    /// What its cgroup allows it: more where it is saved to files, which may lie in memory and count as its own.
+    pub limit_mib: u64,
 }
 
 /// A VM process with its guest, ended when dropped.
@@ -83,7 +85,7 @@ impl<'a> Machine<'a> {
         let (id, directory) = place(setup)?;
         let files = Files::open(guest, &directory, setup.uid)?;
         let descriptors: Vec<_> = files.descriptors.iter().map(AsFd::as_fd).collect();
-        Self::begin(setup, id, directory, guest.memory_mib, |client| client.boot(&files.config, &descriptors))
+        Self::begin(setup, id, directory, guest.limit_mib, |client| client.boot(&files.config, &descriptors))
     }
 
     /// Starts a VM process that goes on with a saved VM.
@@ -114,15 +116,15 @@ impl<'a> Machine<'a> {
         Self::begin(setup, id, directory, saved.memory_mib, |client| client.restore(&config, &descriptors))
     }
 
-    /// Starts a VM process in the cgroup of a VM with so much memory, and has it do `first`.
+    /// Starts a VM process in the cgroup of a VM with `limit_mib` of memory, and has it do `first`.
     fn begin(
         setup: &'a Setup<'a>,
         id: VmId,
         directory: RuntimeDirectory,
-        memory_mib: u64,
+        limit_mib: u64,
         first: impl FnOnce(&Client) -> Result<(), ClientError>,
     ) -> Result<Self, BenchError> {
-        let resources = Resources { vcpus: 1, memory_mib, disk_gib: 1, gpus: Vec::new() };
+        let resources = Resources { vcpus: 1, memory_mib: limit_mib, disk_gib: 1, gpus: Vec::new() };
         let group = cgroup::create(&mark(), &id, &resources).map_err(io_error("make a cgroup"))?;
         let begun = Instant::now();
         let child = spawn(&setup.program, &directory).map_err(|error| BenchError::Machine(error.to_string()))?;
