@@ -35,6 +35,17 @@ pub struct Record {
     pub resume: Option<serde_json::Value>,
 }
 
+/// As much of a [`Record`] as is counted: all of them are read when the agent starts, and what was asked for may be long.
+#[derive(Deserialize)]
+struct Counted {
+    operation: CountedOperation,
+}
+
+#[derive(Deserialize)]
+struct CountedOperation {
+    status: OperationStatus,
+}
+
 /// Who asks for what under which key.
 pub struct Opening {
     pub kind: OperationKind,
@@ -123,7 +134,7 @@ impl Operations {
     /// When the database cannot be read.
     pub fn open(records: Arc<Records>, events: Arc<Events>) -> Result<Self, DatabaseError> {
         let mut counts = Counts { total: records.operations_ever()?, ..Counts::default() };
-        for record in records.newest_operations::<Record>(usize::MAX)? {
+        for record in records.newest_operations::<Counted>(usize::MAX)? {
             match record.operation.status {
                 OperationStatus::Completed => counts.completed += 1,
                 OperationStatus::Failed => counts.failed += 1,
@@ -277,12 +288,15 @@ impl Operations {
     /// # Errors
     /// Not found, or the database's.
     pub fn get(&self, id: OperationId) -> Result<Operation, ApiError> {
-        let mut operation = self.record(id)?.operation;
-        // While it goes on they are not in the database.
+        Ok(self.with_steps(self.record(id)?.operation))
+    }
+
+    /// While it goes on they are not in the database.
+    fn with_steps(&self, mut operation: Operation) -> Operation {
         if !operation.status.is_final() {
-            operation.steps = self.steps_of(id).unwrap_or_default();
+            operation.steps = self.steps_of(operation.id).unwrap_or_default();
         }
-        Ok(operation)
+        operation
     }
 
     /// The newest `limit` operations, the newest first.
@@ -291,7 +305,7 @@ impl Operations {
     /// The database's.
     pub fn list(&self, limit: usize) -> Result<Vec<Operation>, ApiError> {
         let records: Vec<Record> = self.records.newest_operations(limit).map_err(|error| internal(&error))?;
-        Ok(records.into_iter().map(|record| record.operation).collect())
+        Ok(records.into_iter().map(|record| self.with_steps(record.operation)).collect())
     }
 
     /// Those that an earlier run of the agent left unfinished; they are active again.
@@ -347,6 +361,27 @@ mod tests {
             idempotency_key: IdempotencyKey::from_bytes([key; 16]),
             request: Asked::new("POST", "/v1/test", request.as_bytes()),
         }
+    }
+
+    #[tokio::test]
+    async fn what_was_asked_and_done_is_on_record_while_it_goes_on_and_afterwards() {
+        let directory = tempfile::tempdir().unwrap();
+        {
+            let operations = operations(directory.path());
+            let Ok(Begun::New(id)) = operations.begin(opening(1, "vm/web", "{\"token\": 1}")) else { panic!("not new") };
+            for number in 0..MAX_STEPS + 5 {
+                operations.step(id, format!("step {number}"));
+            }
+            let now = operations.get(id).unwrap();
+            assert_eq!((now.steps.len(), now.steps.last().map(String::as_str)), (MAX_STEPS, Some("step 36")));
+            assert_eq!(operations.list(1).unwrap(), [now]);
+            operations.finish(id, Ok(()));
+        }
+        let operations = operations(directory.path());
+        let ended = operations.list(1).unwrap().remove(0);
+        assert_eq!((ended.steps.len(), ended.steps[0].as_str()), (MAX_STEPS, "step 0"));
+        assert_eq!(ended.request.unwrap().body, Some(serde_json::json!({"token": "…"})));
+        assert_eq!((operations.counts().completed, operations.counts().failed), (1, 0));
     }
 
     #[tokio::test]
