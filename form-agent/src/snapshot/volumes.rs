@@ -327,7 +327,7 @@ fn differs(
     Ok(())
 }
 
-/// What the volumes of a VM will be when it has gone back, beside them. Dropped before [`Held::settle`] it is gone.
+/// What the volumes of a VM will be when it has gone back, beside them. Dropped before [`Restored::settle`] it is gone.
 pub struct Restored {
     operation: OperationId,
     name: Name,

@@ -56,18 +56,17 @@ fn mount_export(export: &NfsExport, directory: &Path) -> Result<(), Fault> {
         for version in export.versions() {
             match mount_from(export, address, version, directory) {
                 Ok(()) => return Ok(()),
-                Err(error) => failed = fault(export, error),
-            }
-            // Only another version may help.
-            if !matches!(&failed, Fault::Refused(reason) if reason.contains(NO_VERSION)) {
-                break;
+                // Only here another version may help.
+                Err(error @ (Errno::PROTONOSUPPORT | Errno::OPNOTSUPP)) => failed = fault(export, error),
+                Err(error) => {
+                    failed = fault(export, error);
+                    break;
+                }
             }
         }
     }
     Err(failed)
 }
-
-const NO_VERSION: &str = "does not speak";
 
 fn mount_from(export: &NfsExport, address: IpAddr, version: &str, directory: &Path) -> Result<(), Errno> {
     let own = own_address(address).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::NETUNREACH))?;
@@ -102,7 +101,7 @@ fn fault(export: &NfsExport, error: Errno) -> Fault {
         ),
         Errno::ACCESS => format!("{server} does not let this host mount {source}: export it to this host's address (exports(5))"),
         Errno::NOENT => format!("{server} has no export {}: see `exportfs -v` there", export.path()),
-        Errno::PROTONOSUPPORT | Errno::OPNOTSUPP => format!("{server} {NO_VERSION} this version of NFS 4: set the option vers="),
+        Errno::PROTONOSUPPORT | Errno::OPNOTSUPP => format!("{server} does not speak this version of NFS 4: set the option vers="),
         Errno::INVAL => format!("the kernel does not take {source} with the options {}", export.kernel_options()),
         Errno::NOTDIR => format!("{source} is no directory"),
         _ => format!("{source} cannot be mounted: {said}"),
