@@ -33,10 +33,16 @@ pub enum Measurement {
     Queries,
     /// Reading a volume over NBD, beside qemu-nbd.
     Nbd,
+    /// Ten copies of a VM that start at once.
+    Fork,
+    /// A guest that reads its disks.
+    Disk,
+    /// TCP between the host and a guest, both ways.
+    Network,
 }
 
 impl Measurement {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::FirstInstruction,
         Self::GuestInit,
         Self::VmmMemory,
@@ -49,6 +55,9 @@ impl Measurement {
         Self::Ps,
         Self::Queries,
         Self::Nbd,
+        Self::Fork,
+        Self::Disk,
+        Self::Network,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -65,6 +74,9 @@ impl Measurement {
             Self::Ps => "ps",
             Self::Queries => "queries",
             Self::Nbd => "nbd",
+            Self::Fork => "fork",
+            Self::Disk => "disk",
+            Self::Network => "network",
         }
     }
 }

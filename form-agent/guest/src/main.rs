@@ -1,5 +1,5 @@
 //! `form-guest`: PID 1 and agent inside a VM. As process 1 it starts the machine; as `form-guest agent` it serves the host beside the
-//! image's own init; as `form-guest sshd` it is the SSH server of images that have none.
+//! image's own init; as `form-guest sshd` it is the SSH server of images that have none; `form-guest measure` is for `form bench`.
 
 mod accounts;
 mod agent;
@@ -12,6 +12,7 @@ mod hold;
 mod identity;
 mod init;
 mod machine;
+mod measure;
 mod network;
 mod new_identity;
 mod power;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
             }
         },
         Some("sshd") => sshd::run(),
+        Some("measure") => measure::run(arguments),
         Some("--version") => {
             println!("form-guest {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

@@ -40,6 +40,15 @@ pub async fn index_of(handle: &Handle, name: &str) -> Result<Option<u32>> {
     Ok(list(handle).await?.into_iter().find(|(_, found)| found == name).map(|(index, _)| index))
 }
 
+/// Switches an interface on and changes nothing else of it. Gives its index.
+pub async fn up(handle: &Handle, name: &str) -> Result<u32> {
+    let vanished = || NetError::Tap { name: name.to_owned(), source: std::io::ErrorKind::NotFound.into() };
+    let index = index_of(handle, name).await?.ok_or_else(vanished)?;
+    let link = LinkUnspec::new_with_index(index).up().build();
+    handle.link().set(link).execute().await.map_err(NetError::netlink(format!("switch on the interface `{name}`")))?;
+    Ok(index)
+}
+
 /// Removes an interface; that it is gone already is fine.
 pub async fn remove(handle: &Handle, name: &str) -> Result<()> {
     let Some(index) = index_of(handle, name).await? else { return Ok(()) };

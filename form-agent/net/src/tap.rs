@@ -7,7 +7,10 @@ use std::{
     os::unix::fs::OpenOptionsExt,
 };
 
-use crate::error::{NetError, Result};
+use crate::{
+    error::{NetError, Result},
+    link,
+};
 
 /// A name and flags, as the tun driver reads them (`struct ifreq`, linux/if.h).
 #[repr(C)]
@@ -26,6 +29,18 @@ const _: () = assert!(size_of::<Request>() == size_of::<libc::ifreq>());
 /// [`NetError::Tun`] without the driver or the right to use it, [`NetError::TapTaken`] when somebody holds one of that name.
 pub fn open(name: &str) -> Result<OwnedFd> {
     open_with(name, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL)
+}
+
+/// Switches the interface `name` on, without addresses of ours. Gives its index.
+///
+/// # Errors
+/// When there is none, or the kernel refuses.
+pub async fn up(name: &str) -> Result<u32> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetError::Socket)?;
+    let connection = tokio::spawn(connection);
+    let done = link::up(&handle, name).await;
+    connection.abort();
+    done
 }
 
 fn open_with(name: &str, flags: libc::c_int) -> Result<OwnedFd> {

@@ -13,7 +13,7 @@ use form_bundle::{
 
 use super::{
     BenchError, first_program, io_error,
-    machine::{Guest, MEMORY_MIB},
+    machine::{Guest, MEMORY_MIB, OtherDisk},
 };
 
 /// What the Linux guest says when its first process runs.
@@ -68,38 +68,59 @@ impl Kernel {
 pub fn first_program(directory: &Path) -> Result<Guest, BenchError> {
     let kernel = directory.join("first-program");
     fs::write(&kernel, first_program::elf(None, false)).map_err(io_error("write the first program"))?;
-    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB })
+    Ok(Guest { kernel, initramfs: None, devices: false, disks: Vec::new(), memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB })
 }
 
 /// The guest that has used each page of its `memory_mib` when it says its line.
 pub fn full(directory: &Path, memory_mib: u32) -> Result<Guest, BenchError> {
     let kernel = directory.join(format!("full-{memory_mib}"));
     fs::write(&kernel, first_program::elf(Some(memory_mib << 20), false)).map_err(io_error("write the first program"))?;
-    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: memory_mib.into(), limit_mib: memory_mib.into() })
+    Ok(Guest { kernel, initramfs: None, devices: false, disks: Vec::new(), memory_mib: memory_mib.into(), limit_mib: memory_mib.into() })
 }
 
 /// As [`full`], and then says again and again that it runs.
 pub fn ticking(directory: &Path, memory_mib: u32) -> Result<Guest, BenchError> {
     let kernel = directory.join(format!("ticking-{memory_mib}"));
     fs::write(&kernel, first_program::elf(Some(memory_mib << 20), true)).map_err(io_error("write the first program"))?;
-    Ok(Guest { kernel, initramfs: None, devices: false, memory_mib: memory_mib.into(), limit_mib: 2 * u64::from(memory_mib) })
+    Ok(Guest {
+        kernel,
+        initramfs: None,
+        devices: false,
+        disks: Vec::new(),
+        memory_mib: memory_mib.into(),
+        limit_mib: 2 * u64::from(memory_mib),
+    })
 }
 
 /// Linux up to its first process. With `devices` the VM has them and that process loads their drivers before it says its line.
 pub fn linux(kernel: &Kernel, directory: &Path, devices: bool) -> Result<Guest, BenchError> {
-    let busybox = fs::read(BUSYBOX).map_err(|error| {
-        BenchError::Missing(format!("the guest is made of {BUSYBOX}, which cannot be read ({error}): install the package busybox-static"))
-    })?;
     let modules = if devices { kernel.modules()? } else { Vec::new() };
-    let archive = initramfs(&busybox, &modules).map_err(|error| BenchError::Missing(error.to_string()))?;
+    let archive = initramfs(&busybox()?, &modules, None).map_err(|error| BenchError::Missing(error.to_string()))?;
     let path = directory.join(if devices { "devices.cpio" } else { "init.cpio" });
     fs::write(&path, archive).map_err(io_error("write the initramfs"))?;
-    Ok(Guest { kernel: kernel.directory.join(VMLINUX_FILE), initramfs: Some(path), devices, memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB })
+    let kernel = kernel.directory.join(VMLINUX_FILE);
+    Ok(Guest { kernel, initramfs: Some(path), devices, disks: Vec::new(), memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB })
 }
 
-fn initramfs(busybox: &[u8], modules: &[(String, Vec<u8>)]) -> Result<Vec<u8>, InitramfsError> {
+/// As [`linux`] with devices, and then it does what `commands` say, a shell's; `measure` is the program `form-guest measure`.
+pub fn measuring(kernel: &Kernel, directory: &Path, program: &Path, commands: &str, disks: Vec<OtherDisk>) -> Result<Guest, BenchError> {
+    let program = fs::read(program).map_err(io_error(program.display().to_string()))?;
+    let archive = initramfs(&busybox()?, &kernel.modules()?, Some((&program, commands)));
+    let path = directory.join("measure.cpio");
+    fs::write(&path, archive.map_err(|error| BenchError::Missing(error.to_string()))?).map_err(io_error("write the initramfs"))?;
+    let kernel = kernel.directory.join(VMLINUX_FILE);
+    Ok(Guest { kernel, initramfs: Some(path), devices: true, disks, memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB })
+}
+
+fn busybox() -> Result<Vec<u8>, BenchError> {
+    fs::read(BUSYBOX).map_err(|error| {
+        BenchError::Missing(format!("the guest is made of {BUSYBOX}, which cannot be read ({error}): install the package busybox-static"))
+    })
+}
+
+fn initramfs(busybox: &[u8], modules: &[(String, Vec<u8>)], work: Option<(&[u8], &str)>) -> Result<Vec<u8>, InitramfsError> {
     let mut archive = Cpio::new();
-    for directory in ["bin", "dev", MODULES_DIR] {
+    for directory in ["bin", "dev", "sys", MODULES_DIR] {
         archive.directory(directory, 0o755)?;
     }
     archive.file("bin/busybox", 0o755, busybox)?;
@@ -109,7 +130,13 @@ fn initramfs(busybox: &[u8], modules: &[(String, Vec<u8>)]) -> Result<Vec<u8>, I
         archive.file(&path, 0o644, content)?;
         script.push_str(&format!("/bin/busybox insmod /{path}\n"));
     }
-    script.push_str(&format!("echo '{LINE}'\n/bin/busybox sleep {LIFE_SECONDS}\n/bin/busybox poweroff -f\n"));
+    script.push_str(&format!("echo '{LINE}'\n"));
+    if let Some((program, commands)) = work {
+        archive.file("bin/form-guest", 0o755, program)?;
+        script.push_str("/bin/busybox mount -t devtmpfs none /dev\n/bin/busybox mount -t sysfs none /sys\n");
+        script.push_str(&format!("measure() {{ /bin/form-guest measure \"$@\"; }}\n{commands}"));
+    }
+    script.push_str(&format!("/bin/busybox sleep {LIFE_SECONDS}\n/bin/busybox poweroff -f\n"));
     archive.file("init", 0o755, script.as_bytes())?;
     archive.finish()
 }
@@ -121,9 +148,9 @@ mod tests {
     #[test]
     fn modules_are_loaded_in_order_before_the_line() {
         let modules = [("b_first".to_owned(), b"1".to_vec()), ("a_second".to_owned(), b"2".to_vec())];
-        let archive = String::from_utf8(initramfs(b"busybox", &modules).unwrap()).unwrap();
-        let places =
-            ["insmod /modules/b_first.ko", "insmod /modules/a_second.ko", LINE, "poweroff"].map(|text| archive.find(text).unwrap());
+        let archive = String::from_utf8(initramfs(b"busybox", &modules, Some((b"guest", "measure network 1\n"))).unwrap()).unwrap();
+        let places = ["insmod /modules/b_first.ko", "insmod /modules/a_second.ko", LINE, "measure network 1", "poweroff"]
+            .map(|text| archive.find(text).unwrap());
         assert!(places.is_sorted(), "{places:?}");
     }
 

@@ -31,6 +31,8 @@ const CONSOLE: u64 = 256 << 10;
 const DISK: u64 = 1 << 30;
 /// The longest wait for a guest's line. Generous: software emulation is slow.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// Of the guest's network interface.
+pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// The disk that comes and goes.
 const HOTPLUG: &str = "hotplug";
 /// Between two looks at the serial output.
@@ -53,9 +55,19 @@ pub struct Guest {
     pub initramfs: Option<PathBuf>,
     /// Disk, network, vsock, entropy and balloon, as the agent's VMs have them, or none.
     pub devices: bool,
+    /// Disks beside that one.
+    pub disks: Vec<OtherDisk>,
     pub memory_mib: u64,
     /// What its cgroup allows it: more where it is saved to files, which may lie in memory and count as its own.
     pub limit_mib: u64,
+}
+
+/// A disk that it can only read.
+pub struct OtherDisk {
+    /// Its id too.
+    pub serial: &'static str,
+    pub format: DiskFormat,
+    pub file: fs::File,
 }
 
 /// A VM process with its guest, ended when dropped.
@@ -144,7 +156,8 @@ impl<'a> Machine<'a> {
         BenchError::Machine(format!("{error} {}", self.directory.last_words()).trim_end().to_owned())
     }
 
-    fn printed(&self) -> String {
+    /// The end of what the guest has said on its console.
+    pub fn printed(&self) -> String {
         let tail = self.console.as_ref().and_then(|console| console.tail(4096).ok());
         tail.map_or_else(String::new, |tail| String::from_utf8_lossy(&tail.bytes).into_owned())
     }
@@ -249,6 +262,14 @@ impl<'a> Machine<'a> {
         Ok(Spent { time: begun.elapsed(), cpu: cpu_time(self.child.id())?.saturating_sub(before) })
     }
 
+    /// Switches the host's end of its network on. Gives its index.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or the guest has no network.
+    pub fn tap_up(&self) -> Result<u32, BenchError> {
+        Ok(self.setup.runtime.block_on(form_net::tap::up(&tap_name()))?)
+    }
+
     /// What the VM process has in memory beside its guest's.
     ///
     /// # Errors
@@ -317,6 +338,11 @@ impl Drop for Machine<'_> {
     }
 }
 
+/// The host's end of the guest's network.
+fn tap_name() -> String {
+    format!("fbench{}", std::process::id() % 1_000_000_000)
+}
+
 /// In the names of this process's cgroups.
 fn mark() -> String {
     format!("bench-{}", std::process::id())
@@ -377,7 +403,7 @@ impl Files {
         if guest.devices {
             let disk = made(&directory.path().join("disk"))?;
             disk.set_len(DISK).map_err(io_error("make a disk"))?;
-            let tap = form_net::tap::open(&format!("fbench{}", std::process::id() % 1_000_000_000))?;
+            let tap = form_net::tap::open(&tap_name())?;
             let (file, tap) = (add(disk.into()), add(tap));
             let serial = "bench".to_owned();
             let disk = DiskConfig {
@@ -390,13 +416,13 @@ impl Files {
                 limits: DiskLimits::default(),
             };
             config.disks.push(disk);
-            config.networks.push(NetworkConfig {
-                id: "eth0".to_owned(),
-                tap,
-                mac: [2, 0, 0, 0, 0, 1],
-                mtu: form_net::MTU,
-                bytes_per_second: None,
-            });
+            for other in &guest.disks {
+                let file = add(other.file.try_clone().map_err(io_error("pass a disk on"))?.into());
+                let (id, serial) = (other.serial.to_owned(), other.serial.to_owned());
+                let limits = DiskLimits::default();
+                config.disks.push(DiskConfig { id, serial, format: other.format, file, backing: Vec::new(), read_only: true, limits });
+            }
+            config.networks.push(NetworkConfig { id: "eth0".to_owned(), tap, mac: MAC, mtu: form_net::MTU, bytes_per_second: None });
             config.vsock_cid = Some(vm::GUEST_CID);
         }
         Ok(Self { config, descriptors })

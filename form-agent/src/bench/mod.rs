@@ -5,6 +5,7 @@
 //! measured, and how, is in docs/bench.md.
 
 mod agents;
+mod devices;
 mod first_program;
 mod guests;
 mod machine;
@@ -23,6 +24,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
 
 use form_api::bench::{BenchRow, MAX_RUNS, Measurement, Unit};
@@ -45,6 +47,9 @@ const PEER_ANONYMOUS: f64 = 0.3;
 const PEER_PROGRAM: f64 = 3.0;
 /// Starting may cost a tenth more than with the peer.
 const WITHIN: f64 = 1.1;
+/// Copies of a VM that start at once, and the number of the first of them.
+const COPIES: u8 = 10;
+const COPIES_FROM: u8 = 200;
 /// How many times as long a VM of 2 GiB may stand for its snapshot as one of 256 MiB.
 const PAUSE_GROWTH: f64 = 1.5;
 
@@ -95,7 +100,7 @@ pub struct Options {
     /// How often each is repeated
     #[arg(long, default_value_t = form_api::bench::DEFAULT_RUNS, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_RUNS)))]
     pub runs: u32,
-    /// Only this (may be repeated): first-instruction, guest-init, vmm-memory, vmm-program, hotplug, pause, restore, state, agent-memory, ps, queries, nbd
+    /// Only this (may be repeated): first-instruction, guest-init, vmm-memory, vmm-program, hotplug, pause, restore, state, agent-memory, ps, queries, nbd, fork, disk, network
     #[arg(long, value_name = "MEASUREMENT")]
     pub only: Vec<Measurement>,
     /// A kernel bundle's directory (vmlinux, kernel.json, modules); without it the newest of this host
@@ -184,6 +189,9 @@ impl Bench<'_> {
             Measurement::Ps => self.ps(),
             Measurement::Queries => self.queries(),
             Measurement::Nbd => self.nbd(),
+            Measurement::Fork => self.fork(),
+            Measurement::Disk => self.disk(),
+            Measurement::Network => self.network(),
         }
     }
 
@@ -206,7 +214,7 @@ impl Bench<'_> {
         &self,
         guest: &Guest,
         line: &str,
-        look: impl Fn(&Machine<'_>, Spent) -> Result<T, BenchError>,
+        look: impl Fn(&mut Machine<'_>, Spent) -> Result<T, BenchError>,
     ) -> Result<Vec<T>, BenchError> {
         if !crate::machine::virtualises() {
             return Err(BenchError::Missing("this processor cannot run guests; `form doctor` says more".to_owned()));
@@ -215,7 +223,7 @@ impl Bench<'_> {
         let start = |_| {
             let mut machine = Machine::start(&setup, guest)?;
             let spent = machine.wait_for(line)?;
-            look(&machine, spent)
+            look(&mut machine, spent)
         };
         (0..self.runs()).map(start).collect()
     }
@@ -344,6 +352,25 @@ impl Bench<'_> {
         let setup = self.setup()?;
         let restore = |(saved, took): (Saved, Spent)| Ok((took, Machine::restore(&setup, &saved)?.wait_for(first_program::TICK)?));
         saved.into_iter().map(restore).collect()
+    }
+
+    /// A VM is saved while it goes on, and many others go on from there at once.
+    fn fork(&self) -> Vec<BenchRow> {
+        let fork = self.cpu_line("fork/10", "from a VM's pause to the first line of the last of ten copies that go on where it stood");
+        let spent = guests::ticking(self.directory, machine::MEMORY_MIB as u32).and_then(|guest| {
+            self.starts(&guest, first_program::LINE, |machine, _| {
+                let begun = Instant::now();
+                let (saved, took) = machine.save(guest.memory_mib)?;
+                let setup = self.setup()?;
+                // The VM and its files: each copy is told apart from all of them.
+                setup.started.set(COPIES_FROM);
+                let mut copies = (0..COPIES).map(|_| Machine::restore(&setup, &saved)).collect::<Result<Vec<_>, _>>()?;
+                let cpu =
+                    copies.iter_mut().try_fold(took.cpu, |sum, copy| Ok::<_, BenchError>(sum + copy.wait_for(first_program::TICK)?.cpu))?;
+                Ok(Spent { time: begun.elapsed(), cpu })
+            })
+        });
+        self.rows(fork, "fork/10/time", spent)
     }
 
     fn vmm_program(&self) -> Vec<BenchRow> {

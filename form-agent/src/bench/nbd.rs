@@ -10,11 +10,12 @@ use std::{
 
 use form_api::bench::{BenchRow, Peer, Unit};
 use form_nbd::{Client, Uri};
+use form_types::measure::{mixed, word};
 
 use super::{
     Bench, BenchError, Stop,
     agents::{ThrowAway, form_program},
-    io_error,
+    devices, io_error,
     row::Line,
 };
 
@@ -109,24 +110,10 @@ fn beside(row: &mut BenchRow, peer: &[f64]) {
     row.peer = Some(Peer { name: "qemu-nbd".to_owned(), value, ratio: row.median / value });
 }
 
-/// A disk without holes, that no two blocks of are alike.
 fn write_disk(path: &Path, stop: &Stop) -> io::Result<()> {
-    let mut file = io::BufWriter::with_capacity(1 << 20, fs::File::create(path)?);
-    for number in 0..SIZE / 8 {
-        if number.is_multiple_of(1 << 20) && stop.check().is_err() {
-            return Err(io::ErrorKind::Interrupted.into());
-        }
-        file.write_all(&mixed(number).to_le_bytes())?;
-    }
-    file.into_inner()?.sync_all()
-}
-
-/// The finaliser of MurmurHash3: neighbours have nothing in common.
-const fn mixed(number: u64) -> u64 {
-    let mut mixed = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    mixed = (mixed ^ (mixed >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
-    mixed = (mixed ^ (mixed >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
-    mixed ^ (mixed >> 33)
+    let mut file = fs::File::create(path)?;
+    devices::pieces(SIZE, stop, |piece, _| file.write_all(piece))?;
+    file.sync_all()
 }
 
 fn connect(uri: &Uri) -> Result<Client, BenchError> {
@@ -137,7 +124,7 @@ fn connect(uri: &Uri) -> Result<Client, BenchError> {
 /// Reads at `offset`, and looks whether that is what is there.
 fn read(client: &mut Client, into: &mut [u8], offset: u64) -> Result<(), BenchError> {
     client.read_at(into, offset).map_err(|error| BenchError::Agent(error.to_string()))?;
-    if into[..8] == mixed(offset / 8).to_le_bytes() { Ok(()) } else { Err(BenchError::Agent(format!("other bytes at {offset}"))) }
+    if into[..8] == word(offset).to_le_bytes() { Ok(()) } else { Err(BenchError::Agent(format!("other bytes at {offset}"))) }
 }
 
 fn read_all(uri: &Uri, stop: &Stop) -> Result<f64, BenchError> {

@@ -7,6 +7,7 @@ pub mod failpoint;
 pub mod id;
 pub mod key;
 pub mod limits;
+pub mod measure;
 pub mod name;
 #[cfg(feature = "openapi")]
 mod schema;

@@ -1,0 +1,259 @@
+//! What a guest's disks and network do: a Linux guest reads and sends as fast as it can, one VM a run.
+
+use std::{
+    io::{self, Read, Write},
+    net::{Ipv6Addr, SocketAddrV6, TcpStream},
+    time::{Duration, Instant},
+};
+
+use form_api::bench::{BenchRow, Unit};
+use form_store::Store;
+use form_types::{
+    VolumeFormat, VolumeId,
+    measure::{Access, Disk, FROM_GUEST, TO_GUEST, word},
+};
+use form_vmm::config::DiskFormat;
+
+use super::{
+    Bench, BenchError, Stop, guests, io_error,
+    machine::{Machine, OtherDisk},
+    row::Line,
+};
+
+/// Of each disk, and what goes over the network each way.
+const SIZE: u64 = 256 << 20;
+/// Requests of 4 KiB; those of 128 KiB are all of the disk.
+const PLACES: u64 = 4096;
+/// How much is made at once.
+const PIECE: u64 = 1 << 20;
+/// What the guest says when it is done.
+const DONE: &str = "measured all";
+const PORT: u16 = 5001;
+/// The longest wait for the two ends of the network to have addresses.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// For one answer over the network.
+const SILENCE: Duration = Duration::from_secs(120);
+
+/// A row: its name, what it is, and what the guest is asked for (the disk, bytes of a request, requests at once).
+struct Reads {
+    name: &'static str,
+    what: &'static str,
+    serial: &'static str,
+    access: Access,
+    request: usize,
+    depth: u16,
+}
+
+impl Reads {
+    const fn new(name: &'static str, what: &'static str, serial: &'static str, access: Access, depth: u16) -> Self {
+        let request = match access {
+            Access::Random => 4 << 10,
+            Access::Sequential => 128 << 10,
+        };
+        Self { name, what, serial, access, request, depth }
+    }
+
+    fn disk(&self) -> Disk {
+        let count = match self.access {
+            Access::Random => PLACES,
+            Access::Sequential => SIZE / self.request as u64,
+        };
+        let (access, request, depth) = (self.access, self.request, self.depth);
+        Disk { serial: self.serial.to_owned(), size: SIZE, access, request, depth, count }
+    }
+
+    const fn line(&self) -> Line {
+        Line::new(self.name, self.what, Unit::Milliseconds)
+    }
+}
+
+const RAW: &str = "raw";
+const QCOW2: &str = "qcow2";
+const SMALL: &str = "a guest reads 4 KiB at 4096 random places of a raw disk, past its own cache";
+const LARGE: &str = "a guest reads 256 MiB of a raw disk by requests of 128 KiB, past its own cache";
+const AT_ONCE: &str = "the same with 32 requests at once";
+const READS: [Reads; 8] = [
+    Reads::new("disk/4k", SMALL, RAW, Access::Random, 1),
+    Reads::new("disk/4k/32", AT_ONCE, RAW, Access::Random, 32),
+    Reads::new("disk/128k", LARGE, RAW, Access::Sequential, 1),
+    Reads::new("disk/128k/32", AT_ONCE, RAW, Access::Sequential, 32),
+    Reads::new("disk/qcow2/4k", "4 KiB at 4096 random places of a qcow2 disk", QCOW2, Access::Random, 1),
+    Reads::new("disk/qcow2/4k/32", AT_ONCE, QCOW2, Access::Random, 32),
+    Reads::new("disk/qcow2/128k", "256 MiB of a qcow2 disk by requests of 128 KiB", QCOW2, Access::Sequential, 1),
+    Reads::new("disk/qcow2/128k/32", AT_ONCE, QCOW2, Access::Sequential, 32),
+];
+
+impl Bench<'_> {
+    /// The host has the disks in its memory: what is measured is the way there.
+    pub(super) fn disk(&self) -> Vec<BenchRow> {
+        match self.disk_times() {
+            Ok(times) => READS.iter().zip(times).map(|(reads, times)| reads.line().measured(&times)).collect(),
+            Err(error) => vec![READS[0].line().failed(error.to_string())],
+        }
+    }
+
+    /// Milliseconds of each row, a value a run.
+    fn disk_times(&self) -> Result<Vec<Vec<f64>>, BenchError> {
+        let store = Store::open(&self.directory.join("disks")).map_err(|error| BenchError::Missing(error.to_string()))?;
+        let disks = vec![self.written(&store, RAW, DiskFormat::Raw)?, self.written(&store, QCOW2, DiskFormat::Qcow2)?];
+        let asked: String = READS.iter().map(|reads| format!("measure disk {}\n", reads.disk())).collect();
+        let guest = self.measuring(&format!("{asked}echo '{DONE}'\n"), disks)?;
+        let runs = self.starts(&guest, guests::LINE, |machine, _| {
+            machine.wait_for(DONE)?;
+            let said = machine.printed();
+            READS.iter().map(|reads| time_of(&said, &reads.disk())).collect::<Result<Vec<f64>, _>>()
+        })?;
+        Ok((0..READS.len()).map(|row| runs.iter().map(|times| times[row]).collect()).collect())
+    }
+
+    /// A disk that is full of bytes.
+    fn written(&self, store: &Store, serial: &'static str, format: DiskFormat) -> Result<OtherDisk, BenchError> {
+        let (kind, id) = match format {
+            DiskFormat::Raw => (VolumeFormat::Raw, VolumeId::from_bytes([1; 16])),
+            DiskFormat::Qcow2 => (VolumeFormat::Qcow2, VolumeId::from_bytes([2; 16])),
+        };
+        let failed = |error: form_store::StoreError| BenchError::Missing(error.to_string());
+        let pool = store.pool(&form_store::local_pool()).map_err(failed)?;
+        let fill = |contents: &form_store::Contents| pieces(SIZE, self.stop, |piece, offset| contents.write_at(piece, offset));
+        pool.create_filled(&id, kind, SIZE, fill).map_err(failed)?;
+        let file = pool.open_volume(&id, true).map_err(failed)?.file;
+        Ok(OtherDisk { serial, format, file })
+    }
+
+    fn measuring(&self, commands: &str, disks: Vec<OtherDisk>) -> Result<super::Guest, BenchError> {
+        let program = self.config.program("form-guest").map_err(|error| BenchError::Missing(error.to_string()))?;
+        guests::measuring(&self.kernel()?, self.directory, &program, commands, disks)
+    }
+
+    pub(super) fn network(&self) -> Vec<BenchRow> {
+        let to = Line::new("network/to-guest", "256 MiB over one TCP connection from the host to a guest", Unit::Milliseconds);
+        let from = Line::new("network/from-guest", "the same from the guest to the host", Unit::Milliseconds);
+        let commands = format!("/bin/busybox ip link set eth0 up\nmeasure network {PORT} &\n");
+        let times = self.measuring(&commands, Vec::new()).and_then(|guest| {
+            // Addresses of the link itself: nothing has to be set up, and nothing can be in anybody's way.
+            self.starts(&guest, guests::LINE, |machine, _| Ok((to_guest(machine, self.stop)?, from_guest(machine, self.stop)?)))
+        });
+        match times {
+            Ok(times) => {
+                let (there, back): (Vec<f64>, Vec<f64>) = times.into_iter().unzip();
+                vec![to.measured(&there), from.measured(&back)]
+            }
+            Err(error) => vec![to.failed(error.to_string())],
+        }
+    }
+}
+
+/// What the guest says that reading `disk` took, in milliseconds.
+fn time_of(said: &str, disk: &Disk) -> Result<f64, BenchError> {
+    let head = format!("{disk} ");
+    let nanoseconds = said.lines().find_map(|line| line.strip_prefix(&head)?.trim_end().parse::<f64>().ok());
+    let unsaid = || BenchError::Guest { what: "did not read its disks", words: said.trim().to_owned() };
+    nanoseconds.map(|nanoseconds| nanoseconds / 1e6).ok_or_else(unsaid)
+}
+
+/// Gives `take` all bytes of a measured disk, with where they belong.
+///
+/// # Errors
+/// When `take` fails, or somebody wants the measuring to end.
+pub(super) fn pieces(size: u64, stop: &Stop, mut take: impl FnMut(&[u8], u64) -> io::Result<()>) -> io::Result<()> {
+    for start in (0..size).step_by(PIECE as usize) {
+        stop.check().map_err(|_| io::ErrorKind::Interrupted)?;
+        let piece: Vec<u8> = (start..size.min(start + PIECE)).step_by(8).flat_map(|offset| word(offset).to_le_bytes()).collect();
+        take(&piece, start)?;
+    }
+    Ok(())
+}
+
+fn to_guest(machine: &Machine<'_>, stop: &Stop) -> Result<f64, BenchError> {
+    let mut connection = connect(machine, stop)?;
+    timed(|| {
+        connection.write_all(&asked(TO_GUEST))?;
+        let piece = vec![0; PIECE as usize];
+        for _ in 0..SIZE / PIECE {
+            connection.write_all(&piece)?;
+        }
+        let mut came = [0; 8];
+        connection.read_exact(&mut came)?;
+        whole(u64::from_le_bytes(came))
+    })
+}
+
+fn from_guest(machine: &Machine<'_>, stop: &Stop) -> Result<f64, BenchError> {
+    let mut connection = connect(machine, stop)?;
+    timed(|| {
+        connection.write_all(&asked(FROM_GUEST))?;
+        whole(io::copy(&mut connection, &mut io::sink())?)
+    })
+}
+
+/// In milliseconds.
+fn timed(act: impl FnOnce() -> io::Result<()>) -> Result<f64, BenchError> {
+    let begun = Instant::now();
+    act().map_err(io_error("move bytes between the host and the guest"))?;
+    Ok(begun.elapsed().as_secs_f64() * 1e3)
+}
+
+fn asked(way: u8) -> Vec<u8> {
+    [&[way][..], &SIZE.to_le_bytes()].concat()
+}
+
+fn whole(came: u64) -> io::Result<()> {
+    if came == SIZE { Ok(()) } else { Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{came} bytes came of {SIZE}"))) }
+}
+
+/// To the guest's address of the link (RFC 4291, appendix A), as soon as both ends have theirs.
+fn connect(machine: &Machine<'_>, stop: &Stop) -> Result<TcpStream, BenchError> {
+    let index = machine.tap_up()?;
+    let mac = super::machine::MAC;
+    let address = Ipv6Addr::new(
+        0xfe80,
+        0,
+        0,
+        0,
+        u16::from_be_bytes([mac[0] ^ 2, mac[1]]),
+        u16::from_be_bytes([mac[2], 0xff]),
+        u16::from_be_bytes([0xfe, mac[3]]),
+        u16::from_be_bytes([mac[4], mac[5]]),
+    );
+    let begun = Instant::now();
+    loop {
+        stop.check()?;
+        let tried = TcpStream::connect_timeout(&SocketAddrV6::new(address, PORT, 0, index).into(), Duration::from_secs(5));
+        match tried.and_then(|connection| connection.set_read_timeout(Some(SILENCE)).map(|()| connection)) {
+            Ok(connection) => return Ok(connection),
+            Err(error) if begun.elapsed() > PATIENCE => {
+                return Err(io_error("reach the guest over IPv6 (see that this host has it)")(error));
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_of_a_disk_has_one_name_and_is_found_in_what_the_guest_said() {
+        let said: String = READS.iter().zip(1_u32..).map(|(reads, number)| format!("{} {number}000000\r\n", reads.disk())).collect();
+        for (reads, number) in READS.iter().zip(1_u32..) {
+            assert_eq!(time_of(&said, &reads.disk()).unwrap(), f64::from(number), "{}", reads.name);
+            assert_eq!(READS.iter().filter(|other| other.name == reads.name).count(), 1);
+            assert_eq!(Disk::parse(&reads.disk().to_string().split(' ').collect::<Vec<_>>()), Some(reads.disk()));
+        }
+        assert!(time_of("nothing", &READS[0].disk()).is_err());
+    }
+
+    #[test]
+    fn a_disk_is_given_whole_and_in_order() {
+        let mut all = Vec::new();
+        let take = |piece: &[u8], offset: u64| {
+            assert_eq!(offset, all.len() as u64);
+            all.extend_from_slice(piece);
+            Ok(())
+        };
+        pieces(PIECE + 4096, &Stop::default(), take).unwrap();
+        assert_eq!(all.len() as u64, PIECE + 4096);
+        assert_eq!(all[4096..4104], word(4096).to_le_bytes());
+    }
+}
