@@ -205,6 +205,8 @@ fn system_a_pool_is_made_used_and_removed_and_its_empty_mount_point_is_left_alon
     let _ = host.form(&["pool", "rm", "local", "-y"]).exits(5);
     let _ = host.form(&["pool", "rm", "nope", "-y"]).exits(3);
 
+    let data = volume(&host, "data");
+
     // Not mounted: nothing is made in the directory below, whatever is asked.
     host.kill_agent();
     let aside = host.path("aside");
@@ -228,7 +230,26 @@ fn system_a_pool_is_made_used_and_removed_and_its_empty_mount_point_is_left_alon
     run("mount", &["--move", aside.to_str().unwrap(), &path]);
     assert_eq!((show(&host)["fault"].clone(), volume(&host, "data")["fault"].clone()), (Value::Null, Value::Null));
 
-    let _ = host.form(&["volume", "rm", "data", "more", "-y"]).ok();
+    // One is lost with its pool, and is nobody's when the pool comes back.
+    let there = host.form(&["volume", "rm", "data", "--lost", "-y"]).exits(5);
+    assert!(there.stderr.contains("form volume rm data`"), "{there:?}");
+    run("mount", &["--move", &path, aside.to_str().unwrap()]);
+    let lost = host.form(&["volume", "rm", "data", "-y"]).exits(1);
+    assert!(lost.stderr.contains("form volume rm data --lost`"), "{lost:?}");
+    let _ = host.form(&["volume", "rm", "data", "--lost", "-y"]).ok();
+    let _ = host.form(&["volume", "show", "data"]).exits(3);
+    assert_eq!(wrong(&host).len(), 2, "doctor names the pool and the volume that is left");
+    host.kill_agent();
+    host.start_agent();
+    let _ = host.form(&["volume", "show", "data"]).exits(3);
+    run("mount", &["--move", aside.to_str().unwrap(), &path]);
+    let (nobodys, id) = (wrong(&host), data["id"].as_str().unwrap());
+    assert!(nobodys.len() == 1 && nobodys[0]["message"].as_str().unwrap().contains(id), "{nobodys:?}");
+    let refused = host.form(&["pool", "rm", "fast", "-y"]).exits(5);
+    assert!(refused.stderr.contains("more"), "{refused:?}");
+    let _ = host.form(&["volume", "rm", "more", "-y"]).ok();
+    assert!(host.form(&["pool", "rm", "fast", "-y"]).exits(5).stderr.contains(id));
+    fs::remove_dir_all(mount.0.join(id)).unwrap();
     let _ = host.form(&["pool", "rm", "fast", "-y"]).ok();
     assert_eq!(fs::read_dir(&mount.0).unwrap().count(), 0);
     let kinds: Vec<String> = host.operations().iter().map(|operation| operation["kind"].as_str().unwrap().to_owned()).collect();

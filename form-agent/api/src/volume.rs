@@ -239,6 +239,10 @@ pub struct RemoveVolumeQuery {
     #[serde(default)]
     #[param(required = false)]
     pub snapshots: bool,
+    /// Its pool is gone for good: it is forgotten, and nothing is touched that is left of it. A conflict while the pool is there.
+    #[serde(default)]
+    #[param(required = false)]
+    pub lost: bool,
 }
 
 /// `POST /v1/volumes/{name}/move`

@@ -381,7 +381,8 @@ async fn sent(client: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> bool {
     matches!(tokio::time::timeout(STANDSTILL, client.write_all(&frame.encode())).await, Ok(Ok(())))
 }
 
-/// Removes a volume that no VM has, with everything it holds. One that has snapshots is in the way of that, unless they go as well.
+/// Removes a volume that no VM has, with everything it holds. One that has snapshots is in the way of that, unless they go as well. One
+/// whose pool is gone for good is forgotten with `lost`.
 #[utoipa::path(
     delete,
     path = "/v1/volumes/{name}",
@@ -392,6 +393,12 @@ async fn sent(client: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> bool {
     security((), ("key" = [], "signature" = []))
 )]
 pub async fn remove(State(agent): State<Shared>, Segment(name): Segment, request: Request) -> Accepted {
-    let RemoveVolumeQuery { snapshots } = query(request.uri())?;
-    bare_change(agent, &name, request, if snapshots { Change::RemoveWithSnapshots } else { Change::Remove }).await
+    let RemoveVolumeQuery { snapshots, lost } = query(request.uri())?;
+    let change = match (lost, snapshots) {
+        // They are lost with it.
+        (true, _) => Change::Forget,
+        (false, true) => Change::RemoveWithSnapshots,
+        (false, false) => Change::Remove,
+    };
+    bare_change(agent, &name, request, change).await
 }

@@ -43,6 +43,8 @@ pub enum Change {
     Unexport,
     Remove,
     RemoveWithSnapshots,
+    /// It is gone with its pool.
+    Forget,
     /// A new one of this name.
     Snapshot(Name),
     RemoveSnapshot(Name),
@@ -63,7 +65,7 @@ impl Change {
             Self::Import(_) => OperationKind::VolumeImport,
             Self::Export(_) => OperationKind::VolumeExport,
             Self::Unexport => OperationKind::VolumeUnexport,
-            Self::Remove | Self::RemoveWithSnapshots => OperationKind::VolumeRemove,
+            Self::Remove | Self::RemoveWithSnapshots | Self::Forget => OperationKind::VolumeRemove,
             Self::Snapshot(_) => OperationKind::VolumeSnapshotCreate,
             Self::RemoveSnapshot(_) => OperationKind::VolumeSnapshotRemove,
             Self::Restore(_) => OperationKind::VolumeRestore,
@@ -129,7 +131,7 @@ pub(super) fn open(agent: &Agent, caller: &Caller, name: &Name, change: Change) 
     };
     match change {
         // These free room, or hold back who takes it.
-        Change::Remove | Change::RemoveWithSnapshots | Change::RemoveSnapshot(_) | Change::Detach(_) | Change::Set(_) => {
+        Change::Remove | Change::RemoveWithSnapshots | Change::Forget | Change::RemoveSnapshot(_) | Change::Detach(_) | Change::Set(_) => {
             agent.use_headroom()
         }
         _ => agent.keep_headroom(),
@@ -257,6 +259,15 @@ fn check_of(agent: &Agent, volume: &DesiredVolume, view: &form_state::View, chan
             not_exported(agent, volume, "be removed", Writable)?;
             not_held(agent, volume, "be removed")
         }
+        Change::Forget => {
+            rules::check_remove(volume, view).map_err(fault)?;
+            if pool_of(agent, volume)?.is_there().is_ok() {
+                let text = format!("pool/{} is there, and volume/{} is not lost with it", volume.pool, volume.name);
+                let hint = format!("remove it as any other: `form volume rm {}`", volume.name);
+                return Err(ApiError::new(ErrorCode::Conflict, text).hint(hint));
+            }
+            not_held(agent, volume, "be removed")
+        }
     }
 }
 
@@ -311,7 +322,7 @@ fn perform(agent: &Arc<Agent>, name: &Name, progress: &Progress) -> Result<(), A
     let pool = &*pool;
     let _in_use = pool.enter().map_err(|error| store_error(&error))?;
     // One that does not answer is waited for before it is anybody's turn.
-    if pool.export().is_some() && !matches!(progress.change, Change::Detach(_) | Change::Unexport | Change::Set(_)) {
+    if pool.export().is_some() && !matches!(progress.change, Change::Detach(_) | Change::Unexport | Change::Set(_) | Change::Forget) {
         pool.is_there().map_err(|error| store_error(&error))?;
     }
     match &progress.change {
@@ -482,7 +493,7 @@ fn record(agent: &Agent, pool: &Pool, name: &Name, progress: &Progress) -> Resul
             return Ok(());
         }
         // They end an export that only reads.
-        Change::Remove | Change::RemoveWithSnapshots | Change::Detach(_) => {
+        Change::Remove | Change::RemoveWithSnapshots | Change::Forget | Change::Detach(_) => {
             check(agent, name, &progress.change)?;
             agent.exports.end(&progress.id);
         }
@@ -510,8 +521,8 @@ fn hold(pool: &Pool, name: &Name, progress: &Progress) -> Result<Option<Hold>, A
             Err(ApiError::new(ErrorCode::Conflict, format!("volume/{name}: {error}")).hint("end what uses it, and try again"))
         }
         (Change::Remove | Change::RemoveWithSnapshots, Err(error)) => {
-            let gone = store_error(&error);
-            Err(gone.hint("is the file system of its pool mounted? If it is gone for good, make an empty directory in its place"))
+            let hint = format!("is the file system of its pool mounted? If it is gone for good: `form volume rm {name} --lost`");
+            Err(store_error(&error).hint(hint))
         }
         (Change::Remove | Change::RemoveWithSnapshots, Ok(held)) => Ok(Some(held)),
         (Change::Detach(_), held) => Ok(held.ok()),
@@ -527,6 +538,7 @@ fn settle(pool: &Pool, progress: &Progress, held: Option<Hold>) -> Result<(), Ap
             let held = held.map_or_else(|| pool.hold(&progress.id), Ok).map_err(|error| store_error(&error))?;
             pool.remove(held).map_err(|error| store_error(&error))
         }
+        Change::Forget => pool.forget(&progress.id).map_err(|error| store_error(&error)),
         Change::Resize(request) => match pool.grow(&progress.id, request.size_bytes) {
             // Made when the VM starts, or grown then, unless it can be while it runs.
             Ok(_) | Err(StoreError::NoVolume(_) | StoreError::VolumeInUse { .. }) => Ok(()),
@@ -562,7 +574,7 @@ fn resume_one(agent: &Agent, progress: &Progress) -> Result<(), ApiError> {
         // It finds again what is left to do.
         Change::Sync => false,
         Change::Unexport => true,
-        Change::Remove | Change::RemoveWithSnapshots => !known,
+        Change::Remove | Change::RemoveWithSnapshots | Change::Forget => !known,
         Change::Snapshot(name) => desired.as_ref().is_some_and(|volume| snapshot::is_made(agent, volume, name, progress.operation)),
         Change::RemoveSnapshot(name) => desired.as_ref().is_none_or(|volume| snapshot::one(agent, volume, name).is_err()),
         Change::Restore(_) => desired.as_ref().is_some_and(|volume| volume.restored == progress.operation),

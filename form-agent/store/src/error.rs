@@ -86,7 +86,7 @@ pub enum StoreError {
     VolumeTooLarge { pool: PathBuf, size_bytes: u64 },
     #[error("image `{image}` is used by {}", list(.users))]
     ImageInUse { image: ImageReference, users: Vec<String> },
-    #[error("there is no snapshot `{0}` of this VM: list them with `form vm snapshot ls`")]
+    #[error("there is no snapshot `{0}` of this VM")]
     NoSnapshot(Name),
     #[error("there is a snapshot `{0}` of this VM already: choose another name, or remove it with `form vm snapshot rm`")]
     SnapshotExists(Name),
@@ -94,7 +94,7 @@ pub enum StoreError {
     SnapshotVersion { name: Name, found: u32, known: u32 },
     #[error("the snapshot `{name}` cannot be used: {reason}. Remove it with `form vm snapshot rm`")]
     SnapshotDamaged { name: Name, reason: String },
-    #[error("there is no snapshot `{0}` of this volume: list them with `form volume snapshot ls`")]
+    #[error("there is no snapshot `{0}` of this volume")]
     NoVolumeSnapshot(Name),
     #[error("there is a snapshot `{0}` of this volume already: choose another name, or remove it with `form volume snapshot rm`")]
     VolumeSnapshotExists(Name),

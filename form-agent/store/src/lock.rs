@@ -60,21 +60,25 @@ fn user_of(file: &File) -> String {
     let find = || -> io::Result<Option<String>> {
         let wanted = file.metadata()?;
         let number = inode_of("self", &file.as_raw_fd().to_string());
+        let times_open = |process: &Path, pid: &str| {
+            let is_it = |descriptor: &fs::DirEntry| {
+                inode_of(pid, &descriptor.file_name().to_string_lossy()) == number
+                    && fs::metadata(descriptor.path()).is_ok_and(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()))
+            };
+            fs::read_dir(process.join("fd")).map_or(0, |descriptors| descriptors.flatten().filter(is_it).count())
+        };
         let own = std::process::id().to_string();
         for process in fs::read_dir("/proc")?.flatten() {
             let name = process.file_name();
             let Some(pid) = name.to_str().filter(|pid| pid.bytes().all(|byte| byte.is_ascii_digit()) && **pid != own) else { continue };
-            let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
-            let has_it = descriptors.flatten().any(|descriptor| {
-                inode_of(pid, &descriptor.file_name().to_string_lossy()) == number
-                    && fs::metadata(descriptor.path()).is_ok_and(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()))
-            });
-            if has_it {
+            if times_open(&process.path(), pid) > 0 {
                 let program = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
                 return Ok(Some(format!("{} (pid {pid})", program.trim())));
             }
         }
-        Ok(None)
+        // Once is the file that was to be locked.
+        let is_ours = times_open(Path::new("/proc/self"), "self") > 1;
+        Ok(is_ours.then(|| "the agent, for something that is under way (see `form op ls`)".to_owned()))
     };
     find().ok().flatten().unwrap_or_else(|| "another program".to_owned())
 }
@@ -110,7 +114,8 @@ mod tests {
         let (first, second, third) = (open(), open(), open());
         take(&first, file.path(), false).unwrap();
         take(&second, file.path(), false).unwrap();
-        assert!(matches!(take(&third, file.path(), true), Err(StoreError::VolumeInUse { .. })));
+        let in_use = take(&third, file.path(), true).unwrap_err();
+        assert!(in_use.to_string().contains("form op ls"), "{in_use}");
         drop((first, second));
         take(&third, file.path(), true).unwrap();
         let copy = third.try_clone().unwrap();

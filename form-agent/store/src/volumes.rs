@@ -561,16 +561,24 @@ impl Pool {
         let _turn = hold(&self.turn);
         let id = &held.id;
         // The note first: a crash in between leaves a whole volume, not one that seems to be lost.
-        match fs::remove_file(self.mark(id)) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(StoreError::io("remove", self.mark(id))(source)),
-            _ => sync_dir(&self.made)?,
-        }
+        self.forget(id)?;
         reach(Failpoint::VolumeForgotten);
         let grave = bury(&self.place(id), &self.directory)?;
         // Nobody finds it any more; now nobody has it open either.
         drop(held);
         drop(grave);
         Ok(())
+    }
+
+    /// Nobody will look for it any more; what is left of it in a pool that comes back is a volume that nobody knows.
+    ///
+    /// # Errors
+    /// Those of the file system that the notes are on, which is the agent's own.
+    pub fn forget(&self, id: &VolumeId) -> Result<()> {
+        match fs::remove_file(self.mark(id)) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(StoreError::io("remove", self.mark(id))(source)),
+            _ => sync_dir(&self.made),
+        }
     }
 }
 

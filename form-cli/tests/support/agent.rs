@@ -151,8 +151,8 @@ async fn create_volume_snapshot(Path(volume): Path<String>) -> Result<axum::Json
 async fn show_volume_snapshot(Path((volume, name)): Path<(String, String)>) -> Result<axum::Json<Value>, ApiError> {
     let _ = show_volume(Path(volume.clone())).await?;
     if name == "missing" {
-        let error =
-            ApiError::new(ErrorCode::NotFound, "there is no snapshot `missing` of this volume: list them with `form volume snapshot ls`");
+        let error = ApiError::new(ErrorCode::NotFound, "there is no snapshot `missing` of this volume")
+            .hint(format!("list them with `form volume snapshot ls {volume}`"));
         return Err(error);
     }
     Ok(axum::Json(volume_snapshot(&volume, &name)))

@@ -23,8 +23,8 @@ use crate::{
     stats::{HealthReport, StatsQuery, VmStats},
     vm::{ForwardQuery, LogLine, LogsQuery, RenameRequest, SetRequest, SshAccess, Vm, VmDetail},
     volume::{
-        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, MoveRequest, Pool, ResizeRequest,
-        SetVolumeRequest, Volume, VolumeRestoreRequest, VolumeSnapshot, VolumeSnapshotRequest,
+        AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, ImportQuery, MoveRequest, Pool, RemoveVolumeQuery,
+        ResizeRequest, SetVolumeRequest, Volume, VolumeRestoreRequest, VolumeSnapshot, VolumeSnapshotRequest,
     },
 };
 
@@ -347,9 +347,9 @@ impl Client {
         self.tunnel(Call::get(format!("/v1/volumes/{name}/contents")).signed(fresh_key()?), "form-contents").await
     }
 
-    /// `snapshots`: those of the volume as well; else one that has some is not removed.
-    pub async fn remove_volume(&self, name: &Name, snapshots: bool) -> Result<Operation, ClientError> {
-        let path = Query::new(&format!("/v1/volumes/{name}")).with("snapshots", snapshots.then_some(true));
+    pub async fn remove_volume(&self, name: &Name, how: RemoveVolumeQuery) -> Result<Operation, ClientError> {
+        let path = Query::new(&format!("/v1/volumes/{name}"));
+        let path = path.with("snapshots", how.snapshots.then_some(true)).with("lost", how.lost.then_some(true));
         self.read(&Call::delete(path.0).signed(fresh_key()?)).await
     }
 

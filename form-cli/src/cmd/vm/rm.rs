@@ -1,5 +1,5 @@
 use clap_complete::engine::ArgValueCompleter;
-use form_api::{ErrorCode, client::Client};
+use form_api::{ErrorCode, client::Client, volume::RemoveVolumeQuery};
 use form_types::Name;
 
 use crate::{
@@ -67,7 +67,9 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     }
     let code = outcome?;
     let removed = each(session, &volumes, async |name: Name| {
-        let operation = settle(session, &client, client.remove_volume(&name, args.snapshots).await?).await?;
+        let operation =
+            settle(session, &client, client.remove_volume(&name, RemoveVolumeQuery { snapshots: args.snapshots, lost: false }).await?)
+                .await?;
         session.terminal.done(&operation, name.as_str(), &format!("{name}: removed"))
     })
     .await?;
