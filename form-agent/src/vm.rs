@@ -249,8 +249,16 @@ pub fn config(
 }
 
 /// The same VM from what was saved of it, to be held where it stood. Descriptors are passed as: kvm, state, memory, log ring, exit record,
-/// tap, root disk, its backing files, volumes.
-pub fn restore_config(id: &VmId, link: &Link, disk: Disk, volumes: &[VolumeDisk], limits: VmLimits, jail: JailConfig) -> RestoreConfig {
+/// tap, root disk, its backing files, volumes. With `track` its next snapshot can build upon the one that it goes on from.
+pub fn restore_config(
+    id: &VmId,
+    link: &Link,
+    disk: Disk,
+    volumes: &[VolumeDisk],
+    limits: VmLimits,
+    jail: JailConfig,
+    track: bool,
+) -> RestoreConfig {
     RestoreConfig {
         kvm: Fd(0),
         state: Fd(1),
@@ -264,6 +272,7 @@ pub fn restore_config(id: &VmId, link: &Link, disk: Disk, volumes: &[VolumeDisk]
         exit_record: Some(Fd(4)),
         jail,
         resume: false,
+        track,
     }
 }
 
@@ -349,7 +358,7 @@ mod tests {
         let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
         let volumes = [volume("data"), volume("other")];
         let booted = config(&id, &request("web"), &link(), disk, &volumes, LIMITS, JailConfig::default());
-        let restored = restore_config(&id, &link(), disk, &volumes, LIMITS, JailConfig::default());
+        let restored = restore_config(&id, &link(), disk, &volumes, LIMITS, JailConfig::default(), true);
         let disks = |disks: &[DiskConfig]| {
             disks.iter().map(|disk| (disk.id.clone(), disk.serial.clone(), disk.format, disk.limits)).collect::<Vec<_>>()
         };

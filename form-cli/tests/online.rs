@@ -310,6 +310,10 @@ before  data    5 GiB  2 MiB  quiesced  [..]d
 
 "#]]
     );
+    let (listed, shown) =
+        (setting.run(&["vm", "snapshot", "ls", "-o", "wide"]).out, setting.run(&["vm", "snapshot", "show", "web", "before"]).out);
+    assert!(listed.contains("KIND") && listed.contains("incremental") && listed.contains("earlier"), "{listed}");
+    assert!(shown.contains("incremental, based on earlier") && shown.contains("3 MiB"), "{shown}");
     let shown = setting.run(&["volume", "snapshot", "show", "data", "before"]).out;
     assert!(shown.contains("5 GiB (5368709120 bytes)") && shown.contains("12 ms") && shown.contains("quiesced"), "{shown}");
     let run = setting.run(&["volume", "snapshot", "show", "data", "missing"]);

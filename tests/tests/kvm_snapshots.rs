@@ -286,6 +286,74 @@ fn kvm_an_agent_that_dies_leaves_a_vm_that_runs_and_nothing_half() {
     host.is_clean();
 }
 
+fn in_memory(host: &Host, word: &str) {
+    sh(host, &format!("busybox mkdir -p /dev/shm; echo {word} > /dev/shm/word; busybox cp /bin/busybox /dev/shm/{word}"));
+    assert_eq!(remembered(host), word);
+}
+
+/// Read from memory, and whole.
+fn remembered(host: &Host) -> String {
+    let word = sh(host, "busybox cat /dev/shm/word").trim().to_owned();
+    let same = sh(host, &format!("busybox cmp /bin/busybox /dev/shm/{word} && echo same"));
+    assert_eq!(same, "same\n", "{word}");
+    word
+}
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_a_later_snapshot_holds_what_has_changed_and_needs_no_other() {
+    let mut host = Host::new();
+    let disk = SmallDisk::sharing(&host.path("disk"), &host.root().join("var/lib/formation"), 700);
+    host.start_agent();
+    deploy(&host);
+    let kind = |made: &Value| {
+        println!("MEASURED: {}: {} of memory written", made["name"], made["written_bytes"]);
+        let text = |key: &str| made[key].as_str().map(str::to_owned);
+        (text("memory_kind").unwrap(), text("based_on"), made["written_bytes"].as_u64().unwrap())
+    };
+    let restore = |host: &Host, name: &str| {
+        let _ = host.form(&["vm", "snapshot", "show", "web", name, "--verify"]).ok();
+        let _ = host.form(&["vm", "snapshot", "restore", "web", name, "-y"]).ok();
+        is_whole(host);
+        remembered(host)
+    };
+    in_memory(&host, "one");
+    let (first, _, all) = kind(&create(&host, "one"));
+    assert_eq!(first, "full");
+    in_memory(&host, "two");
+    let (second, base, written) = kind(&create(&host, "two"));
+    assert_eq!((second.as_str(), base.as_deref()), ("incremental", Some("one")));
+    assert!(written < all / 2, "{written} bytes of {all}");
+
+    // One that comes to nothing: the next holds what had changed until then as well, by an agent that has just come to know the VM.
+    in_memory(&host, "three");
+    let create_command = ["vm", "snapshot", "create", "web", "--name", "three"];
+    assert!(!dies_and_comes_back(&mut host, SnapshotDrafted, &create_command, "snapshot-create"));
+    let (third, base, _) = kind(&create(&host, "three"));
+    assert_eq!((third.as_str(), base.as_deref()), ("incremental", Some("two")));
+
+    // Each is whole by itself; and a VM that goes on from one can build upon it.
+    let _ = host.form(&["vm", "snapshot", "rm", "web", "one", "-y"]).ok();
+    assert_eq!(restore(&host, "two"), "two");
+    in_memory(&host, "four");
+    let (fourth, base, _) = kind(&create(&host, "four"));
+    assert_eq!((fourth.as_str(), base.as_deref()), ("incremental", Some("two")));
+    let _ = host.form(&["vm", "snapshot", "rm", "web", "two", "-y"]).ok();
+    assert_eq!(restore(&host, "three"), "three");
+
+    // What somebody wrote to is not built upon, whatever it holds.
+    let memory = fs::OpenOptions::new().read(true).write(true).open(directory(&host).join("three/memory")).unwrap();
+    let mut byte = [0];
+    memory.read_exact_at(&mut byte, 5 << 20).unwrap();
+    memory.write_all_at(&byte, 5 << 20).unwrap();
+    drop(memory);
+    assert_eq!(kind(&create(&host, "five")).0, "full");
+    assert_eq!(restore(&host, "four"), "four");
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    host.is_clean();
+    drop(disk);
+}
+
 /// What a guest finds on its root disk, on the two volumes and in its memory; not what it remembers of the disks.
 fn everything(host: &Host) -> String {
     sh(host, "echo 3 > /proc/sys/vm/drop_caches; busybox cat /file /data/file /log/file /dev/shm/file")

@@ -23,6 +23,15 @@ pub struct Snapshot {
     pub disk_bytes: Option<u64>,
     /// What its files take. Blocks that they share with others are counted. What it holds of volumes is in their pools, and not counted.
     pub allocated_bytes: Option<u64>,
+    /// How its memory was written; none when there is none, or an earlier release made it.
+    #[serde(default)]
+    pub memory_kind: Option<MemoryKind>,
+    /// Of an incremental one: the snapshot since which only what had changed in memory was written. It need not be there any more.
+    #[serde(default)]
+    pub based_on: Option<Name>,
+    /// The bytes of memory that were written for it. What an incremental one did not write, it shares with the one that it is based on.
+    #[serde(default)]
+    pub written_bytes: Option<u64>,
     /// The volumes that it holds: those that the VM could write to. Each has a snapshot of the same name, which goes with this one.
     #[serde(default)]
     pub volumes: Vec<Name>,
@@ -32,6 +41,25 @@ pub struct Snapshot {
     pub image_digest: Option<Digest>,
     /// Why it cannot be used.
     pub fault: Option<String>,
+}
+
+/// How the memory of a snapshot was written. Each is whole by itself, and is restored in the same way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryKind {
+    /// All of it.
+    Full,
+    /// What had changed since an earlier snapshot; it shares the rest with that one's file.
+    Incremental,
+}
+
+impl MemoryKind {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Incremental => "incremental",
+        }
+    }
 }
 
 /// How much its disk can be relied on.

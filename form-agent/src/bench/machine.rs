@@ -12,7 +12,7 @@ use std::{
 use form_types::{VmId, spec::Resources};
 use form_vmm::{
     config::{DiskConfig, DiskFormat, DiskLimits, Fd, NetworkConfig, RestoreConfig, VmConfig},
-    control::{Client, ClientError},
+    control::{Client, ClientError, SaveHow},
     log_ring,
 };
 
@@ -123,6 +123,7 @@ impl<'a> Machine<'a> {
             exit_record: Some(Fd(4)),
             jail: vm::jail(setup.uid),
             resume: true,
+            track: false,
         };
         let descriptors = [&kvm, &state, &memory, &ring, &exit].map(AsFd::as_fd);
         Self::begin(setup, id, directory, saved.memory_mib, |client| client.restore(&config, &descriptors))
@@ -233,16 +234,17 @@ impl<'a> Machine<'a> {
         let client = Client::connect(&self.directory.control()).map_err(failed)?;
         self.spent(|| {
             client.pause().map_err(failed)?;
-            client.save_aside(state.as_fd(), memory.as_fd()).map_err(failed)?;
+            client.save_aside(state.as_fd(), memory.as_fd(), SaveHow::default()).map_err(failed)?;
             client.resume().map_err(failed)
         })
     }
 
-    /// Pauses the VM and writes memory and devices to files that stay when it is gone. What that took, until the files were whole.
+    /// Pauses the VM and writes memory and devices to files that stay when it is gone. What that took, until the files were whole; and what it
+    /// took to write what had changed a moment later upon a copy of them.
     ///
     /// # Errors
     /// When the VM process refuses.
-    pub fn save(&self, memory_mib: u64) -> Result<(Saved, Spent), BenchError> {
+    pub fn save(&self, memory_mib: u64) -> Result<(Saved, Spent, Spent), BenchError> {
         let failed = |error: ClientError| self.refused(&error);
         let place = |name: &str| self.setup.directory.join(format!("{name}-{}", self.id));
         let saved = Saved { state: place("state"), memory: place("memory"), memory_mib };
@@ -250,9 +252,20 @@ impl<'a> Machine<'a> {
         let client = Client::connect(&self.directory.control()).map_err(failed)?;
         let spent = self.spent(|| {
             client.pause().map_err(failed)?;
-            client.save(state.as_fd(), memory.as_fd()).map_err(failed)
+            client.save(state.as_fd(), memory.as_fd(), SaveHow { onto: false, track: true }).map_err(failed).map(|_| ())
         })?;
-        Ok((saved, spent))
+        client.resume().map_err(failed)?;
+        let later = self.directory.path().join("memory");
+        fs::copy(&saved.memory, &later).map_err(io_error("copy a memory file"))?;
+        let memory = fs::File::options().read(true).write(true).open(&later).map_err(io_error("open a memory file"))?;
+        let state = create(&self.directory.path().join("state"))?;
+        let incremental = self.spent(|| {
+            client.pause().map_err(failed)?;
+            let how = client.save(state.as_fd(), memory.as_fd(), SaveHow { onto: true, track: true }).map_err(failed)?;
+            if how.incremental { Ok(()) } else { Err(BenchError::Machine("all of the memory was written again".to_owned())) }
+        })?;
+        fs::remove_file(&later).map_err(io_error("remove a memory file"))?;
+        Ok((saved, spent, incremental))
     }
 
     fn spent(&self, act: impl FnOnce() -> Result<(), BenchError>) -> Result<Spent, BenchError> {

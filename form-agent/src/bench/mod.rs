@@ -331,26 +331,34 @@ impl Bench<'_> {
     /// A VM that uses all its memory is saved, and another process goes on with it.
     fn restore(&self) -> Vec<BenchRow> {
         let snapshot = self.cpu_line("snapshot", "from a VM's pause to all of it being written, with 256 MiB in use");
+        let what = "the same once more, written upon the first: what a guest that does next to nothing has changed";
+        let incremental = self.cpu_line("snapshot/incremental", what);
         let restore = self.cpu_line("restore", "from the start of a VM process to the first line of the guest that it goes on with");
         match self.restores() {
             Ok(spent) => {
-                let (saved, restored) = spent.into_iter().unzip();
-                let mut rows = self.rows(snapshot, "snapshot/time", Ok(saved));
+                let mut rows = self.rows(snapshot, "snapshot/time", Ok(spent.iter().map(|times| times[0]).collect()));
+                let later = spent.iter().map(|times| times[1]).collect();
+                rows.extend(self.rows(incremental, "snapshot/incremental/time", Ok(later)));
+                let restored = spent.iter().map(|times| times[2]).collect();
                 rows.extend(self.rows(restore, "restore/time", Ok(restored)));
                 if let Some(time) = rows.last_mut().filter(|row| self.options.instruction_clock && row.fault.is_none()) {
                     time.peer = Some(row::peer(PEER_RESTORE, time.median));
                 }
                 rows
             }
-            Err(error) => [snapshot, restore].map(|line| line.failed(error.to_string())).to_vec(),
+            Err(error) => [snapshot, incremental, restore].map(|line| line.failed(error.to_string())).to_vec(),
         }
     }
 
-    fn restores(&self) -> Result<Vec<(Spent, Spent)>, BenchError> {
+    /// What each took: all of it written, what had changed, restored.
+    fn restores(&self) -> Result<Vec<[Spent; 3]>, BenchError> {
         let guest = guests::ticking(self.directory, machine::MEMORY_MIB as u32)?;
         let saved = self.starts(&guest, first_program::LINE, |machine, _| machine.save(guest.memory_mib))?;
         let setup = self.setup()?;
-        let restore = |(saved, took): (Saved, Spent)| Ok((took, Machine::restore(&setup, &saved)?.wait_for(first_program::TICK)?));
+        let restore = |(saved, all, changed): (Saved, Spent, Spent)| {
+            let restored = Machine::restore(&setup, &saved)?.wait_for(first_program::TICK)?;
+            Ok([all, changed, restored])
+        };
         saved.into_iter().map(restore).collect()
     }
 

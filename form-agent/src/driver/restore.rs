@@ -42,6 +42,8 @@ pub struct Prepared {
     restored: RestoredDisk,
     pub volumes: Restored,
     log_from: u64,
+    /// Its next snapshot may build upon this one.
+    track: bool,
 }
 
 /// What a restore comes to be.
@@ -65,6 +67,8 @@ fn prepare(agent: &Agent, desired: &DesiredVm, name: &Name) -> Result<Plan, Laun
         memory: fs::File::open(&saved.memory).map_err(io_error("the saved memory"))?,
         disk: fs::File::options().read(true).write(true).open(&files.path).map_err(io_error("its root disk"))?,
         is_qcow2: files.format == StoredFormat::Qcow2,
+        // A disk of this kind is where files can share blocks; what was made for a fork is removed at once.
+        track: files.format == StoredFormat::Raw && !details.is_shared,
         backing: files.backing.iter().map(fs::File::open).collect::<io::Result<_>>().map_err(io_error("its image"))?,
         restored,
         volumes,
@@ -175,7 +179,7 @@ pub fn hold(
     let _turn = agent.volume_turn();
     let mut held = hold_volumes(agent, desired, &prepared.volumes)?;
     let volumes: Vec<VolumeDisk> = held.ready.iter().map(Ready::disk).collect();
-    let config = vm::restore_config(&desired.id, &agent.link(desired), disk, &volumes, desired.limits, vm::jail(uid));
+    let config = vm::restore_config(&desired.id, &agent.link(desired), disk, &volumes, desired.limits, vm::jail(uid), prepared.track);
     let mut descriptors: Vec<BorrowedFd<'_>> = vec![
         prepared.kvm.as_fd(),
         prepared.state.as_fd(),

@@ -15,7 +15,7 @@ use form_api::{
     },
     operation::{Operation, OperationKind, OperationStatus},
     pool::{PoolCreateRequest, PoolSetRequest},
-    snapshot::{Consistency, RestoreRequest, Snapshot, SnapshotRequest},
+    snapshot::{Consistency, MemoryKind, RestoreRequest, Snapshot, SnapshotRequest},
     stats::{DiskRates, DiskStats, HealthReport, NetworkRates, NetworkStats, PartHealth, VmStats},
     vm::{
         GuestDevice, GuestReport, Health, LogCursor, LogLine, LogStream, PublishedPort, SshAccess, SshServer, SshUser, Vm, VmDetail,
@@ -394,6 +394,9 @@ fn snapshot(name: &Name, volume: &Name, vm: &Vm) -> Snapshot {
         vcpus: Some(vm.vcpus),
         disk_bytes: Some(vm.disk_gib << 30),
         allocated_bytes: Some(151_519_232),
+        memory_kind: Some(MemoryKind::Incremental),
+        based_on: "earlier".parse().ok(),
+        written_bytes: Some(11_534_336),
         volumes: vec![volume.clone()],
         pause_ms: Some(310),
         image_digest: Some(vm.image_digest),

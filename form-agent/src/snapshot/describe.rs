@@ -2,7 +2,10 @@
 
 use std::fs::File;
 
-use form_api::{ApiError, ErrorCode, snapshot::Snapshot};
+use form_api::{
+    ApiError, ErrorCode,
+    snapshot::{MemoryKind, Snapshot},
+};
 use form_types::Name;
 use form_vmm::{machine, memory::image::ImageError};
 
@@ -91,6 +94,9 @@ fn described(agent: &Agent, vm: &DesiredVm, name: &Name) -> Snapshot {
         vcpus: None,
         disk_bytes: None,
         allocated_bytes: None,
+        memory_kind: None,
+        based_on: None,
+        written_bytes: None,
         volumes: Vec::new(),
         pause_ms: None,
         image_digest: None,
@@ -106,6 +112,11 @@ fn described(agent: &Agent, vm: &DesiredVm, name: &Name) -> Snapshot {
             snapshot.disk_bytes = Some(entry.disk_bytes);
             snapshot.allocated_bytes = Some(entry.allocated_bytes);
             snapshot.pause_ms = details.pause_ms;
+            if let Some(memory) = details.memory {
+                snapshot.memory_kind = Some(if memory.base.is_some() { MemoryKind::Incremental } else { MemoryKind::Full });
+                snapshot.based_on = memory.base;
+                snapshot.written_bytes = memory.written_bytes;
+            }
             snapshot.image_digest = Some(details.request.image);
             snapshot.fault = volumes::fault(agent, &vm.id, name, &details.volumes).map(|error| error.message);
             snapshot.volumes = details.volumes.into_iter().filter(KeptVolume::is_kept).map(|volume| volume.name).collect();

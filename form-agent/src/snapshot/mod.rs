@@ -1,5 +1,6 @@
 //! Snapshots of VMs: made, listed, removed, and gone back to.
 
+mod base;
 pub mod describe;
 pub mod operate;
 pub mod restore;
@@ -30,9 +31,21 @@ pub struct Details {
     /// It is another VM's, for this one to go on from once and become itself; then it is removed.
     #[serde(default)]
     pub is_shared: bool,
+    /// None when the VM did not run, or an earlier release made it.
+    #[serde(default)]
+    pub memory: Option<KeptMemory>,
     /// Those that the VM had.
     #[serde(default)]
     pub volumes: Vec<volumes::KeptVolume>,
+}
+
+/// How memory got into a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptMemory {
+    /// The snapshot since which only what had changed was written; none of a full one. Nothing depends on it any more.
+    pub base: Option<Name>,
+    /// Of pages that were written; none when the VM's process is of an earlier release.
+    pub written_bytes: Option<u64>,
 }
 
 impl Details {

@@ -11,11 +11,15 @@ use form_api::{ApiError, ErrorCode, snapshot::Consistency, vm::VmState};
 use form_guest::protocol::{Reply, Request};
 use form_store::{SnapshotDraft, StoreError};
 use form_types::{Failpoint, Name, OperationId, VmId, failpoint::reach};
-use form_vmm::control::{Aside, Client, ClientError, ErrorKind, VmState as ProcessState};
+use form_vmm::{
+    control::{Aside, Client, ClientError, ErrorKind, SaveHow, VmState as ProcessState},
+    machine::Saved as ProcessSaved,
+};
 use jiff::Timestamp;
 
 use super::{
-    Details,
+    Details, KeptMemory,
+    base::{self, Base},
     operate::on_disk,
     volumes::{self, Drafts, KeptVolume},
 };
@@ -62,6 +66,7 @@ async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, 
         pause_ms: None,
         next_log_sequence: 0,
         is_shared: false,
+        memory: None,
         volumes: Vec::new(),
     };
     if matches!(state, VmState::Running | VmState::Paused) {
@@ -84,10 +89,12 @@ async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, 
         details.created_at = Timestamp::now();
         details.volumes = saved.volumes;
         details.pause_ms = Some(u64::try_from(saved.pause.as_millis()).unwrap_or(u64::MAX));
+        let mut memory = saved.memory;
         if let Some(writing) = saved.writing {
             agent.operations.step(id, "writing memory");
-            on_disk(agent, move |agent| Ok(writing.wait(agent))).await??;
+            memory.written_bytes = on_disk(agent, move |agent| Ok(writing.wait(agent))).await??;
         }
+        details.memory = Some(memory);
         draft = saved.draft;
     } else {
         agent.operations.step(id, "copying its disks");
@@ -210,6 +217,7 @@ struct Saved {
     volumes: Vec<KeptVolume>,
     /// How long it stood still.
     pause: Duration,
+    memory: KeptMemory,
     /// What is left to do for the draft to be whole.
     writing: Option<Writing>,
 }
@@ -222,7 +230,8 @@ struct Writing {
 }
 
 impl Writing {
-    fn wait(self, agent: &Agent) -> Result<(), ApiError> {
+    /// Gives the bytes of pages written.
+    fn wait(self, agent: &Agent) -> Result<Option<u64>, ApiError> {
         self.aside.wait().map_err(|error| full(agent, process_error(&error)))
     }
 }
@@ -256,13 +265,14 @@ fn stand_and_save(
         Err(error) => return Err(Fault::Api(process_error(&error))),
     };
     let twice = if ran { room_for_copy(agent, vm, memory_mib) } else { None };
+    let base = base::prepare(agent, vm, &client, &mut draft).map_err(|error| Fault::Api(full(agent, error)))?;
     let begun = Instant::now();
     let mut aside = None;
     let saved = pause(&client, ran).and_then(|()| {
         reach(Failpoint::SnapshotPaused);
-        write(agent, vm, &client, &mut draft, volumes, twice.is_some().then_some(&mut aside))?;
+        let memory = write(agent, vm, &client, &mut draft, base, volumes, twice.is_some().then_some(&mut aside))?;
         reach(Failpoint::SnapshotSaved);
-        Ok(())
+        Ok(memory)
     });
     let resumed = if ran { go_on(control) } else { Ok(()) };
     let pause = begun.elapsed();
@@ -273,9 +283,9 @@ fn stand_and_save(
         let _ = aside.wait();
     }
     match (saved, resumed) {
-        (Ok(()), Ok(())) => {
+        (Ok(memory), Ok(())) => {
             let writing = aside.zip(twice).map(|(aside, twice)| Writing { aside, _twice: twice });
-            Ok(Saved { draft, volumes: Vec::new(), pause, writing })
+            Ok(Saved { draft, volumes: Vec::new(), pause, memory, writing })
         }
         (Err(error), Ok(())) => Err(Fault::Api(full(agent, error))),
         (_, Err(error)) => Err(Fault::Stands(error)),
@@ -313,28 +323,40 @@ fn write(
     vm: &VmId,
     client: &Client,
     draft: &mut SnapshotDraft,
+    base: Base,
     volumes: &Drafts,
     aside: Option<&mut Option<Aside>>,
-) -> Result<(), ApiError> {
+) -> Result<KeptMemory, ApiError> {
     let store = |error: StoreError| store_error(&error);
-    let (state, memory) = draft.create_saved().map_err(store)?;
-    let mut is_begun = false;
+    let (state, memory) = draft.saved().ok_or_else(|| internal(&"the snapshot has no files"))?;
+    let mut begun = None;
     if let Some(aside) = aside {
-        *aside = save_aside(client, vm, state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))?;
-        is_begun = aside.is_some();
+        let copied = save_aside(client, vm, state.as_fd(), memory.as_fd(), base.how).map_err(|error| process_error(&error))?;
+        begun = copied.map(|(writing, saved)| {
+            *aside = Some(writing);
+            saved
+        });
     }
-    if !is_begun {
-        client.save(state.as_fd(), memory.as_fd()).map_err(|error| process_error(&error))?;
-    }
+    let saved = match begun {
+        Some(saved) => saved,
+        None => client.save(state.as_fd(), memory.as_fd(), base.how).map_err(|error| process_error(&error))?,
+    };
     draft.copy_disk(&agent.store, vm).map_err(store)?;
     volumes.share()?;
     // Its process may have been killed meanwhile, and another one started on the disk that was being copied.
-    still_stands(client)
+    still_stands(client)?;
+    Ok(KeptMemory { base: base.name.filter(|_| saved.incremental), written_bytes: saved.written })
 }
 
 /// None when the process cannot be copied, or is of a release that does not know how: a longer pause is better than no snapshot.
-fn save_aside(client: &Client, vm: &VmId, state: BorrowedFd<'_>, memory: BorrowedFd<'_>) -> Result<Option<Aside>, ClientError> {
-    match client.save_aside(state, memory) {
+fn save_aside(
+    client: &Client,
+    vm: &VmId,
+    state: BorrowedFd<'_>,
+    memory: BorrowedFd<'_>,
+    how: SaveHow,
+) -> Result<Option<(Aside, ProcessSaved)>, ClientError> {
+    match client.save_aside(state, memory, how) {
         Ok(aside) => Ok(Some(aside)),
         Err(ClientError::Refused { kind: ErrorKind::System | ErrorKind::Invalid, message }) => {
             tracing::info!(vm = %vm, message, "it stands until its memory is written: its process cannot be copied");

@@ -20,7 +20,7 @@ use serde_json::Value;
 use crate::{
     Store,
     blocks::read_dir,
-    copy::share_or_copy,
+    copy::{share, share_or_copy},
     described::{Fault, Kind},
     disks::{self, DISK, DiskFiles, DiskFormat, create, file_name},
     durable::{Draft, Seal, make_dir, remove_tree, retire, sync_dir, to_json, write_file},
@@ -113,6 +113,31 @@ impl SnapshotDraft {
         let files = (make(STATE)?, make(MEMORY)?);
         let (state, memory) = self.saved.insert(files);
         Ok((state, memory))
+    }
+
+    /// Whether the file system of snapshots can have files share blocks. Call [`SnapshotDraft::create_saved`] before.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn can_share(&self) -> Result<bool> {
+        let Some((state, memory)) = &self.saved else { return Ok(false) };
+        // Both are empty still.
+        Ok(share(state, memory).map_err(StoreError::io("write", self.path.join(MEMORY)))?.is_some())
+    }
+
+    /// Makes the file for memory, which is empty, a copy of another snapshot's, with which it shares its blocks until they are written to. False
+    /// when the file system cannot.
+    ///
+    /// # Errors
+    /// [`StoreError::NoRoom`].
+    pub fn share_memory(&self, earlier: &File) -> Result<bool> {
+        let Some((_, memory)) = &self.saved else { return Ok(false) };
+        Ok(share(earlier, memory).map_err(StoreError::io("write", self.path.join(MEMORY)))?.is_some())
+    }
+
+    /// What [`SnapshotDraft::create_saved`] made.
+    pub fn saved(&self) -> Option<(&File, &File)> {
+        self.saved.as_ref().map(|(state, memory)| (state, memory))
     }
 
     /// Copies the root disk of `vm`, which nobody may write to meanwhile. It is not flushed yet: [`SnapshotDraft::publish`] does that.

@@ -42,6 +42,32 @@ fn directory(mount: &Mount) -> PathBuf {
 }
 
 #[test]
+fn memory_begins_with_an_earlier_ones_only_where_files_share_blocks() {
+    for (mount, shares) in [(Mount::xfs(512 << 20), true), (Mount::tmpfs(64 << 20), false)] {
+        let (store, _disk) = store_with_disk(&mount);
+        make(&store, "before", true);
+        let earlier = store.snapshot(&VM, &name("before")).unwrap().saved.unwrap().memory;
+        let mut draft = store.draft_snapshot(&VM, &name("after")).unwrap();
+        assert!(!draft.can_share().unwrap(), "it has no files yet");
+        draft.create_saved().unwrap();
+        assert_eq!(draft.can_share().unwrap(), shares);
+        assert_eq!(draft.share_memory(&fs::File::open(&earlier).unwrap()).unwrap(), shares);
+        let (_, memory) = draft.saved().unwrap();
+        let begins = if shares { b"memory".to_vec() } else { Vec::new() };
+        assert_eq!(fs::read(directory(&mount).join("after.part/memory")).unwrap(), begins);
+        memory.write_all_at(b"M", 0).unwrap();
+        draft.copy_disk(&store, &VM).unwrap();
+        draft.publish(json!({})).unwrap();
+        // Each is what it is, and goes when it is told to.
+        let saved = store.snapshot(&VM, &name("before")).unwrap().saved.unwrap();
+        assert_eq!((fs::read(saved.memory).unwrap(), saved.is_touched), (b"memory".to_vec(), false));
+        store.remove_snapshot(&VM, &name("before")).unwrap();
+        let after = store.snapshot(&VM, &name("after")).unwrap().saved.unwrap();
+        assert!(fs::read(after.memory).unwrap().starts_with(b"M") && !after.is_touched);
+    }
+}
+
+#[test]
 fn a_snapshot_is_a_copy_and_a_disk_goes_back_to_it_twice() {
     // One that shares blocks, one that does not.
     for (mount, format) in [(Mount::xfs(512 << 20), DiskFormat::Raw), (Mount::tmpfs(64 << 20), DiskFormat::Qcow2)] {

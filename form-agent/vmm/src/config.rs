@@ -63,6 +63,9 @@ pub struct RestoreConfig {
     pub jail: JailConfig,
     /// Run at once; otherwise the VM waits for `ControlRequest::Resume`.
     pub resume: bool,
+    /// Note what changes in its memory: the next save can build upon this one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub track: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,6 +13,7 @@ use std::num::NonZeroU64;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{DiskConfig, DiskLimits, Fd, RestoreConfig, VmConfig};
+use crate::memory::image::SaveId;
 
 /// The longest message, in bytes.
 pub const MAX_MESSAGE: usize = 256 * 1024;
@@ -31,18 +32,25 @@ pub enum ControlRequest {
     Status,
     /// Writes the paused VM to two passed files, opened for writing: its state, and its memory as a sparse file. Both are whole and on
     /// stable storage when the reply comes; the VM stays paused.
+    /// With either of `how` the reply is `Saved`, else `Done`, which is all that earlier releases say.
     Save {
         state: Fd,
         memory: Fd,
+        #[serde(flatten)]
+        how: SaveHow,
     },
     /// As `Save`, but the memory is written by a copy of the process: when the reply comes only the state is whole, and the VM may go on. How
     /// the memory ended is written to the pipe `whole`: `errno` in four bytes, little-endian, 0 when it is whole. Nothing is written when
-    /// the VM process ended first.
+    /// the VM process ended first. With either of `how` eight bytes follow: how many bytes of pages were written.
     SaveAside {
         state: Fd,
         memory: Fd,
         whole: Fd,
+        #[serde(flatten)]
+        how: SaveHow,
     },
+    /// The saves that the next one can build upon.
+    Saves,
     /// All vCPUs and devices stop at a consistent point.
     Pause,
     Resume,
@@ -104,14 +112,51 @@ pub enum ControlRequest {
     },
 }
 
+/// What a save builds upon, and what may build upon it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveHow {
+    /// The file for the memory holds a copy of an earlier save's: if the VM process knows what has changed since, it writes only that.
+    /// Otherwise all of it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub onto: bool,
+    /// From now on the VM process notes what changes, so that a later save can build upon this one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub track: bool,
+}
+
+impl SaveHow {
+    #[must_use]
+    pub const fn is_any(self) -> bool {
+        self.onto || self.track
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub enum ControlReply {
     Done,
-    Status { state: VmState, pid: u32 },
+    Status {
+        state: VmState,
+        pid: u32,
+    },
     Metrics(Box<Metrics>),
-    Vcpus { count: u8, most: u8 },
-    Error { kind: ErrorKind, message: String },
+    Vcpus {
+        count: u8,
+        most: u8,
+    },
+    /// How a VM was saved. `written_bytes` are those of pages; none while a copy of the process writes them.
+    Saved {
+        incremental: bool,
+        written_bytes: Option<u64>,
+    },
+    /// The latest last.
+    Saves {
+        ids: Vec<SaveId>,
+    },
+    Error {
+        kind: ErrorKind,
+        message: String,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

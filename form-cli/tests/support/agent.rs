@@ -80,7 +80,8 @@ fn volume(name: &str, vm: Option<&str>) -> Value {
 fn snapshot(name: &str) -> Value {
     json!({
         "name": name, "vm": "web", "vm_id": ID, "host": ID, "host_name": "den", "created_at": "2026-01-01T00:00:00Z", "consistency": "quiesced",
-        "memory_mib": 512, "vcpus": 1, "disk_bytes": 5_u64 << 30, "allocated_bytes": 1 << 20, "volumes": ["data"], "pause_ms": 300, "image_digest": "ab".repeat(32),
+        "memory_mib": 512, "vcpus": 1, "disk_bytes": 5_u64 << 30, "allocated_bytes": 1 << 20, "memory_kind": "incremental", "based_on": "earlier",
+        "written_bytes": 3 << 20, "volumes": ["data"], "pause_ms": 300, "image_digest": "ab".repeat(32),
         "fault": null
     })
 }

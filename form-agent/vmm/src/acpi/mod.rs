@@ -10,9 +10,10 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, sdt::Sdt};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::layout::{ACPI_END, ACPI_START, ECAM_BUSES, ECAM_START, IOAPIC, LOCAL_APIC, Layout};
+use crate::memory::GuestMemoryMmap;
 use crate::platform::{POWER_PORT, power};
 
 const OEM: [u8; 6] = *b"FORMTN";

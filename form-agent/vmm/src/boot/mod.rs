@@ -7,9 +7,10 @@ use std::fs::File;
 
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::layout::{CMDLINE, CMDLINE_MAX, HIGH_RAM_START, Layout, RESET_VECTOR};
+use crate::memory::GuestMemoryMmap;
 use crate::platform::{POWER_PORT, power};
 
 #[derive(Debug, thiserror::Error)]

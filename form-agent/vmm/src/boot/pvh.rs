@@ -1,10 +1,11 @@
 //! The PVH start info with its module list and memory map.
 
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::Extent;
 use crate::layout::{CMDLINE, Layout, MemoryKind, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
+use crate::memory::GuestMemoryMmap;
 
 const MAGIC: u32 = 0x336e_c578;
 /// Version 1 has the memory map.

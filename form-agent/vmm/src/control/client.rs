@@ -9,8 +9,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::channel::Channel;
-use super::{ControlReply, ControlRequest, ErrorKind, Metrics, VmState};
+use super::{ControlReply, ControlRequest, ErrorKind, Metrics, SaveHow, VmState};
 use crate::config::{DiskConfig, DiskLimits, Fd, RestoreConfig, VmConfig};
+use crate::machine::Saved;
+use crate::memory::image::SaveId;
 
 /// How long a VM process may take to answer. Booting reads a kernel and an initramfs, which may come from a slow disk.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -83,20 +85,40 @@ impl Client {
     ///
     /// # Errors
     /// When the VM is not paused, or a file cannot be written; the VM is as it was.
-    pub fn save(&self, state: BorrowedFd<'_>, memory: BorrowedFd<'_>) -> Result<(), ClientError> {
-        let request = ControlRequest::Save { state: Fd(0), memory: Fd(1) };
-        self.done(&request, &[state, memory], self.timeout.max(SAVE_TIMEOUT))
+    pub fn save(&self, state: BorrowedFd<'_>, memory: BorrowedFd<'_>, how: SaveHow) -> Result<Saved, ClientError> {
+        let request = ControlRequest::Save { state: Fd(0), memory: Fd(1), how };
+        self.saved(&request, &[state, memory])
+    }
+
+    /// Of a process of an earlier release all of it was written, and it does not say how much.
+    fn saved(&self, request: &ControlRequest, fds: &[BorrowedFd<'_>]) -> Result<Saved, ClientError> {
+        match self.ask(request, fds, self.timeout.max(SAVE_TIMEOUT))? {
+            (ControlReply::Done, _) => Ok(Saved { incremental: false, written: None }),
+            (ControlReply::Saved { incremental, written_bytes }, _) => Ok(Saved { incremental, written: written_bytes }),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// The saves that the next one can build upon, the latest last.
+    ///
+    /// # Errors
+    /// When the VM is not booted; [`ErrorKind::Invalid`] of a process of a release that always saved all.
+    pub fn saves(&self) -> Result<Vec<SaveId>, ClientError> {
+        match self.ask(&ControlRequest::Saves, &[], self.timeout)? {
+            (ControlReply::Saves { ids }, _) => Ok(ids),
+            (other, _) => Err(unexpected(&other)),
+        }
     }
 
     /// As [`Client::save`], but the VM may go on before its memory is written. Wait for that with [`Aside::wait`].
     ///
     /// # Errors
     /// As [`Client::save`], and when there is no memory for a copy of the process.
-    pub fn save_aside(&self, state: BorrowedFd<'_>, memory: BorrowedFd<'_>) -> Result<Aside, ClientError> {
+    pub fn save_aside(&self, state: BorrowedFd<'_>, memory: BorrowedFd<'_>, how: SaveHow) -> Result<(Aside, Saved), ClientError> {
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| ClientError::Io(error.into()))?;
-        let request = ControlRequest::SaveAside { state: Fd(0), memory: Fd(1), whole: Fd(2) };
-        self.done(&request, &[state, memory, write.as_fd()], self.timeout.max(SAVE_TIMEOUT))?;
-        Ok(Aside(read))
+        let request = ControlRequest::SaveAside { state: Fd(0), memory: Fd(1), whole: Fd(2), how };
+        let saved = self.saved(&request, &[state, memory, write.as_fd()])?;
+        Ok((Aside(read), saved))
     }
 
     /// The state of the VM and the process id as the VM process sees it.
@@ -299,19 +321,22 @@ impl Client {
 pub struct Aside(OwnedFd);
 
 impl Aside {
-    /// Waits until it is whole, and the copy of the process is gone with what it held: its end closes the pipe.
+    /// Waits until it is whole, and the copy of the process is gone with what it held: its end closes the pipe. Gives the bytes of pages
+    /// written, if the process says that.
     ///
     /// # Errors
     /// [`ClientError::Gone`] when the VM process ended first, [`ClientError::Io`] when the memory could not be written.
-    pub fn wait(self) -> Result<(), ClientError> {
+    pub fn wait(self) -> Result<Option<u64>, ClientError> {
         let mut said = Vec::new();
         // A process that goes on talking is not listened to for ever.
-        File::from(self.0).take(5).read_to_end(&mut said).map_err(ClientError::Io)?;
-        match <[u8; 4]>::try_from(said.as_slice()).map(i32::from_le_bytes) {
-            Ok(0) => Ok(()),
-            Ok(errno) => Err(ClientError::Io(io::Error::from_raw_os_error(errno))),
-            Err(_) => Err(ClientError::Gone),
-        }
+        File::from(self.0).take(13).read_to_end(&mut said).map_err(ClientError::Io)?;
+        let errno = said.first_chunk().map(|errno| i32::from_le_bytes(*errno)).ok_or(ClientError::Gone)?;
+        let written = match said.len() {
+            4 => None,
+            12 => said.last_chunk().map(|written| u64::from_le_bytes(*written)),
+            _ => return Err(ClientError::Gone),
+        };
+        if errno == 0 { Ok(written) } else { Err(ClientError::Io(io::Error::from_raw_os_error(errno))) }
     }
 }
 
@@ -359,6 +384,31 @@ mod tests {
         // A refusal does not end the connection; a reply of another kind is an error.
         assert!(matches!(client.metrics(), Err(ClientError::Protocol(_))));
         client.resume().unwrap();
+    }
+
+    #[test]
+    fn a_process_of_an_earlier_release_saves_all() {
+        let how = SaveHow { onto: true, track: true };
+        let plain = ControlRequest::Save { state: Fd(0), memory: Fd(1), how: SaveHow::default() };
+        assert_eq!(serde_json::to_string(&plain).unwrap(), r#"{"request":"save","state":0,"memory":1}"#, "what it understands");
+        let client = served(|request, channel| match request {
+            ControlRequest::Saves => {
+                reply(channel, &ControlReply::Error { kind: ErrorKind::Invalid, message: "not a request".into() }, &[]);
+            }
+            _ => reply(channel, &ControlReply::Done, &[]),
+        });
+        assert!(matches!(client.saves(), Err(ClientError::Refused { .. })));
+        let file = tempfile::tempfile().unwrap();
+        let saved = client.save(file.as_fd(), file.as_fd(), how).unwrap();
+        assert_eq!(saved, Saved { incremental: false, written: None });
+        for (said, written) in
+            [(&[0; 4][..], Some(None)), (&[0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0], Some(Some(9))), (&[0; 3], None), (&[0; 13], None)]
+        {
+            let (read, write) = rustix::pipe::pipe().unwrap();
+            rustix::io::write(&write, said).unwrap();
+            drop(write);
+            assert_eq!(Aside(read).wait().ok(), written);
+        }
     }
 
     #[test]

@@ -149,6 +149,7 @@ const KVM_SET_TSC_KHZ: u64 = 0xAEA2;
 /// What saving a VM reads.
 const KVM_GET_CLOCK: u64 = 0x8030_AE7C;
 const KVM_GET_IRQCHIP: u64 = 0xC208_AE62;
+const KVM_GET_DIRTY_LOG: u64 = 0x4010_AE42;
 
 const VCPU_IOCTLS: &[u64] = &[
     KVM_RUN,
@@ -181,6 +182,7 @@ const FILE_NON_BLOCKING: u64 = 0x5421;
 const MAIN_IOCTLS: &[u64] = &[
     KVM_GET_CLOCK,
     KVM_GET_IRQCHIP,
+    KVM_GET_DIRTY_LOG,
     KVM_SET_USER_MEMORY_REGION,
     KVM_CREATE_VCPU,
     KVM_SET_CPUID2,

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
-use kvm_bindings::{CpuId, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::devices::{self, Handles};
@@ -18,6 +18,8 @@ use crate::config::{Fd, RestoreConfig, VmConfig};
 use crate::cpu::{cpuid, features, registers, state as vcpu_state};
 use crate::descriptors::Descriptors;
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS, Layout, MIB};
+use crate::memory::GuestMemoryMmap;
+use crate::memory::changes::{Changes, slot_of};
 use crate::memory::chunks::FIRST_SLOT;
 use crate::memory::image;
 use crate::pci::bus::PciBus;
@@ -36,6 +38,8 @@ use crate::{acpi, boot, log_ring, memory};
 pub struct Prepared {
     pub(super) vm: Arc<VmFd>,
     pub(super) memory: GuestMemory,
+    /// What has changed in it since it was saved.
+    pub(super) changes: Changes,
     pub(super) vcpus: Vec<(u8, VcpuFd)>,
     pub(super) recipe: Recipe,
     pub(super) msr_indices: Vec<u32>,
@@ -171,7 +175,8 @@ impl Empty {
             let slot = given.or_else(|| bus.pci.free_slot()).ok_or(MachineError::Slots)?;
             devices.push(surroundings.place(&bus.pci, slot, device)?);
         }
-        Ok(Prepared { vm: self.vm, memory, vcpus, recipe, msr_indices, bus, devices, surroundings, handles })
+        let changes = Changes::default();
+        Ok(Prepared { vm: self.vm, memory, changes, vcpus, recipe, msr_indices, bus, devices, surroundings, handles })
     }
 }
 
@@ -195,7 +200,7 @@ impl Prepared {
         let empty = Empty::new(fds.take(config.kvm, "kvm")?)?;
         let layout = empty.layout(config.memory_mib)?;
         let memory = memory::map(&layout)?;
-        register_memory(&empty.vm, &memory, &layout)?;
+        register_memory(&empty.vm, &memory, &layout, 0)?;
 
         let mut kernel = File::from(fds.take(config.kernel, "kernel")?);
         let mut initramfs = Vec::with_capacity(config.initramfs.len());
@@ -237,7 +242,10 @@ impl Prepared {
         let layout = empty.layout(state.memory_mib)?;
         let added = added_memory(&state, &layout, &empty.cpuid)?;
         let memory = image::map(&ranges(&layout, added.as_ref()), File::from(fds.take(config.memory, "memory")?), &state.save)?;
-        register_memory(&empty.vm, &memory, &layout)?;
+        // From the beginning: KVM itself writes to guest memory when it gets the state of a vCPU.
+        let (flags, changes) =
+            if config.track { (KVM_MEM_LOG_DIRTY_PAGES, Changes::since(state.save, &memory)) } else { (0, Changes::default()) };
+        register_memory(&empty.vm, &memory, &layout, flags)?;
         let memory = GuestMemory::new(memory);
 
         let vcpus = empty.create_vcpus(&processors.ids())?;
@@ -273,6 +281,7 @@ impl Prepared {
         // Not the first free ones: a disk that was taken away before the save has left its slot empty.
         let slots: Vec<usize> = state.devices.iter().map(|device| device.slot).collect();
         let prepared = empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles, recipe }, Some(&slots))?;
+        let prepared = Prepared { changes, ..prepared };
         restore_devices(&prepared, &state.devices)?;
         state.clock.restore(&prepared.vm, away)?;
         Ok(prepared)
@@ -388,16 +397,10 @@ fn open_kvm(fd: OwnedFd) -> Result<Kvm, MachineError> {
 }
 
 /// What the VM boots with. Slots from [`FIRST_SLOT`] on are for what comes later.
-fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap, layout: &Layout) -> Result<(), MachineError> {
+fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap, layout: &Layout, flags: u32) -> Result<(), MachineError> {
     let booted = memory.iter().take_while(|region| region.start_addr().0 < layout.mmio64_start);
     for (slot, region) in (0u32..FIRST_SLOT).zip(booted) {
-        let region = kvm_userspace_memory_region {
-            slot,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-            flags: 0,
-        };
+        let region = kvm_userspace_memory_region { flags, ..slot_of(slot, region) };
         // SAFETY: the region is mapped, and stays mapped: `Prepared` and after it `Machine` hold the memory beside the
         // vCPUs; the slots do not overlap because the regions of guest memory do not.
         unsafe { vm.set_user_memory_region(region) }.map_err(kvm("give the VM its memory"))?;

@@ -43,17 +43,17 @@ impl Machine {
         self.announce(slot)
     }
 
+    /// Where memory that is added begins, and how many blocks there can be.
+    pub(super) fn growth(&self) -> (u64, u32) {
+        let growth = self.handles.memory.as_ref().map_or(self.surroundings.growth, |handle| handle.region());
+        (growth.start, growth.blocks)
+    }
+
     pub(super) fn memory_metrics(&self) -> MemoryMetrics {
         let booted_mib = self.booted_mib();
-        let growth = self.handles.memory.as_ref().map_or(self.surroundings.growth, |handle| handle.region());
+        let (_, most) = self.growth();
         let blocks = |count: u32| booted_mib + u64::from(count) * STEP_MIB;
         let (wanted, plugged) = self.handles.memory.as_ref().map_or((0, 0), |handle| (handle.wanted(), handle.plugged()));
-        MemoryMetrics {
-            booted_mib,
-            step_mib: STEP_MIB,
-            most_mib: blocks(growth.blocks),
-            wanted_mib: blocks(wanted),
-            present_mib: blocks(plugged),
-        }
+        MemoryMetrics { booted_mib, step_mib: STEP_MIB, most_mib: blocks(most), wanted_mib: blocks(wanted), present_mib: blocks(plugged) }
     }
 }

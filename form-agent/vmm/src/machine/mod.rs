@@ -5,28 +5,29 @@ mod devices;
 mod memory;
 mod plug;
 mod processors;
+mod save;
 pub mod saved;
 pub mod state;
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kvm_ioctls::VmFd;
-use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::build::DeviceSurroundings;
 pub use self::build::{Prepared, SavedSize, check_saved, verify_memory};
 use self::devices::Handles;
 use self::processors::Recipe;
+pub use self::save::Saved;
 use self::state::{ClockState, DeviceState, MachineState};
 use crate::control::{Metrics, VmState};
 use crate::cpu::run::{Surroundings, Vcpus};
 use crate::cpu::state::VcpuStateError;
 use crate::exit::ExitSlot;
+use crate::memory::changes::Changes;
 use crate::memory::image;
 use crate::pci::bus::PciBus;
 use crate::platform::hotplug::Hotplug;
@@ -147,6 +148,8 @@ pub struct Machine {
     leaving_vcpus: Vec<(u8, OwnedFd)>,
     /// Keeps the VM's memory mapped as long as its vCPUs are there.
     memory: GuestMemory,
+    /// What has changed in it since it was saved.
+    changes: Changes,
     devices: Vec<Device>,
     pci: Arc<PciBus>,
     surroundings: DeviceSurroundings,
@@ -167,7 +170,7 @@ impl Machine {
     /// # Errors
     /// When a thread cannot be made.
     pub fn start(prepared: Prepared) -> Result<Self, MachineError> {
-        let Prepared { vm, memory, vcpus, recipe, msr_indices, bus, devices, surroundings, handles } = prepared;
+        let Prepared { vm, memory, changes, vcpus, recipe, msr_indices, bus, devices, surroundings, handles } = prepared;
         let exit = Arc::new(ExitSlot::new().map_err(|source| MachineError::Io { context: "make an eventfd", source })?);
         let (serial, power, pci, hotplug) =
             (Arc::clone(&bus.serial), Arc::clone(&bus.power), Arc::clone(&bus.pci), Arc::clone(&bus.hotplug));
@@ -182,6 +185,7 @@ impl Machine {
             processors,
             leaving_vcpus: Vec::new(),
             memory,
+            changes,
             devices,
             pci,
             surroundings,
@@ -305,30 +309,6 @@ impl Machine {
             pci_address: self.pci.address(),
             devices: devices.collect(),
         })
-    }
-
-    /// Writes state and memory to two files. Call only while paused. Disks are the caller's to copy, before the VM goes on. Each file is
-    /// whole only when this has returned; the state is written last.
-    ///
-    /// # Errors
-    /// When KVM does not give a part of it, or a file cannot be written; the VM can go on.
-    pub fn save_to(&self, state: &File, memory: &File) -> Result<(), MachineError> {
-        let saved = self.save()?;
-        image::save(&self.memory.memory(), memory, &saved.save).map_err(crate::memory::MemoryError::Image)?;
-        saved::write(state, &saved)?;
-        Ok(())
-    }
-
-    /// As [`Machine::save_to`], but only the state is whole when this has returned; the memory is written by a copy of the process, as
-    /// [`image::save_aside`] says, and the VM can go on.
-    ///
-    /// # Errors
-    /// As [`Machine::save_to`], and when the process cannot be copied.
-    pub fn save_aside(&self, state: &File, memory: &File, whole: &OwnedFd) -> Result<(), MachineError> {
-        let saved = self.save()?;
-        saved::write(state, &saved)?;
-        image::save_aside(&self.memory.memory(), memory, &saved.save, whole)
-            .map_err(|source| MachineError::Io { context: "copy the VM process", source })
     }
 }
 

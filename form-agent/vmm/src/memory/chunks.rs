@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestAddressSpace};
 
+use super::changes::slot_of;
 use super::{MemoryError, map_ranges};
+use crate::memory::{GuestMemoryMmap, GuestRegionMmap};
 use crate::pci::interrupts::io_error;
 use crate::virtio::GuestMemory;
 use crate::virtio::mem::{BLOCK, Backing, Region};
@@ -28,9 +30,8 @@ pub trait Slots: Send + Sync {
 
 impl Slots for Arc<VmFd> {
     fn set(&self, slot: u32, region: Option<&GuestRegionMmap>) -> io::Result<()> {
-        let (guest_phys_addr, memory_size, userspace_addr) =
-            region.map_or((0, 0, 0), |region| (region.start_addr().0, region.len(), region.as_ptr() as u64));
-        let region = kvm_userspace_memory_region { slot, guest_phys_addr, memory_size, userspace_addr, flags: 0 };
+        let nothing = kvm_userspace_memory_region { slot, ..Default::default() };
+        let region = region.map_or(nothing, |region| slot_of(slot, region));
         // SAFETY: a slot of no length is removed. Any other is a region of guest memory that `Chunks` keeps mapped as long as it is there,
         // which is at least as long as the slot; no other slot has its addresses, since a region of guest memory has not.
         unsafe { self.set_user_memory_region(region) }.map_err(io_error)

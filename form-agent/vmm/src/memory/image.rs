@@ -10,16 +10,18 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{Bytes, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
+use vm_memory::{Bytes, FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use super::MemoryError;
+use super::changes::Pages;
 use super::sums::{self, Sums, table_bytes};
+use super::{MemoryError, patch};
+use crate::memory::{GuestMemoryMmap, GuestRegionMmap};
 
 const MAGIC: [u8; 8] = *b"FORMVMEM";
 const VERSION: u32 = 1;
 pub(super) const PAGE: usize = 4096;
 /// Bytes of the trailer that are used.
-const TRAILER: usize = 48;
+pub(super) const TRAILER: usize = 48;
 /// One write moves at most this much, so that a signal or a full disk is noticed early.
 const RUN_MAX: usize = 4 << 20;
 
@@ -49,16 +51,16 @@ pub enum ImageError {
 }
 
 /// What the last page of a file says.
-struct Trailer {
-    id: SaveId,
+pub(super) struct Trailer {
+    pub id: SaveId,
     /// None of one without checksums.
-    sums: Option<SumsTrailer>,
+    pub sums: Option<SumsTrailer>,
 }
 
 #[derive(Clone, Copy)]
-struct SumsTrailer {
-    ram: u64,
-    table: u32,
+pub(super) struct SumsTrailer {
+    pub ram: u64,
+    pub table: u32,
 }
 
 fn trailer(id: &SaveId, SumsTrailer { ram, table }: SumsTrailer) -> [u8; TRAILER] {
@@ -74,7 +76,7 @@ fn trailer(id: &SaveId, SumsTrailer { ram, table }: SumsTrailer) -> [u8; TRAILER
 }
 
 impl Trailer {
-    fn read(file: &File) -> Result<Self, ImageError> {
+    pub fn read(file: &File) -> Result<Self, ImageError> {
         let length = file.metadata().map_err(ImageError::Read)?.len();
         let at = length.checked_sub(PAGE as u64).ok_or(ImageError::Foreign)?;
         let mut bytes = [0; TRAILER];
@@ -99,22 +101,22 @@ impl Trailer {
     }
 }
 
-fn ram_bytes(memory: &GuestMemoryMmap) -> u64 {
+pub(super) fn ram_bytes(memory: &GuestMemoryMmap) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
 /// Writes all of `memory` to `file`, whose former content is dropped; pages of zeros become holes. The VM must be paused. When it
-/// returns the file is on stable storage.
+/// returns the file is on stable storage. Gives the bytes of pages written.
 ///
 /// # Errors
 /// When the file cannot be written, for example because the disk is full.
-pub fn save(memory: &GuestMemoryMmap, file: &File, id: &SaveId) -> Result<(), ImageError> {
+pub fn save(memory: &GuestMemoryMmap, file: &File, id: &SaveId) -> Result<u64, ImageError> {
     let write = ImageError::Write;
     let ram = ram_bytes(memory);
     file.set_len(0).map_err(write)?;
     file.set_len(ram + table_bytes(ram) + PAGE as u64).map_err(write)?;
     let mut sums = Sums::new(file, ram);
-    let mut offset = 0;
+    let (mut offset, mut written) = (0, 0);
     for region in memory.iter() {
         let length = usize::try_from(region.len()).map_err(|_| write(io::ErrorKind::InvalidInput.into()))?;
         let mut at = 0;
@@ -125,16 +127,52 @@ pub fn save(memory: &GuestMemoryMmap, file: &File, id: &SaveId) -> Result<(), Im
             } else {
                 write_run(region, at, run.length, file, offset + at as u64).map_err(write)?;
                 sum_run(region, at, run.length, &mut sums).map_err(write)?;
+                written += run.length as u64;
             }
             at += run.length;
         }
         offset += region.len();
     }
-    let table = sums.finish().map_err(write)?;
-    // The mark comes last: a file without it was never finished.
+    finish(file, id, SumsTrailer { ram, table: sums.finish().map_err(write)? })?;
+    Ok(written)
+}
+
+/// The mark comes last: a file without it was never finished.
+pub(super) fn finish(file: &File, id: &SaveId, sums: SumsTrailer) -> Result<(), ImageError> {
+    let write = ImageError::Write;
     file.sync_data().map_err(write)?;
-    file.write_all_at(&trailer(id, SumsTrailer { ram, table }), ram + table_bytes(ram)).map_err(write)?;
+    file.write_all_at(&trailer(id, sums), sums.ram + table_bytes(sums.ram)).map_err(write)?;
     file.sync_data().map_err(write)
+}
+
+/// The save that the finished `file` belongs to.
+///
+/// # Errors
+/// When it was never finished, or is of another version.
+pub fn save_of(file: &File) -> Result<SaveId, ImageError> {
+    Trailer::read(file).map(|trailer| trailer.id)
+}
+
+/// Into which file a save goes.
+#[derive(Clone, Copy)]
+pub enum Onto<'a> {
+    /// One whose content does not matter.
+    New,
+    /// A copy of an earlier save's, since which these pages have changed: [`patch::base`].
+    Earlier(&'a Pages),
+}
+
+impl Onto<'_> {
+    /// Saves; gives the bytes of pages written.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(self, memory: &GuestMemoryMmap, file: &File, id: &SaveId) -> Result<u64, ImageError> {
+        match self {
+            Self::New => save(memory, file, id),
+            Self::Earlier(pages) => patch::save_changes(memory, file, id, pages),
+        }
+    }
 }
 
 /// What was written is read once more: nobody changes it meanwhile.
@@ -146,30 +184,33 @@ fn sum_run(region: &GuestRegionMmap, at: usize, length: usize, sums: &mut Sums<'
     })
 }
 
-/// As [`save`], by a copy of this process: when it returns the VM may go on, and the copy has its memory as it was. The kernel copies a page
+/// As [`Onto::save`], by a copy of this process: when it returns the VM may go on, and the copy has its memory as it was. The kernel copies a page
 /// when one of the two writes to it, so this takes the time of copying page tables, and the copy up to as much memory as the guest has.
 ///
-/// The copy writes to `whole` how it ended, four bytes: `errno` (little-endian), 0 when the file is whole. It ends with this process, which
-/// ignores `SIGCHLD`: nothing waits for it.
+/// The copy writes to `whole` how it ended, four bytes: `errno` (little-endian), 0 when the file is whole; with `counted` eight more, the bytes of pages
+/// that it wrote. It ends with this process, which ignores `SIGCHLD`: nothing waits for it.
 ///
 /// # Errors
 /// When there is no process or memory to be had for the copy.
-pub fn save_aside(memory: &GuestMemoryMmap, file: &File, id: &SaveId, whole: &OwnedFd) -> io::Result<()> {
+pub fn save_aside(memory: &GuestMemoryMmap, file: &File, id: &SaveId, onto: Onto<'_>, whole: &OwnedFd, counted: bool) -> io::Result<()> {
     // SAFETY: the child goes on with this thread alone. It takes no lock that another thread may have held, allocates nothing, runs no
     // destructor, and ends by `_exit`.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
             keep_only([file.as_raw_fd(), whole.as_raw_fd()]);
-            let errno = match save(memory, file, id) {
-                Ok(()) => 0,
-                Err(ImageError::Write(error)) => error.raw_os_error().unwrap_or(libc::EIO),
-                Err(_) => libc::EIO,
+            let (errno, written) = match onto.save(memory, file, id) {
+                Ok(written) => (0, written),
+                Err(ImageError::Write(error)) => (error.raw_os_error().unwrap_or(libc::EIO), 0),
+                Err(_) => (libc::EIO, 0),
             };
-            let bytes = errno.to_le_bytes();
-            // SAFETY: the buffer is valid for its length; `_exit` ends this copy of the process.
+            let mut bytes = [0; 12];
+            bytes[..4].copy_from_slice(&errno.to_le_bytes());
+            bytes[4..].copy_from_slice(&written.to_le_bytes());
+            let length = if counted { 12 } else { 4 };
+            // SAFETY: the buffer is valid for its length, which is no less; `_exit` ends this copy of the process.
             unsafe {
-                libc::write(whole.as_raw_fd(), bytes.as_ptr().cast(), bytes.len());
+                libc::write(whole.as_raw_fd(), bytes.as_ptr().cast(), length);
                 libc::_exit(0)
             }
         }
@@ -211,7 +252,7 @@ fn run(region: &GuestRegionMmap, start: usize, end: usize) -> Run {
 }
 
 /// Whether the page at offset `at` of `region` holds only zeros.
-fn is_zero(region: &GuestRegionMmap, at: usize) -> bool {
+pub(super) fn is_zero(region: &GuestRegionMmap, at: usize) -> bool {
     debug_assert!(at + PAGE <= region.size() && at.is_multiple_of(PAGE));
     let words = region.as_ptr().wrapping_add(at).cast::<u64>();
     // Eight words at a time: the loop is what a save mostly consists of.
@@ -225,7 +266,7 @@ fn is_zero(region: &GuestRegionMmap, at: usize) -> bool {
     })
 }
 
-fn write_run(region: &GuestRegionMmap, at: usize, length: usize, file: &File, offset: u64) -> io::Result<()> {
+pub(super) fn write_run(region: &GuestRegionMmap, at: usize, length: usize, file: &File, offset: u64) -> io::Result<()> {
     debug_assert!(at + length <= region.size());
     let mut done = 0;
     while done < length {
@@ -353,7 +394,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (mut ended, whole) = io::pipe().unwrap();
         let whole = OwnedFd::from(whole);
-        save_aside(&memory, file.as_file(), &ID, &whole).unwrap();
+        save_aside(&memory, file.as_file(), &ID, Onto::New, &whole, false).unwrap();
         drop(whole);
         memory.write_slice(&[6; 1 << 20], GuestAddress(MIB)).unwrap();
         let mut said = Vec::new();
@@ -372,7 +413,7 @@ mod tests {
         let full = File::options().write(true).open("/dev/full").unwrap();
         let (mut ended, whole) = io::pipe().unwrap();
         let whole = OwnedFd::from(whole);
-        save_aside(&memory, &full, &ID, &whole).unwrap();
+        save_aside(&memory, &full, &ID, Onto::New, &whole, false).unwrap();
         drop(whole);
         let mut said = Vec::new();
         io::Read::read_to_end(&mut ended, &mut said).unwrap();

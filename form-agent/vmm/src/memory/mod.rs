@@ -1,16 +1,24 @@
 //! Guest RAM.
 
+pub mod changes;
 pub mod chunks;
 pub mod image;
+pub(crate) mod patch;
 mod sums;
 
 use std::io;
 
-use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap};
+use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionCollectionError};
 
 use self::image::ImageError;
 use crate::layout::Layout;
+
+/// Guest memory that notes which of its pages our devices write. What vCPUs write, KVM notes: [`changes`].
+pub type GuestMemoryMmap = vm_memory::GuestMemoryMmap<AtomicBitmap>;
+pub type GuestRegionMmap = vm_memory::GuestRegionMmap<AtomicBitmap>;
+type MmapRegion = vm_memory::mmap::MmapRegion<AtomicBitmap>;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -29,6 +37,11 @@ pub enum MemoryError {
     Advise(#[source] io::Error),
     #[error(transparent)]
     Image(#[from] ImageError),
+}
+
+/// The pages of `region` that our devices have written to.
+fn ours(region: &GuestRegionMmap) -> &AtomicBitmap {
+    MmapRegion::bitmap(region)
 }
 
 /// Maps anonymous memory for each range of RAM. Pages are taken from the host when the guest first touches them.
@@ -88,7 +101,10 @@ fn map_aligned(size: usize, flags: libc::c_int) -> Result<MmapRegion, MmapRegion
         }
     }
     // SAFETY: what is left of the mapping is `size` bytes from `aligned` on, and nothing unmaps it.
-    unsafe { MmapRegionBuilder::new(size).with_raw_mmap_pointer(aligned.cast()) }.with_mmap_prot(PROTECTION).with_mmap_flags(flags).build()
+    unsafe { MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::with_len(size)).with_raw_mmap_pointer(aligned.cast()) }
+        .with_mmap_prot(PROTECTION)
+        .with_mmap_flags(flags)
+        .build()
 }
 
 /// Gives the host back what lies in `region`, which stays mapped and holds zeros then, also when it came from a file.

@@ -97,6 +97,67 @@ impl<'a> Sums<'a> {
     }
 }
 
+/// A table of which some checksums change. It allocates nothing.
+pub struct Resum<'a> {
+    file: &'a File,
+    /// Where the buffer begins; what lies before it is done.
+    at: u64,
+    table: Hasher,
+    buffer: [u8; BUFFER],
+    /// Of the buffer; none before the first.
+    used: usize,
+    is_changed: bool,
+}
+
+impl<'a> Resum<'a> {
+    /// Of the table at the offset `at` of `file`.
+    pub fn new(file: &'a File, at: u64) -> Self {
+        Self { file, at, table: Hasher::new(), buffer: [0; BUFFER], used: 0, is_changed: false }
+    }
+
+    fn next(&mut self) -> io::Result<usize> {
+        if self.used == BUFFER {
+            self.flush()?;
+        }
+        if self.used == 0 {
+            // What lies behind the table fills up its page.
+            self.file.read_exact_at(&mut self.buffer, self.at)?;
+        }
+        self.used += 4;
+        Ok(self.used - 4)
+    }
+
+    /// The next one stays.
+    pub fn keep(&mut self) -> io::Result<()> {
+        self.next().map(|_| ())
+    }
+
+    /// The next one is another now.
+    pub fn set(&mut self, sum: u32) -> io::Result<()> {
+        let at = self.next()?;
+        self.buffer[at..at + 4].copy_from_slice(&sum.to_le_bytes());
+        self.is_changed = true;
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let bytes = &self.buffer[..self.used];
+        self.table.update(bytes);
+        if self.is_changed {
+            self.file.write_all_at(bytes, self.at)?;
+        }
+        self.at += bytes.len() as u64;
+        (self.used, self.is_changed) = (0, false);
+        Ok(())
+    }
+
+    /// Writes what is left, and gives the checksum of all of them.
+    pub fn finish(mut self) -> io::Result<u32> {
+        self.flush()?;
+        Ok(self.table.finalize())
+    }
+}
+
 /// Compares all of the `ram` bytes at the beginning of `file` with the table behind them, whose own checksum is `table`.
 ///
 /// # Errors
@@ -132,7 +193,7 @@ pub fn verify(file: &File, ram: u64, table: u32) -> Result<(), ImageError> {
     Ok(())
 }
 
-fn read_table(file: &File, ram: u64, expected: u32) -> Result<Vec<u32>, ImageError> {
+pub fn read_table(file: &File, ram: u64, expected: u32) -> Result<Vec<u32>, ImageError> {
     let count = ram.div_ceil(CHUNK);
     let mut hasher = Hasher::new();
     let mut sums = Vec::new();

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use super::{DONE, REPLY_TIME, Served, Server};
 use crate::config::Fd;
 use crate::control::channel::Channel;
-use crate::control::{ControlReply, ControlRequest, ErrorKind, ExitReason, VmState};
+use crate::control::{ControlReply, ControlRequest, ErrorKind, ExitReason, SaveHow, VmState};
 use crate::descriptors::Descriptors;
 use crate::machine::saved::SavedStateError;
-use crate::machine::{Machine, MachineError, explain};
+use crate::machine::{Machine, MachineError, Saved, explain};
 use crate::memory::MemoryError;
 use crate::memory::image::ImageError;
 use crate::virtio::vsock::Connector;
@@ -82,10 +82,13 @@ impl Server {
                         None => reply(channel, &error(ErrorKind::Invalid, "too many consoles are attached".to_owned()), &[]),
                     }
                 }
-                (ControlRequest::Save { state, memory }, VmState::Paused) => changed(channel, save(machine, state, memory, fds)),
-                (ControlRequest::SaveAside { state, memory, whole }, VmState::Paused) => {
-                    changed(channel, save_aside(machine, state, memory, whole, fds))
+                (ControlRequest::Save { state, memory, how }, VmState::Paused) => {
+                    saved(channel, how, save(machine, state, memory, how, fds))
                 }
+                (ControlRequest::SaveAside { state, memory, whole, how }, VmState::Paused) => {
+                    saved(channel, how, save_aside(machine, [state, memory, whole], how, fds))
+                }
+                (ControlRequest::Saves, _) => reply(channel, &ControlReply::Saves { ids: machine.saves() }, &[]),
                 (ControlRequest::Save { .. } | ControlRequest::SaveAside { .. }, _) => refuse(channel, state),
                 (ControlRequest::Plug { disk }, VmState::Running) => changed(channel, machine.plug(&disk, &mut Descriptors::new(fds))),
                 (ControlRequest::Unplug { id, gone }, VmState::Running) => changed(channel, unplug(machine, &id, gone, fds)),
@@ -118,21 +121,31 @@ impl Server {
     }
 }
 
-fn save(machine: &mut Machine, state: Fd, memory: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
+fn save(machine: &mut Machine, state: Fd, memory: Fd, how: SaveHow, fds: Vec<OwnedFd>) -> Result<Saved, MachineError> {
     let mut fds = Descriptors::new(fds);
     let state = File::from(fds.take(state, "state file")?);
     let memory = File::from(fds.take(memory, "memory file")?);
     // What the guest let go before it was paused is no part of it.
     machine.end_ejected();
-    machine.save_to(&state, &memory)
+    machine.save_to(&state, &memory, how)
 }
 
-fn save_aside(machine: &mut Machine, state: Fd, memory: Fd, whole: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {
+fn save_aside(machine: &mut Machine, files: [Fd; 3], how: SaveHow, fds: Vec<OwnedFd>) -> Result<Saved, MachineError> {
+    let [state, memory, whole] = files;
     let mut fds = Descriptors::new(fds);
     let state = File::from(fds.take(state, "state file")?);
     let memory = File::from(fds.take(memory, "memory file")?);
     machine.end_ejected();
-    machine.save_aside(&state, &memory, &fds.take(whole, "pipe")?)
+    machine.save_aside(&state, &memory, &fds.take(whole, "pipe")?, how)
+}
+
+fn saved(channel: &Channel, how: SaveHow, result: Result<Saved, MachineError>) -> Served {
+    match result {
+        Ok(Saved { incremental, written }) if how.is_any() => {
+            reply(channel, &ControlReply::Saved { incremental, written_bytes: written }, &[])
+        }
+        other => changed(channel, other.map(|_| ())),
+    }
 }
 
 fn unplug(machine: &mut Machine, id: &str, gone: Fd, fds: Vec<OwnedFd>) -> Result<(), MachineError> {

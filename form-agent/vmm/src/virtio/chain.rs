@@ -6,9 +6,10 @@
 use std::ops::Range;
 
 use virtio_queue::{Queue, QueueT, desc::split::Descriptor};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, bitmap::Bitmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, bitmap::Bitmap};
 
 use super::iovec::IoVecs;
+use crate::memory::GuestMemoryMmap;
 
 /// The longest indirect table we read. Linux makes them up to the number of segments of a request, a few hundred at most.
 const INDIRECT_MAX: u32 = 1024;

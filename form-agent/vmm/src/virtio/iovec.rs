@@ -5,7 +5,10 @@
 
 use std::{io, marker::PhantomData, os::fd::RawFd};
 
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
+use crate::memory::GuestMemoryMmap;
 
 /// `IOV_MAX`: the kernel refuses longer lists.
 const VECTORS_MAX: usize = 1024;
@@ -23,7 +26,7 @@ impl<'m> IoVecs<'m> {
         Self { list: Vec::with_capacity(capacity), length: 0, memory: PhantomData }
     }
 
-    pub(super) fn push(&mut self, slice: VolatileSlice<'m>) {
+    pub(super) fn push(&mut self, slice: VolatileSlice<'m, impl BitmapSlice>) {
         if slice.is_empty() {
             return;
         }

@@ -20,8 +20,10 @@ pub mod worker;
 use std::sync::{Arc, atomic::AtomicBool};
 
 use virtio_queue::Queue;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestMemoryMmap;
 
 /// Guest memory changes while the VM runs ([`mem`]): a device looks it up anew for each chain that it takes from a queue, since the driver may
 /// have got the memory that the chain names after the one before.

@@ -10,13 +10,14 @@ use std::{
 };
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     Activation, DeviceError, GuestMemory, Interrupt,
     chain::{Chain, ChainError},
 };
+use crate::memory::GuestMemoryMmap;
 
 /// Why a device can do no more until its driver resets it.
 #[derive(Debug, thiserror::Error)]

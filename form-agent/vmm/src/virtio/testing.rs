@@ -11,10 +11,11 @@ use std::{
 
 use proptest::prelude::*;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, GuestMemory, Interrupt, chain::Chain};
+use crate::memory::GuestMemoryMmap;
 
 /// Where a second piece of guest memory lies, behind a hole.
 pub const HIGH: u64 = 1 << 32;

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 
-use form_vmm::control::{ClientError, ErrorKind, MemoryMetrics};
+use form_vmm::control::{ClientError, ErrorKind, MemoryMetrics, SaveHow};
 
 use crate::vm::{Shape, Vm, shape};
 use crate::wanted;
@@ -64,6 +64,15 @@ fn kvm_memory_comes_and_goes_and_outlives_a_save() {
     // What it has already changes nothing, not even the devices.
     vm.client().memory(256).unwrap();
 
+    let directory = tempfile::tempdir().unwrap();
+    let create = |name| File::options().read(true).write(true).create(true).truncate(false).open(directory.path().join(name)).unwrap();
+    let (state, saved) = (create("state"), create("memory"));
+    let (onto, track) = (SaveHow { onto: true, track: true }, SaveHow { onto: false, track: true });
+    vm.client().pause().unwrap();
+    vm.client().save_aside(state.as_fd(), saved.as_fd(), track).unwrap().0.wait().unwrap();
+    vm.client().resume().unwrap();
+    assert_eq!(vm.client().saves().unwrap().len(), 1);
+
     let (_, small, _) = last(&vm.log()).unwrap();
     let (_, grown, _) = resize(&vm, 512);
     assert!((small + 240..=small + 256).contains(&grown), "{small} and then {grown}");
@@ -71,21 +80,28 @@ fn kvm_memory_comes_and_goes_and_outlives_a_save() {
     let whole = last(&vm.log()).unwrap().2;
     vm.assert_jailed(4242);
 
-    let directory = tempfile::tempdir().unwrap();
-    let create = |name| File::options().read(true).write(true).create(true).truncate(false).open(directory.path().join(name)).unwrap();
-    let (state, saved) = (create("state"), create("memory"));
     vm.client().pause().unwrap();
     refused(vm.client().memory(256), ErrorKind::WrongState);
-    vm.client().save_aside(state.as_fd(), saved.as_fd()).unwrap().wait().unwrap();
+    // There is other memory than before, so nothing can be built upon.
+    let (aside, how) = vm.client().save_aside(state.as_fd(), saved.as_fd(), onto).unwrap();
+    aside.wait().unwrap();
+    assert!(!how.incremental);
     vm.kill();
     vm.wait();
     // A page of checksums, and one that says whose memory it is.
     assert_eq!(saved.metadata().unwrap().len(), (512 << 20) + 2 * 4096);
 
-    let again = Vm::restore(&vm, &with, &state, &saved, true).unwrap();
+    let again = Vm::restore(&vm, &with, &state, &saved, true, true).unwrap();
     let before = memory(&again);
     assert_eq!((before.booted_mib, before.wanted_mib, before.present_mib, before.most_mib), (256, 512, 512, most_mib));
     again.await_log("a tick after the restore", |log| last(log).is_some_and(|tick| tick.2 == whole));
+    // What was added has no log.
+    let upon = create("memory upon");
+    std::fs::copy(directory.path().join("memory"), directory.path().join("memory upon")).unwrap();
+    again.client().pause().unwrap();
+    let how = again.client().save(tempfile::tempfile().unwrap().as_fd(), upon.as_fd(), onto).unwrap();
+    assert!(!how.incremental);
+    again.client().resume().unwrap();
     // What lies there moves to what stays.
     let (_, shrunk, sum) = resize(&again, 256);
     assert_eq!((shrunk, sum), (small, whole.clone()));

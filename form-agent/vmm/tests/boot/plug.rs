@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use form_vmm::config::{DiskConfig, DiskFormat, DiskLimits, Fd};
-use form_vmm::control::{ClientError, ErrorKind};
+use form_vmm::control::{ClientError, ErrorKind, SaveHow};
 use imago::{FormatCreateBuilder, file::File as Storage, qcow2::Qcow2};
 
 use crate::vm::{Shape, Vm, shape};
@@ -126,12 +126,12 @@ fn slots_without_a_device_stay_empty_in_a_restored_vm(vm: &Vm, with: &Shape, dir
     let (state, memory) = (file(directory, "state"), file(directory, "memory"));
     vm.client().pause().unwrap();
     refused(vm.client().plug(&disk("late", DiskFormat::Raw), &[memory.as_fd() as BorrowedFd<'_>]), ErrorKind::WrongState);
-    vm.client().save(state.as_fd(), memory.as_fd()).unwrap();
+    vm.client().save(state.as_fd(), memory.as_fd(), SaveHow::default()).unwrap();
     vm.kill();
     vm.wait();
-    let Err(error) = Vm::restore(vm, with, &state, &memory, true) else { panic!("restored with a disk that it did not have") };
+    let Err(error) = Vm::restore(vm, with, &state, &memory, true, false) else { panic!("restored with a disk that it did not have") };
     assert!(error.to_string().contains("root, rng") && error.to_string().contains("root, rng, data"), "{error}");
-    let restored = Vm::restore(vm, &Shape { qcow2_mib: None, ..with.clone() }, &state, &memory, true).unwrap();
+    let restored = Vm::restore(vm, &Shape { qcow2_mib: None, ..with.clone() }, &state, &memory, true, false).unwrap();
     let raw = file(directory, "raw");
     restored.client().plug(&disk("raw", DiskFormat::Raw), &[raw.as_fd()]).unwrap();
     await_disks(&restored, "SERIAL-raw=12288 TEST-SERIAL=16384");

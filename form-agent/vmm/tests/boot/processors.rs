@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
 
-use form_vmm::control::{ClientError, ErrorKind};
+use form_vmm::control::{ClientError, ErrorKind, SaveHow};
 
 use crate::vm::{Shape, Vm, shape};
 use crate::wanted;
@@ -79,16 +79,16 @@ fn restored(vm: &Vm, with: &Shape) -> Vm {
         vm.client().pause().unwrap();
         refused(vm.client().plug_vcpus(3), ErrorKind::WrongState);
         refused(vm.client().unplug_vcpus(1).map(drop), ErrorKind::WrongState);
-        vm.client().save(state.as_fd(), memory.as_fd()).unwrap();
+        vm.client().save(state.as_fd(), memory.as_fd(), SaveHow::default()).unwrap();
         vm.client().resume().unwrap();
     }
     let ticks = vm.log().matches("TICK").count();
     vm.await_log("ticks after the pause", |log| log.matches("TICK").count() > ticks + 2);
     vm.client().pause().unwrap();
-    vm.client().save(state.as_fd(), memory.as_fd()).unwrap();
+    vm.client().save(state.as_fd(), memory.as_fd(), SaveHow::default()).unwrap();
     vm.kill();
     vm.wait();
-    let restored = Vm::restore(vm, with, &state, &memory, true).unwrap();
+    let restored = Vm::restore(vm, with, &state, &memory, true, false).unwrap();
     assert_eq!(restored.client().vcpus().unwrap(), (2, 3));
     restored.await_log("ticks after the restore", |log| log.matches("TICK").count() > 3);
     restored

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use form_vmm::control::{ClientError, ErrorKind, VmState};
+use form_vmm::control::{ClientError, ErrorKind, SaveHow, VmState};
 
 use crate::vm::{Shape, Tap, Vm, shape};
 use crate::wanted;
@@ -80,6 +80,32 @@ fn assert_same_memory(one: &File, other: &File) {
     }
 }
 
+const TRACK: SaveHow = SaveHow { onto: false, track: true };
+
+/// Saves the paused VM to `state` and `memory`, upon a copy of the `earlier` memory: the same as if all of it were written. What is a save
+/// of nothing that the VM knows is not built upon.
+fn saved_upon(vm: &Vm, earlier: &File, state: &File, memory: &File) {
+    let upon = SaveHow { onto: true, track: true };
+    let copy = |from: &File, to: &File| {
+        to.set_len(0).unwrap();
+        let mut bytes = vec![0; from.metadata().unwrap().len() as usize];
+        from.read_exact_at(&mut bytes, 0).unwrap();
+        to.write_all_at(&bytes, 0).unwrap();
+    };
+    copy(earlier, memory);
+    let (aside, how) = vm.client().save_aside(state.as_fd(), memory.as_fd(), upon).unwrap();
+    let written = aside.wait().unwrap().unwrap();
+    assert!(how.incremental, "all of it was written");
+    let (other, whole) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    let all = vm.client().save(other.as_fd(), whole.as_fd(), SaveHow::default()).unwrap();
+    assert_eq!(all.written, None, "it was not asked");
+    println!("MEASURED: {} KiB of {} KiB have changed", written / 1024, whole.metadata().unwrap().blocks() / 2);
+    assert_same_memory(&whole, memory);
+    form_vmm::machine::verify_memory(memory).unwrap();
+    let how = vm.client().save(other.as_fd(), whole.as_fd(), SaveHow { onto: true, track: false }).unwrap();
+    assert!(!how.incremental && how.written.is_some_and(|all| all > written), "{how:?}");
+}
+
 #[test]
 #[ignore = "boots a guest and restores it: FORM_TEST_KVM=1, root"]
 fn kvm_a_saved_vm_goes_on_in_another_process() {
@@ -107,11 +133,11 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     let create =
         |name: &str| OpenOptions::new().read(true).write(true).create(true).truncate(false).open(directory.path().join(name)).unwrap();
     let (state, memory) = (create("state"), create("memory"));
-    let refused = vm.client().save(state.as_fd(), memory.as_fd());
+    let refused = vm.client().save(state.as_fd(), memory.as_fd(), SaveHow::default());
     assert!(matches!(refused, Err(ClientError::Refused { kind: ErrorKind::WrongState, .. })), "{refused:?}");
     vm.client().pause().unwrap();
     let start = Instant::now();
-    vm.client().save(state.as_fd(), memory.as_fd()).unwrap();
+    vm.client().save(state.as_fd(), memory.as_fd(), SaveHow::default()).unwrap();
     let metadata = memory.metadata().unwrap();
     println!(
         "MEASURED: save {} ms, state {} bytes, memory {} KiB of {} KiB",
@@ -125,16 +151,21 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     let before = last_tick(&vm.log()).unwrap();
     let (state_aside, memory_aside) = (create("state aside"), create("memory aside"));
     let start = Instant::now();
-    let aside = vm.client().save_aside(state_aside.as_fd(), memory_aside.as_fd()).unwrap();
+    let (aside, saved) = vm.client().save_aside(state_aside.as_fd(), memory_aside.as_fd(), TRACK).unwrap();
+    assert!(!saved.incremental);
     let stood = start.elapsed();
     vm.client().resume().unwrap();
     vm.await_log("a tick after the save", |log| last_tick(log).is_some_and(|tick| tick.number > before.number));
-    aside.wait().unwrap();
+    aside.wait().unwrap().unwrap();
     println!("MEASURED: save aside {} ms", stood.as_millis());
     assert_eq!(memory_aside.metadata().unwrap().len(), metadata.len());
     assert_same_memory(&memory, &memory_aside);
+    vm.client().balloon(4).unwrap();
+    vm.await_metric("a balloon of 4 MiB", |metrics| metrics.balloon_mib == 4);
+    vm.client().balloon(24).unwrap();
+    vm.await_metric("a balloon of 24 MiB", |metrics| metrics.balloon_mib == 24);
     vm.client().pause().unwrap();
-    vm.client().save_aside(state.as_fd(), memory.as_fd()).unwrap().wait().unwrap();
+    saved_upon(&vm, &memory_aside, &state, &memory);
     let saved = last_tick(&vm.log()).unwrap();
     vm.kill();
     vm.wait();
@@ -142,7 +173,7 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
 
     damaged_states_are_refused(&vm, &whole, &state, &memory);
     let start = Instant::now();
-    let again = Vm::restore(&vm, &whole, &state, &memory, true).unwrap();
+    let again = Vm::restore(&vm, &whole, &state, &memory, true, true).unwrap();
     let restored = start.elapsed();
     again.await_log("a tick after the restore", |log| last_tick(log).is_some());
     println!("MEASURED: restore {} ms, first tick {} ms", restored.as_millis(), start.elapsed().as_millis());
@@ -157,10 +188,14 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     again.assert_jailed(4242);
     assert_eq!(again.client().status().unwrap().0, VmState::Running);
 
+    // What it went on from is built upon as what it saved itself.
+    again.client().pause().unwrap();
+    saved_upon(&again, &memory, &create("state upon"), &create("memory upon"));
+
     // Held where it stood until it is asked to go on.
     again.kill();
     again.wait();
-    let held = Vm::restore(&vm, &whole, &state, &memory, false).unwrap();
+    let held = Vm::restore(&vm, &whole, &state, &memory, false, false).unwrap();
     assert_eq!(held.client().status().unwrap().0, VmState::Paused);
     std::thread::sleep(Duration::from_secs(1));
     assert_eq!(held.log(), "");
@@ -169,7 +204,7 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
 }
 
 fn damaged_states_are_refused(vm: &Vm, whole: &Shape, state: &File, memory: &File) {
-    let refusal = |shape: &Shape| match Vm::restore(vm, shape, state, memory, true) {
+    let refusal = |shape: &Shape| match Vm::restore(vm, shape, state, memory, true, false) {
         Err(ClientError::Refused { kind: ErrorKind::Invalid, message }) => message,
         other => panic!("{:?}", other.map(|_| ())),
     };

@@ -98,7 +98,7 @@ impl Vm {
     }
 
     /// A process that goes on with what `saved` left behind.
-    pub fn restore(saved: &Vm, shape: &Shape, state: &File, memory: &File, resume: bool) -> Result<Self, ClientError> {
+    pub fn restore(saved: &Vm, shape: &Shape, state: &File, memory: &File, resume: bool, track: bool) -> Result<Self, ClientError> {
         let vm = Vm::spawn();
         let mut fds: Vec<OwnedFd> = Vec::new();
         let mut add = |file: File| {
@@ -119,6 +119,7 @@ impl Vm {
             exit_record: Some(add(file(own, "record", &[]))),
             jail: jail(shape, true),
             resume,
+            track,
         };
         let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         vm.client.restore(&config, &borrowed)?;

@@ -3,7 +3,8 @@
 
 use std::{ffi::c_void, ptr};
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use form_vmm::memory::{GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{GuestAddress, MmapRegion};
 
 /// RAM below the hole.
 pub const LOW_SIZE: usize = 128 * 1024;

@@ -10,13 +10,14 @@ use std::{
 };
 
 use virtio_queue::Queue;
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use super::{
     request::{self, PAGE, Range},
     state::{self, BalloonState},
 };
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::{
     Activation, DeviceError, Interrupt, VirtioDevice,
     chain::Chain,

@@ -2,8 +2,10 @@
 
 use std::io;
 
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::chain::{ChainError, Segments};
 
 /// The balloon's page, whatever the page of the guest is (section 5.5.6).
@@ -66,6 +68,8 @@ pub fn release(memory: &GuestMemoryMmap, range: Range) -> io::Result<u64> {
             .map_err(io::Error::other)?;
         // Shared memory stays allocated in its file until a hole is punched there.
         let advice = if region.flags() & libc::MAP_SHARED != 0 { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+        // Also when only a part of it is freed.
+        region.bitmap().mark_dirty((from - first) as usize, (to - from) as usize);
         // SAFETY: `host` and the length lie inside one region of guest memory, which stays mapped while it is borrowed. Its
         // content is the guest's alone: no Rust reference points into it, and that it turns to zeros is what the guest asked for.
         if unsafe { libc::madvise(host.cast(), (to - from) as usize, advice) } != 0 {

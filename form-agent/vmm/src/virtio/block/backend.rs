@@ -2,8 +2,7 @@
 
 use std::{io, ops::Range};
 
-use vm_memory::GuestMemoryMmap;
-
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::{
     chain::{ChainError, Segments},
     iovec::IoVecs,

@@ -11,7 +11,7 @@ use std::{
 };
 
 use virtio_queue::Queue;
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use super::{
@@ -21,6 +21,7 @@ use super::{
     },
     state::{self, BlockState},
 };
+use crate::memory::GuestMemoryMmap;
 use crate::{
     control::DiskMetrics,
     virtio::{
@@ -383,9 +384,11 @@ impl BlockWorker {
         if status != Status::Ok {
             self.counters.errors.fetch_add(1, Relaxed);
         }
+        // A read that failed may have written any part of it.
+        let changed = if status == Status::Ok { data } else { status_at };
         chain
             .writable
-            .mark_written(memory, data)
+            .mark_written(memory, changed)
             .and_then(|()| chain.writable.write(memory, status_at, &[status as u8]))
             .map_err(|source| Fault::Chain { index: 0, source })?;
         // The length counts bytes written from the start on; the status is the very last one.

@@ -1,7 +1,6 @@
 //! Block requests as the driver writes them (virtio 1.2, section 5.2.6), read from a descriptor chain.
 
-use vm_memory::GuestMemoryMmap;
-
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::chain::{Chain, ChainError};
 
 pub const SECTOR: u64 = 512;

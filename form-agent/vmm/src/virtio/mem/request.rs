@@ -1,7 +1,6 @@
 //! Requests and answers as bytes (section 5.15.6).
 
-use vm_memory::GuestMemoryMmap;
-
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::{
     chain::{Chain, ChainError},
     ring::Fault,

@@ -2,9 +2,8 @@
 
 use std::collections::VecDeque;
 
-use vm_memory::GuestMemoryMmap;
-
 use super::tap::HEADER;
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::chain::{Chain, ChainError, Segments};
 
 /// The largest packet with its header: 64 KiB and an Ethernet header (section 5.1.6.3.1).

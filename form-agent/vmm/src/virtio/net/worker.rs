@@ -8,7 +8,7 @@ use std::{
 };
 
 use virtio_queue::Queue;
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use super::{
@@ -17,6 +17,7 @@ use super::{
     request::{self, Buffers, PACKET_MAX, ReceiveMode},
     tap::{HEADER, Tap},
 };
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::{
     chain::Chain,
     iovec::IoVecs,
@@ -214,9 +215,10 @@ impl NetWorker {
         let length = room.read_from(self.tap.as_raw_fd()).map_err(|source| Fault::Host { context: "could not read the tap", source })?;
         self.limiter.received(length.saturating_sub(HEADER));
         if length > fits || length < HEADER {
-            // The guest's buffers are too small for this packet: it is lost, the buffers are not.
+            // The guest's buffers are too small for this packet: it is lost, the buffers are not, but they hold some of it now.
             self.counters.dropped.fetch_add(1, Relaxed);
-            return Ok(());
+            let mut written = self.buffers.front(self.mode);
+            return written.try_for_each(|segments| segments.mark_written(memory, segments.len())).map_err(malformed);
         }
         let receive = &mut self.receive;
         let mut used = Ok(());

@@ -1,6 +1,7 @@
 use super::*;
+use crate::memory::GuestMemoryMmap;
 use crate::pci::msix::tests::FakeRouter;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 const VERSION_1: u64 = 1 << 32;
 const FEATURE: u64 = 1 << 5;

@@ -153,11 +153,12 @@ impl RngWorker {
         }
     }
 
-    fn fill(&mut self, memory: &vm_memory::GuestMemoryMmap, chain: &Chain, length: usize) -> Result<(), Fault> {
+    fn fill(&mut self, memory: &crate::memory::GuestMemoryMmap, chain: &Chain, length: usize) -> Result<(), Fault> {
         let random = |source: io::Error| Fault::Host { context: "the host gave no entropy", source };
         let malformed = |source| Fault::Chain { index: 0, source };
-        let written = chain.writable.iovecs(memory, 0..length).map_err(malformed)?.fill_random().map_err(random)?;
-        chain.writable.mark_written(memory, written).map_err(malformed)?;
-        self.ring.complete(memory, chain.head, written)
+        let written = chain.writable.iovecs(memory, 0..length).map_err(malformed)?.fill_random();
+        // Some of it, also when the rest failed.
+        chain.writable.mark_written(memory, length).map_err(malformed)?;
+        self.ring.complete(memory, chain.head, written.map_err(random)?)
     }
 }

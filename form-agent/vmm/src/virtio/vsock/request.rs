@@ -1,7 +1,6 @@
 //! Packets (section 5.10.6): `struct virtio_vsock_hdr`, little endian, then `len` bytes.
 
-use vm_memory::GuestMemoryMmap;
-
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::chain::{ChainError, Segments};
 
 /// The length of a header.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use virtio_queue::Queue;
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::{
     epoll::{EpollEvent, EventSet},
     eventfd::EventFd,
@@ -21,6 +21,7 @@ use super::{
     link::{LinkId, Links},
     request::{self, HEADER, Header, Operation, PAYLOAD_MAX, Packet},
 };
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::{
     chain::Chain,
     ring::{Fault, Ring, Session},

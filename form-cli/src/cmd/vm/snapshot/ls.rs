@@ -24,8 +24,10 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         Some(vm) => client.snapshots(vm).await?,
         None => client.all_snapshots().await?,
     };
-    let mut table =
-        Table::new(&["NAME", "VM", "MEMORY", "DISK", "USED", "STATE", "AGE"], &["VOLUMES", "PAUSE", "VCPUS", "IMAGE", "HOST", "FAULT"]);
+    let mut table = Table::new(
+        &["NAME", "VM", "MEMORY", "DISK", "USED", "KIND", "STATE", "AGE"],
+        &["BASED ON", "WROTE", "VOLUMES", "PAUSE", "VCPUS", "IMAGE", "HOST", "FAULT"],
+    );
     for snapshot in &snapshots {
         let state = snapshot.consistency.filter(|_| snapshot.fault.is_none());
         table.row([
@@ -34,8 +36,11 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
             snapshot.memory_mib.map(|mib| bytes(mib << 20)).unwrap_or_default(),
             snapshot.disk_bytes.map(bytes).unwrap_or_default(),
             snapshot.allocated_bytes.map(bytes).unwrap_or_default(),
+            snapshot.memory_kind.map(|kind| kind.as_str().to_owned()).unwrap_or_default(),
             state.map_or("failed", |consistency| consistency.as_str()).to_owned(),
             snapshot.created_at.map(|at| age(at, Timestamp::now())).unwrap_or_default(),
+            snapshot.based_on.as_ref().map(Name::to_string).unwrap_or_default(),
+            snapshot.written_bytes.map(bytes).unwrap_or_default(),
             snapshot.volumes.iter().map(Name::as_str).collect::<Vec<_>>().join(" "),
             snapshot.pause_ms.map(|ms| format!("{ms} ms")).unwrap_or_default(),
             snapshot.vcpus.map(|vcpus| vcpus.to_string()).unwrap_or_default(),

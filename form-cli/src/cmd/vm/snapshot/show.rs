@@ -29,6 +29,10 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         true => client.verified_snapshot(&args.vm, &args.snapshot).await?,
         false => client.snapshot(&args.vm, &args.snapshot).await?,
     };
+    let kind = snapshot.memory_kind.map(|kind| match &snapshot.based_on {
+        Some(base) => format!("{}, based on {base}", kind.as_str()),
+        None => kind.as_str().to_owned(),
+    });
     let record = Record::new(snapshot.name.to_string())
         .field("name", &snapshot.name)
         .field("vm", &snapshot.vm)
@@ -42,6 +46,8 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
             Some(snapshot.volumes.iter().map(Name::as_str).collect::<Vec<_>>().join(" ")).filter(|names| !names.is_empty()),
         )
         .optional("used", snapshot.allocated_bytes.map(bytes))
+        .optional("memory written as", kind)
+        .optional("memory written", snapshot.written_bytes.map(bytes))
         .optional("stood still", snapshot.pause_ms.map(|ms| format!("{ms} ms")))
         .optional("image", snapshot.image_digest)
         .optional("created", snapshot.created_at)
