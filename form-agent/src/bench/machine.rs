@@ -239,12 +239,12 @@ impl<'a> Machine<'a> {
         })
     }
 
-    /// Pauses the VM and writes memory and devices to files that stay when it is gone. What that took, until the files were whole; and what it
-    /// took to write what had changed a moment later upon a copy of them.
+    /// Pauses the VM and writes memory and devices to files that stay when it is gone. What that took, until the files were whole. With
+    /// `track` what changes then is noted.
     ///
     /// # Errors
     /// When the VM process refuses.
-    pub fn save(&self, memory_mib: u64) -> Result<(Saved, Spent, Spent), BenchError> {
+    pub fn save(&self, memory_mib: u64, track: bool) -> Result<(Saved, Spent), BenchError> {
         let failed = |error: ClientError| self.refused(&error);
         let place = |name: &str| self.setup.directory.join(format!("{name}-{}", self.id));
         let saved = Saved { state: place("state"), memory: place("memory"), memory_mib };
@@ -252,20 +252,30 @@ impl<'a> Machine<'a> {
         let client = Client::connect(&self.directory.control()).map_err(failed)?;
         let spent = self.spent(|| {
             client.pause().map_err(failed)?;
-            client.save(state.as_fd(), memory.as_fd(), SaveHow { onto: false, track: true }).map_err(failed).map(|_| ())
+            client.save(state.as_fd(), memory.as_fd(), SaveHow { onto: false, track }).map_err(failed).map(|_| ())
         })?;
+        Ok((saved, spent))
+    }
+
+    /// Lets the VM that was `saved` go on, and writes what has changed a moment later upon a copy of its file. What that took, without the copy.
+    ///
+    /// # Errors
+    /// When the VM process refuses, or writes all of it.
+    pub fn save_upon(&self, saved: &Saved) -> Result<Spent, BenchError> {
+        let failed = |error: ClientError| self.refused(&error);
+        let client = Client::connect(&self.directory.control()).map_err(failed)?;
         client.resume().map_err(failed)?;
         let later = self.directory.path().join("memory");
         fs::copy(&saved.memory, &later).map_err(io_error("copy a memory file"))?;
         let memory = fs::File::options().read(true).write(true).open(&later).map_err(io_error("open a memory file"))?;
         let state = create(&self.directory.path().join("state"))?;
-        let incremental = self.spent(|| {
+        let spent = self.spent(|| {
             client.pause().map_err(failed)?;
             let how = client.save(state.as_fd(), memory.as_fd(), SaveHow { onto: true, track: true }).map_err(failed)?;
             if how.incremental { Ok(()) } else { Err(BenchError::Machine("all of the memory was written again".to_owned())) }
         })?;
         fs::remove_file(&later).map_err(io_error("remove a memory file"))?;
-        Ok((saved, spent, incremental))
+        Ok(spent)
     }
 
     fn spent(&self, act: impl FnOnce() -> Result<(), BenchError>) -> Result<Spent, BenchError> {

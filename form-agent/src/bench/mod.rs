@@ -353,7 +353,11 @@ impl Bench<'_> {
     /// What each took: all of it written, what had changed, restored.
     fn restores(&self) -> Result<Vec<[Spent; 3]>, BenchError> {
         let guest = guests::ticking(self.directory, machine::MEMORY_MIB as u32)?;
-        let saved = self.starts(&guest, first_program::LINE, |machine, _| machine.save(guest.memory_mib))?;
+        let saved = self.starts(&guest, first_program::LINE, |machine, _| {
+            let (saved, all) = machine.save(guest.memory_mib, true)?;
+            let changed = machine.save_upon(&saved)?;
+            Ok((saved, all, changed))
+        })?;
         let setup = self.setup()?;
         let restore = |(saved, all, changed): (Saved, Spent, Spent)| {
             let restored = Machine::restore(&setup, &saved)?.wait_for(first_program::TICK)?;
@@ -368,7 +372,7 @@ impl Bench<'_> {
         let spent = guests::ticking(self.directory, machine::MEMORY_MIB as u32).and_then(|guest| {
             self.starts(&guest, first_program::LINE, |machine, _| {
                 let begun = Instant::now();
-                let (saved, took) = machine.save(guest.memory_mib)?;
+                let (saved, took) = machine.save(guest.memory_mib, false)?;
                 let setup = self.setup()?;
                 // The VM and its files: each copy is told apart from all of them.
                 setup.started.set(COPIES_FROM);
