@@ -12,7 +12,7 @@ use std::num::NonZeroU64;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DiskConfig, DiskLimits, Fd, RestoreConfig, VmConfig};
+use crate::config::{DiskConfig, DiskLimits, Fd, NetworkConfig, RestoreConfig, VmConfig};
 use crate::memory::image::SaveId;
 
 /// The longest message, in bytes.
@@ -89,7 +89,11 @@ pub enum ControlRequest {
     Plug {
         disk: Box<DiskConfig>,
     },
-    /// Asks the guest for the device `id`. What is written to `gone` is nothing: it is closed when the guest has let the device go and
+    /// Puts a network interface into the running VM and tells its guest.
+    PlugNetwork {
+        network: Box<NetworkConfig>,
+    },
+    /// Asks the guest for the disk or network interface `id`. What is written to `gone` is nothing: it is closed when the guest has let the device go and
     /// its files are closed. Asking again is fine.
     Unplug {
         id: String,

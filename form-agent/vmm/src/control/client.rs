@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::channel::Channel;
 use super::{ControlReply, ControlRequest, ErrorKind, Metrics, SaveHow, VmState};
-use crate::config::{DiskConfig, DiskLimits, Fd, RestoreConfig, VmConfig};
+use crate::config::{DiskConfig, DiskLimits, Fd, NetworkConfig, RestoreConfig, VmConfig};
 use crate::machine::Saved;
 use crate::memory::image::SaveId;
 
@@ -241,10 +241,19 @@ impl Client {
         self.done(&ControlRequest::Plug { disk: Box::new(disk.clone()) }, fds, self.timeout)
     }
 
-    /// Asks the guest for the disk `id`. The result is at its end when the disk is gone, or the VM process is.
+    /// Puts a network interface into the running VM. `network.tap` is an index into `fds`.
     ///
     /// # Errors
-    /// When the VM does not run; [`ErrorKind::NotFound`] when there is no such disk.
+    /// When the VM does not run, has a device of this id or no free slot, or the descriptor is no tap; [`ErrorKind::Invalid`] from a VM
+    /// process that does not know this request.
+    pub fn plug_network(&self, network: &NetworkConfig, fds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        self.done(&ControlRequest::PlugNetwork { network: Box::new(network.clone()) }, fds, self.timeout)
+    }
+
+    /// Asks the guest for the disk or network interface `id`. The result is at its end when it is gone, or the VM process is.
+    ///
+    /// # Errors
+    /// When the VM does not run; [`ErrorKind::NotFound`] when there is no such device.
     pub fn unplug(&self, id: &str) -> Result<OwnedFd, ClientError> {
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| ClientError::Io(error.into()))?;
         self.done(&ControlRequest::Unplug { id: id.to_owned(), gone: Fd(0) }, &[write.as_fd()], self.timeout)?;

@@ -173,7 +173,8 @@ const VCPU_IOCTLS: &[u64] = &[
 
 /// Memory that comes and goes.
 const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_AE46;
-/// Activating a network device tells its tap what the guest's driver can do.
+/// A network device that comes looks at its tap; activating it tells the tap what the guest's driver can do.
+const TUN_GET_INTERFACE: u64 = 0x8004_54D2;
 const TUN_SET_OFFLOAD: u64 = 0x4004_54D0;
 const TUN_SET_VNET_HEADER: u64 = 0x4004_54D8;
 /// `FIONBIO`, as the standard library sets sockets non-blocking.
@@ -189,6 +190,7 @@ const MAIN_IOCTLS: &[u64] = &[
     KVM_SET_MSRS,
     KVM_SET_LAPIC,
     KVM_SET_TSC_KHZ,
+    TUN_GET_INTERFACE,
     TUN_SET_OFFLOAD,
     TUN_SET_VNET_HEADER,
     FILE_NON_BLOCKING,

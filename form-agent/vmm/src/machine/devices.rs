@@ -51,12 +51,21 @@ impl Handles {
         self.disks.push(DiskHandle { id: disk.id().to_owned(), counters: disk.counters(), limiter: disk.limiter() });
     }
 
-    pub fn remove_disk(&mut self, id: &str) {
+    pub fn add_network(&mut self, net: &Net) {
+        self.networks.push(NetworkHandle { id: net.id().to_owned(), counters: net.counters(), limiter: net.limiter() });
+    }
+
+    pub fn remove(&mut self, id: &str) {
         self.disks.retain(|disk| disk.id != id);
+        self.networks.retain(|network| network.id != id);
     }
 
     pub fn has_disk(&self, id: &str) -> bool {
         self.disks.iter().any(|disk| disk.id == id)
+    }
+
+    pub fn has_network(&self, id: &str) -> bool {
+        self.networks.iter().any(|network| network.id == id)
     }
 
     /// `None` when there is no such disk.
@@ -112,10 +121,8 @@ pub fn build(config: &Devices<'_>, fds: &mut Descriptors) -> Result<(Vec<Box<dyn
         devices.push(Box::new(block));
     }
     for network in config.networks {
-        let tap = fds.take(network.tap, "tap")?;
-        let net = Net::new(network.id.clone(), tap, network.mac, network.mtu).map_err(device(&network.id))?;
-        net.limiter().set(network.bytes_per_second);
-        handles.networks.push(NetworkHandle { id: network.id.clone(), counters: net.counters(), limiter: net.limiter() });
+        let net = self::network(network, fds)?;
+        handles.add_network(&net);
         devices.push(Box::new(net));
     }
     if let Some(cid) = config.vsock_cid {
@@ -159,6 +166,14 @@ pub fn disk(disk: &DiskConfig, fds: &mut Descriptors) -> Result<Block, MachineEr
     let block = Block::new(disk.id.clone(), &disk.serial, backend(disk, fds)?, disk.read_only).map_err(device(&disk.id))?;
     block.limiter().set(disk.limits);
     Ok(block)
+}
+
+/// One network interface, whose tap is among `fds`.
+pub fn network(network: &NetworkConfig, fds: &mut Descriptors) -> Result<Net, MachineError> {
+    let tap = fds.take(network.tap, "tap")?;
+    let net = Net::new(network.id.clone(), tap, network.mac, network.mtu).map_err(device(&network.id))?;
+    net.limiter().set(network.bytes_per_second);
+    Ok(net)
 }
 
 fn device(id: &str) -> impl FnOnce(std::io::Error) -> MachineError {

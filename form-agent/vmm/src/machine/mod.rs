@@ -76,6 +76,8 @@ pub enum MachineError {
     Slots,
     #[error("there is a device {0} already")]
     Exists(String),
+    #[error("there is no disk or network interface {0}")]
+    NoDevice(String),
     #[error("there is no disk {0}")]
     NoDisk(String),
     #[error(
@@ -154,7 +156,7 @@ pub struct Machine {
     pci: Arc<PciBus>,
     surroundings: DeviceSurroundings,
     hotplug: Arc<Hotplug>,
-    /// Disks that the guest was asked for, and who waits for that.
+    /// Devices that the guest was asked for, and who waits for that.
     leaving: Vec<(usize, OwnedFd)>,
     exit: Arc<ExitSlot>,
     serial: Arc<SerialPort>,

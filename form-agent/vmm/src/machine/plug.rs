@@ -1,13 +1,14 @@
-//! Disks that come, grow and go while the VM runs, and limits that change.
+//! Disks and network interfaces that come and go while the VM runs, disks that grow, and limits that change.
 
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::{Machine, MachineError, devices, lock};
-use crate::config::{DiskConfig, DiskLimits};
+use crate::config::{DiskConfig, DiskLimits, NetworkConfig};
 use crate::descriptors::Descriptors;
 use crate::platform::power::EVENT_PCI;
+use crate::virtio::VirtioDevice;
 
 impl Machine {
     /// Puts a disk, whose files are among `fds`, into a free slot, and tells the guest.
@@ -15,20 +16,45 @@ impl Machine {
     /// # Errors
     /// When there is a device of this id, no slot is free, or the disk cannot be opened.
     pub fn plug(&mut self, disk: &DiskConfig, fds: &mut Descriptors) -> Result<(), MachineError> {
-        if self.devices.iter().any(|device| lock(&device.device).id() == disk.id) {
-            return Err(MachineError::Exists(disk.id.clone()));
-        }
-        let slot = self.pci.free_slot().ok_or(MachineError::Slots)?;
+        self.has_room(&disk.id)?;
         let block = devices::disk(disk, fds)?;
         self.handles.add_disk(&block);
-        match self.surroundings.place(&self.pci, slot, Box::new(block)) {
-            Ok(device) => self.devices.push(device),
+        self.insert(Box::new(block))
+    }
+
+    /// Puts a network interface, whose tap is among `fds`, into a free slot, and tells the guest.
+    ///
+    /// # Errors
+    /// When there is a device of this id, no slot is free, or the descriptor is no such tap.
+    pub fn plug_network(&mut self, network: &NetworkConfig, fds: &mut Descriptors) -> Result<(), MachineError> {
+        self.has_room(&network.id)?;
+        let net = devices::network(network, fds)?;
+        self.handles.add_network(&net);
+        self.insert(Box::new(net))
+    }
+
+    fn has_room(&self, id: &str) -> Result<usize, MachineError> {
+        if self.devices.iter().any(|device| lock(&device.device).id() == id) {
+            return Err(MachineError::Exists(id.to_owned()));
+        }
+        self.pci.free_slot().ok_or(MachineError::Slots)
+    }
+
+    /// A device whose handle is kept already.
+    fn insert(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), MachineError> {
+        let id = device.id().to_owned();
+        let placed = self.has_room(&id).and_then(|slot| self.surroundings.place(&self.pci, slot, device));
+        match placed {
+            Ok(device) => {
+                let slot = device.slot;
+                self.devices.push(device);
+                self.announce(slot)
+            }
             Err(error) => {
-                self.handles.remove_disk(&disk.id);
-                return Err(error);
+                self.handles.remove(&id);
+                Err(error)
             }
         }
-        self.announce(slot)
     }
 
     /// Tells the guest of the device in `slot`.
@@ -37,12 +63,13 @@ impl Machine {
         self.tell()
     }
 
-    /// Asks the guest for the disk `id`; `gone` is closed when it has let it go.
+    /// Asks the guest for the disk or network interface `id`; `gone` is closed when it has let it go.
     ///
     /// # Errors
-    /// When there is no such disk.
+    /// When there is no such device.
     pub fn unplug(&mut self, id: &str, gone: OwnedFd) -> Result<(), MachineError> {
-        let slot = self.disk(id)?.slot;
+        let is_one = self.handles.has_disk(id) || self.handles.has_network(id);
+        let slot = self.device(id).filter(|_| is_one).ok_or_else(|| MachineError::NoDevice(id.to_owned()))?.slot;
         self.leaving.push((slot, gone));
         self.hotplug.ask(slot);
         self.tell()
@@ -72,9 +99,11 @@ impl Machine {
     }
 
     fn disk(&self, id: &str) -> Result<&super::Device, MachineError> {
-        let none = || MachineError::NoDisk(id.to_owned());
-        let known = Some(id).filter(|id| self.handles.has_disk(id)).ok_or_else(none)?;
-        self.devices.iter().find(|device| lock(&device.device).id() == known).ok_or_else(none)
+        self.device(id).filter(|_| self.handles.has_disk(id)).ok_or_else(|| MachineError::NoDisk(id.to_owned()))
+    }
+
+    fn device(&self, id: &str) -> Option<&super::Device> {
+        self.devices.iter().find(|device| lock(&device.device).id() == id)
     }
 
     fn tell(&self) -> Result<(), MachineError> {
@@ -93,7 +122,7 @@ impl Machine {
                 device.pause();
                 device.id().to_owned()
             };
-            self.handles.remove_disk(&id);
+            self.handles.remove(&id);
             // The bus has forgotten it, but a vCPU may be in the middle of an access: the last one to drop it closes its files, which
             // only this thread may.
             while Arc::strong_count(&device) > 1 {

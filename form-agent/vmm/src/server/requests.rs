@@ -91,12 +91,16 @@ impl Server {
                 (ControlRequest::Saves, _) => reply(channel, &ControlReply::Saves { ids: machine.saves() }, &[]),
                 (ControlRequest::Save { .. } | ControlRequest::SaveAside { .. }, _) => refuse(channel, state),
                 (ControlRequest::Plug { disk }, VmState::Running) => changed(channel, machine.plug(&disk, &mut Descriptors::new(fds))),
+                (ControlRequest::PlugNetwork { network }, VmState::Running) => {
+                    changed(channel, machine.plug_network(&network, &mut Descriptors::new(fds)))
+                }
                 (ControlRequest::Unplug { id, gone }, VmState::Running) => changed(channel, unplug(machine, &id, gone, fds)),
                 (ControlRequest::Grow { id, size_bytes }, VmState::Running) => changed(channel, machine.grow(&id, size_bytes)),
                 (ControlRequest::Memory { mib }, VmState::Running) => changed(channel, machine.set_memory(mib)),
                 (
                     ControlRequest::Memory { .. }
                     | ControlRequest::Plug { .. }
+                    | ControlRequest::PlugNetwork { .. }
                     | ControlRequest::Unplug { .. }
                     | ControlRequest::Grow { .. },
                     _,
@@ -167,7 +171,7 @@ fn changed(channel: &Channel, result: Result<(), MachineError>) -> Served {
 
 fn kind_of_machine(problem: &MachineError) -> ErrorKind {
     match problem {
-        MachineError::NoDisk(_) | MachineError::NoNetwork(_) => ErrorKind::NotFound,
+        MachineError::NoDevice(_) | MachineError::NoDisk(_) | MachineError::NoNetwork(_) => ErrorKind::NotFound,
         MachineError::Kvm { .. }
         | MachineError::Io { .. }
         | MachineError::Device { .. }
