@@ -18,6 +18,8 @@ pub enum Action {
     Set,
     /// vCPUs, memory: what a start brings.
     Resize,
+    /// Network interfaces that come and go.
+    Plug,
     Snapshot,
     /// Going back to a snapshot.
     Restore,
@@ -34,7 +36,7 @@ pub enum Action {
 
 impl Action {
     #[cfg(test)]
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Deploy,
         Self::Start,
         Self::Stop,
@@ -45,6 +47,7 @@ impl Action {
         Self::Rename,
         Self::Set,
         Self::Resize,
+        Self::Plug,
         Self::Snapshot,
         Self::Restore,
         Self::Destroy,
@@ -81,8 +84,8 @@ pub enum Instead {
 /// The table. A VM that starts, is asked and does not answer yet is the guest's matter: exec and its like are tried.
 pub const fn judge(action: Action, state: VmState) -> Verdict {
     use Action::{
-        Clone, Console, Copy, Deploy, Destroy, Exec, Forward, Logs, Pause, Rename, Reset, Resize, Restart, Restore, Resume, Set, Snapshot,
-        Start, Stats, Stop,
+        Clone, Console, Copy, Deploy, Destroy, Exec, Forward, Logs, Pause, Plug, Rename, Reset, Resize, Restart, Restore, Resume, Set,
+        Snapshot, Start, Stats, Stop,
     };
     use VmState::{Failed, Paused, Pending, Running, Starting, Stopped, Stopping};
     match (action, state) {
@@ -117,6 +120,12 @@ pub const fn judge(action: Action, state: VmState) -> Verdict {
         (Resize, Pending | Starting | Running | Stopped | Failed) => Verdict::Do,
         (Resize, Paused) => Verdict::Refuse(Instead::Resume),
         (Resize, Stopping) => Verdict::Refuse(Instead::WaitUntilStopped),
+
+        // The guest has to take part, or there is none.
+        (Plug, Running | Stopped | Failed) => Verdict::Do,
+        (Plug, Pending | Starting) => Verdict::Refuse(Instead::WaitUntilRunning),
+        (Plug, Paused) => Verdict::Refuse(Instead::Resume),
+        (Plug, Stopping) => Verdict::Refuse(Instead::WaitUntilStopped),
 
         // Of one that does not run the disk alone. One that failed is about to be started again, or may be.
         (Snapshot, Running | Paused | Stopped) => Verdict::Do,
@@ -168,7 +177,7 @@ mod tests {
 
     /// Columns: pending, starting, running, paused, stopping, stopped, failed. `+` do, `=` already so; refused: `s` start it, `x` stop it, `r` resume
     /// it, `w` wait until it runs, `e` wait until it has ended.
-    const TABLE: [(Action, &str); 20] = [
+    const TABLE: [(Action, &str); 21] = [
         (Action::Deploy, "+++++++"),
         (Action::Start, "+==r+++"),
         (Action::Stop, "+++++++"),
@@ -179,6 +188,7 @@ mod tests {
         (Action::Rename, "+++++++"),
         (Action::Set, "+++++++"),
         (Action::Resize, "+++re++"),
+        (Action::Plug, "ww+re++"),
         (Action::Snapshot, "ww++e+s"),
         (Action::Restore, "w+++e++"),
         (Action::Destroy, "+++++++"),

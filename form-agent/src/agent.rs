@@ -28,7 +28,7 @@ use crate::{
     fleet::{Fleet, Observed},
     headroom::{self, Headroom},
     identity::Identity,
-    machine, memory,
+    interface, machine, memory,
     operation::Operations,
     telemetry,
     vm::{self, Link, dns_name},
@@ -255,18 +255,38 @@ impl Agent {
         found
     }
 
-    pub fn link(&self, vm: &DesiredVm) -> Link {
-        Link {
-            mac: vm.mac().0,
+    /// Those of the VM's interfaces, the first one first.
+    pub fn links(&self, vm: &DesiredVm) -> Vec<Link> {
+        let link = |(number, attachment): (u8, Attachment)| Link {
+            name: interface::name_of(number),
+            mac: attachment.mac.0,
             mtu: form_net::MTU,
-            ipv4: vm.ipv4,
-            ipv6: vm.ipv6(&self.cluster),
+            ipv4: attachment.ipv4,
+            ipv6: attachment.ipv6,
             gateway4: form_net::GATEWAY_V4,
             gateway6: form_net::GATEWAY_V6,
-        }
+            table: (number > 0).then(|| interface::table_of(number)),
+        };
+        self.attachments(vm).into_iter().map(link).collect()
     }
 
-    pub fn attachment(&self, vm: &DesiredVm) -> Attachment {
+    /// The VM's interfaces by number, the first one first.
+    pub fn attachments(&self, vm: &DesiredVm) -> Vec<(u8, Attachment)> {
+        let first = self.attachment(vm);
+        let further: Vec<(u8, Attachment)> = vm
+            .interfaces
+            .iter()
+            .map(|(number, ipv4)| {
+                let id = interface::id_of(&vm.id, *number);
+                let ipv6 = form_net::Ipv6Prefix::for_cluster(&self.cluster).address(&id);
+                let (mac, ports) = (form_net::Mac::of(&id), Vec::new());
+                (*number, Attachment { vm: id, mac, ipv4: *ipv4, ipv6, ports, ..first.clone() })
+            })
+            .collect();
+        std::iter::once((0, first)).chain(further).collect()
+    }
+
+    fn attachment(&self, vm: &DesiredVm) -> Attachment {
         let published = vm
             .request
             .spec
@@ -290,17 +310,19 @@ impl Agent {
     /// What `nft` says.
     pub async fn apply_rules(&self) -> Result<(), form_net::NetError> {
         let _one_at_a_time = self.rules.lock().await;
-        let attachments: Vec<Attachment> = desired::vms(&self.view())
+        let vms: Vec<Vec<(u8, Attachment)>> = desired::vms(&self.view())
             .into_values()
             .filter(|vm| self.paths.vm_runtime().join(vm.id.to_string()).exists())
-            .map(|vm| self.attachment(&vm))
+            .map(|vm| self.attachments(&vm))
             .collect();
-        self.network.names().set(attachments.iter().map(|attachment| NameEntry {
+        // A name means the first interface.
+        self.network.names().set(vms.iter().flat_map(|vm| vm.first()).map(|(_, attachment)| NameEntry {
             name: attachment.name.clone(),
             network: attachment.network.clone(),
             ipv4: attachment.ipv4,
             ipv6: attachment.ipv6,
         }));
+        let attachments: Vec<Attachment> = vms.into_iter().flatten().map(|(_, attachment)| attachment).collect();
         self.network.set_rules(&attachments).await
     }
 

@@ -22,7 +22,7 @@ use crate::{
     desired::AgentRules,
     event::Events,
     identity::Identity,
-    lifecycle, machine,
+    interface, lifecycle, machine,
     operation::Operations,
     serve, snapshot, telemetry,
     volume::{self, export::Exports},
@@ -176,6 +176,7 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             | OperationKind::VolumeExport
             | OperationKind::VolumeUnexport
             | OperationKind::VolumeRemove => volume::operate::resume(agent, &record),
+            OperationKind::InterfaceAttach | OperationKind::InterfaceDetach => interface::operate::resume(agent, &record),
             OperationKind::PoolCreate | OperationKind::PoolSet | OperationKind::PoolRemove => volume::pool::resume(agent, &record),
             OperationKind::ImageImport
             | OperationKind::ImageRemove

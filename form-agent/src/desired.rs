@@ -24,7 +24,10 @@ use form_types::{
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::volume::{self, rules::Asked};
+use crate::{
+    interface,
+    volume::{self, rules::Asked},
+};
 
 /// As [`form_vmm::config::VmConfig`] has them.
 const MAX_VCPUS: u32 = 128;
@@ -87,6 +90,8 @@ pub struct DesiredVm {
     pub request: DeployRequest,
     /// No part of the request: a deploy leaves them as they are.
     pub limits: VmLimits,
+    /// Its network interfaces beside the first one, by number, with the IPv4 address of each. No part of the request either.
+    pub interfaces: BTreeMap<u8, Ipv4Addr>,
 }
 
 impl DesiredVm {
@@ -146,6 +151,7 @@ impl DesiredVm {
                 disk: read_disk_limits(record, DISK_IOPS, DISK_BYTES),
                 net_bytes_per_second: number(NET_BYTES).filter(|bytes| *bytes > 0),
             },
+            interfaces: interface::read(record),
         })
     }
 }
@@ -408,6 +414,10 @@ impl Rules for AgentRules {
                 writes.extend(limit_writes(vm.id, vm.limits, limits));
                 Ok(writes)
             }
+            ("POST", ["v1", "vms", name, "interfaces"]) => interface::rules::attach(&existing(name, authority, view)?, &self.cluster, view),
+            ("POST", ["v1", "vms", name, "interfaces", which, "detach"]) => {
+                interface::rules::detach(&existing(name, authority, view)?, which)
+            }
             ("POST", ["v1", "vms", name, "stop"]) => {
                 Ok(vec![Write::put(Table::Vms, existing(name, authority, view)?.id, "run", Run::Stopped.as_str())])
             }
@@ -462,6 +472,7 @@ impl AgentRules {
         let run = if create.start { Run::Running } else { Run::Stopped };
         // A copy of a VM may do as much as that.
         let mut limits = VmLimits::default();
+        let mut interfaces = BTreeMap::new();
         match vms(view).into_values().find(|vm| vm.id == id || vm.name() == name) {
             Some(vm) if vm.id == id && vm.name() == name => asked.authority.may_change(&vm)?,
             Some(vm) => return Err(Refusal::new(format!("there is a vm/{} already", vm.name()))),
@@ -476,12 +487,15 @@ impl AgentRules {
                 if source.host != HostId::of(&asked.claim.author) {
                     return Err(Refusal::new(format!("vm/{} is another host's, and its disk is there", source.name())));
                 }
-                limits = source.limits;
+                (limits, interfaces) = (source.limits, source.interfaces);
             }
         }
         let is_new = vm_named(view, name).is_none();
         let mut writes = self.deploy(&create.vm, run, asked, view)?;
         writes.extend(limit_writes(id, VmLimits::default(), limits));
+        if is_new {
+            writes.extend(interface::rules::copy(&interfaces, &id, &self.cluster, view)?);
+        }
         if let Some(fork) = create.fork_of.as_ref().filter(|_| is_new) {
             writes.push(Write::put(Table::Vms, id, "restore", fork.snapshot.as_str()));
             writes.push(Write::put(Table::Vms, id, "restore_starts", FIRST_START));
@@ -507,7 +521,7 @@ impl AgentRules {
             }
             return Ok(writes);
         }
-        let taken = vms(view).values().map(|vm| vm.ipv4).collect();
+        let taken = interface::taken(view);
         let ipv4 = Ipv4Range::for_cluster(&self.cluster).assign(new_id, &taken).map_err(|error| Refusal::new(error.to_string()))?;
         let put = |field: &str, value: Scalar| Write::put(Table::Vms, *new_id, field, value);
         let host = HostId::of(&claim.author);

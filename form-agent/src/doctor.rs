@@ -12,7 +12,7 @@ use form_api::{
 };
 use form_types::{Name, VmId};
 
-use crate::{agent::Agent, cgroup, desired, driver::as_it_should_be, headroom, machine, snapshot, vcpus, volume};
+use crate::{agent::Agent, cgroup, desired, driver::as_it_should_be, headroom, interface, machine, snapshot, vcpus, volume};
 
 fn ok(name: &str, message: impl Into<String>) -> Check {
     Check { name: name.to_owned(), status: CheckStatus::Ok, message: message.into(), hint: None, fixable: false }
@@ -168,10 +168,11 @@ enum Leftover {
     Restore(Name),
 }
 
-/// VMs that run with other volumes or vCPUs than the state says, and how.
+/// VMs that run with other volumes, network interfaces or vCPUs than the state says, and how.
 fn drifted(agent: &Agent) -> Vec<(VmId, Vec<String>)> {
     let all = agent.vms_on_disk().into_iter().map(|vm| {
         let mut found = volume::live::drift(agent, &vm);
+        found.extend(interface::live::drift(agent, &vm));
         found.extend(vcpus::drift(agent, &vm));
         (vm, found)
     });
@@ -212,6 +213,16 @@ fn known(agent: &Agent) -> Vec<VmId> {
     known
 }
 
+/// The ids of the taps that these VMs may have.
+fn taps(agent: &Agent, known: &[VmId]) -> Vec<VmId> {
+    let of_vm = |id: &VmId| match agent.desired(id) {
+        Some(vm) => agent.attachments(&vm).into_iter().map(|(_, attachment)| attachment.vm).collect(),
+        // Its driver is about to remove them.
+        None => interface::all_ids(id),
+    };
+    known.iter().flat_map(of_vm).collect()
+}
+
 fn ids_in(directory: &Path) -> Vec<VmId> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
@@ -219,7 +230,7 @@ fn ids_in(directory: &Path) -> Vec<VmId> {
 
 async fn leftovers(agent: &Arc<Agent>) -> Vec<Leftover> {
     let known = known(agent);
-    let mut found: Vec<Leftover> = match agent.network.leftovers(&known).await {
+    let mut found: Vec<Leftover> = match agent.network.leftovers(&taps(agent, &known)).await {
         // The table is this agent's for as long as it runs.
         Ok(leftovers) => {
             leftovers.into_iter().filter(|leftover| matches!(leftover, form_net::Leftover::Tap { .. })).map(Leftover::Network).collect()

@@ -12,16 +12,17 @@ use crate::{
     volume::{DesiredVolume, live, of_vm},
 };
 
-/// Has the process of a VM that runs or stands still hold its root disk and network interface to their limits.
+/// Has the process of a VM that runs or stands still hold its root disk and network interfaces to their limits.
 ///
 /// # Errors
 /// When it does not take them; it has them from its next start on.
 pub fn of_vm_itself(agent: &Agent, vm: &DesiredVm) -> Result<(), ApiError> {
     let Some(client) = reach(agent, &vm.id) else { return Ok(()) };
-    let told = client
-        .limit_disk(vm::ROOT_DISK, vm::disk_limits(vm.limits.disk))
-        .and_then(|()| client.limit_network(vm::INTERFACE, vm::rate(vm.limits.net_bytes_per_second)));
-    taken(told, &format!("vm/{}", vm.name()))
+    let told = client.limit_disk(vm::ROOT_DISK, vm::disk_limits(vm.limits.disk));
+    taken(told, &format!("vm/{}", vm.name()))?;
+    let rate = vm::rate(vm.limits.net_bytes_per_second);
+    let of_interface = |link: &vm::Link| taken(client.limit_network(&link.name, rate), &format!("vm/{}", vm.name()));
+    agent.links(vm).iter().try_for_each(of_interface)
 }
 
 /// The same for a volume that it has.

@@ -22,6 +22,7 @@ mod headroom;
 mod health;
 mod heap;
 mod identity;
+mod interface;
 mod kept;
 mod lifecycle;
 mod limits;

@@ -46,6 +46,7 @@ pub fn vm(name: &str) -> DesiredVm {
         actor: SecretKey::from_bytes([3; 32]).public(),
         created_at: Timestamp::UNIX_EPOCH,
         request: request(name),
+        interfaces: std::collections::BTreeMap::new(),
         limits: VmLimits::default(),
     }
 }

@@ -23,9 +23,6 @@ pub const GUEST_CID: u64 = 3;
 /// What a VM process knows a VM's root disk by.
 pub const ROOT_DISK: &str = "root";
 
-/// What a VM process knows a VM's network interface by.
-pub const INTERFACE: &str = "eth0";
-
 /// As many vCPUs as any VM can have while it runs.
 const LEAST_ROOM: u32 = 4;
 
@@ -34,15 +31,39 @@ const DEFAULT_NETWORK: &str = "default";
 /// How long a guest may take to stop its processes before they are killed.
 pub const SHUTDOWN_TIMEOUT_MS: u64 = 10_000;
 
-/// The link of a VM: addresses that belong to it, and the gateway that is the same on every host.
+/// An interface of a VM: addresses that belong to it, and the gateway that is the same on every host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
+    /// `eth0`: what the guest should call it, and what the VM process knows it by.
+    pub name: String,
     pub mac: [u8; 6],
     pub mtu: u16,
     pub ipv4: Ipv4Addr,
     pub ipv6: Ipv6Addr,
     pub gateway4: Ipv4Addr,
     pub gateway6: Ipv6Addr,
+    /// As [`Interface::table`].
+    pub table: Option<u8>,
+}
+
+impl Link {
+    /// What the guest is told.
+    pub fn interface(&self) -> Interface {
+        Interface {
+            mac: mac_text(&self.mac),
+            name: self.name.clone(),
+            ipv4: Some(Route4 { address: self.ipv4, prefix: 32, gateway: Some(self.gateway4) }),
+            ipv6: Some(Route6 { address: self.ipv6, prefix: 128, gateway: Some(self.gateway6) }),
+            mtu: u32::from(self.mtu),
+            table: self.table,
+        }
+    }
+
+    /// What the VM process is told, whose tap is `tap`.
+    pub fn config(&self, tap: Fd, limits: VmLimits) -> NetworkConfig {
+        let bytes_per_second = rate(limits.net_bytes_per_second);
+        NetworkConfig { id: self.name.clone(), tap, mac: self.mac, mtu: self.mtu, bytes_per_second }
+    }
 }
 
 /// At most 20 bytes, derived from the VM's id, so that the guest finds its root disk by it.
@@ -69,7 +90,7 @@ fn mac_text(mac: &[u8; 6]) -> String {
 }
 
 /// What the guest is told at its start.
-pub fn settings(id: &VmId, request: &DeployRequest, link: &Link, mut volumes: Vec<VolumeMount>, new_identity: bool) -> Settings {
+pub fn settings(id: &VmId, request: &DeployRequest, links: &[Link], mut volumes: Vec<VolumeMount>, new_identity: bool) -> Settings {
     // What is mounted inside another has to come after it.
     volumes.sort_by(|one, other| one.path.cmp(&other.path));
     let spec = &request.spec;
@@ -98,20 +119,15 @@ pub fn settings(id: &VmId, request: &DeployRequest, link: &Link, mut volumes: Ve
         healthcheck: spec.healthcheck.clone(),
     });
     let name = spec.name.as_str();
+    let first = || links.iter().take(1);
     Settings {
         hostname: name.to_owned(),
         root_serial: Some(root_serial(id)),
         grow_root: true,
-        interfaces: vec![Interface {
-            mac: mac_text(&link.mac),
-            name: "eth0".to_owned(),
-            ipv4: Some(Route4 { address: link.ipv4, prefix: 32, gateway: Some(link.gateway4) }),
-            ipv6: Some(Route6 { address: link.ipv6, prefix: 128, gateway: Some(link.gateway6) }),
-            mtu: u32::from(link.mtu),
-        }],
-        nameservers: vec![IpAddr::V4(link.gateway4)],
+        interfaces: links.iter().map(Link::interface).collect(),
+        nameservers: first().map(|link| IpAddr::V4(link.gateway4)).collect(),
         search_domains: vec![format!("{DEFAULT_NETWORK}.form.internal")],
-        hosts: vec![(IpAddr::V4(link.ipv4), vec![dns_name(&spec.name), name.to_owned()])],
+        hosts: first().map(|link| (IpAddr::V4(link.ipv4), vec![dns_name(&spec.name), name.to_owned()])).collect(),
         users: users.collect(),
         root_login: root_login(&spec.users),
         files: unit_environments(request, service.is_some()),
@@ -207,9 +223,9 @@ fn disks(id: &VmId, first: u16, disk: Disk, volumes: &[VolumeDisk], limits: Disk
     std::iter::once(root).chain(of_volumes).collect()
 }
 
-fn networks(link: &Link, tap: Fd, limits: VmLimits) -> Vec<NetworkConfig> {
-    let bytes_per_second = rate(limits.net_bytes_per_second);
-    vec![NetworkConfig { id: INTERFACE.to_owned(), tap, mac: link.mac, mtu: link.mtu, bytes_per_second }]
+/// The first interface, whose tap is the descriptor `first`, and the others, whose taps come from `others` on.
+fn networks(links: &[Link], first: u16, others: u16, limits: VmLimits) -> Vec<NetworkConfig> {
+    std::iter::once(first).chain(others..).zip(links).map(|(tap, link)| link.config(Fd(tap), limits)).collect()
 }
 
 /// How many vCPUs a VM that starts with `vcpus` can have while it runs. A guest sets memory aside for each that may come: measured half a MiB.
@@ -218,17 +234,20 @@ pub fn most_vcpus(vcpus: u32) -> u8 {
     u8::try_from(most.max(vcpus)).unwrap_or(u8::MAX)
 }
 
-/// Descriptors are passed as: kvm, kernel, initramfs, settings, log ring, exit record, tap, root disk, its backing files, volumes.
+/// Descriptors are passed as: kvm, kernel, initramfs, settings, log ring, exit record, the first interface's tap, root disk, its
+/// backing files, volumes, the other interfaces' taps.
 pub fn config(
     id: &VmId,
     request: &DeployRequest,
-    link: &Link,
+    links: &[Link],
     disk: Disk,
     volumes: &[VolumeDisk],
     limits: VmLimits,
     jail: JailConfig,
 ) -> VmConfig {
     let resources = &request.spec.resources;
+    let disks = disks(id, 7, disk, volumes, limits.disk);
+    let behind = 8 + disk.backing + volumes.len() as u16;
     VmConfig {
         vcpus: u8::try_from(resources.vcpus).unwrap_or(u8::MAX),
         most_vcpus: Some(most_vcpus(resources.vcpus)),
@@ -237,8 +256,8 @@ pub fn config(
         kernel: Fd(1),
         initramfs: vec![Fd(2), Fd(3)],
         cmdline: CMDLINE.to_owned(),
-        disks: disks(id, 7, disk, volumes, limits.disk),
-        networks: networks(link, Fd(6), limits),
+        disks,
+        networks: networks(links, 6, behind, limits),
         vsock_cid: Some(GUEST_CID),
         rng: true,
         balloon: true,
@@ -249,22 +268,25 @@ pub fn config(
 }
 
 /// The same VM from what was saved of it, to be held where it stood. Descriptors are passed as: kvm, state, memory, log ring, exit record,
-/// tap, root disk, its backing files, volumes. With `track` its next snapshot can build upon the one that it goes on from.
+/// the first interface's tap, root disk, its backing files, volumes, the other interfaces' taps. With `track` its next snapshot can build
+/// upon the one that it goes on from.
 pub fn restore_config(
     id: &VmId,
-    link: &Link,
+    links: &[Link],
     disk: Disk,
     volumes: &[VolumeDisk],
     limits: VmLimits,
     jail: JailConfig,
     track: bool,
 ) -> RestoreConfig {
+    let disks = disks(id, 6, disk, volumes, limits.disk);
+    let behind = 7 + disk.backing + volumes.len() as u16;
     RestoreConfig {
         kvm: Fd(0),
         state: Fd(1),
         memory: Fd(2),
-        disks: disks(id, 6, disk, volumes, limits.disk),
-        networks: networks(link, Fd(5), limits),
+        disks,
+        networks: networks(links, 5, behind, limits),
         vsock_cid: Some(GUEST_CID),
         rng: true,
         balloon: true,
@@ -282,15 +304,19 @@ mod tests {
     use crate::testing::request;
     use form_types::{VolumeId, spec::Env};
 
-    fn link() -> Link {
-        Link {
+    fn links() -> [Link; 2] {
+        let first = Link {
+            name: "eth0".to_owned(),
             mac: [2, 0xf0, 0, 0, 0, 1],
             mtu: 1500,
             ipv4: Ipv4Addr::new(10, 77, 0, 2),
             ipv6: "fd00::2".parse().unwrap(),
             gateway4: Ipv4Addr::new(169, 254, 77, 1),
             gateway6: "fe80::1".parse().unwrap(),
-        }
+            table: None,
+        };
+        let second = Link { name: "eth3".to_owned(), mac: [2, 0xf0, 0, 0, 0, 3], table: Some(103), ..first.clone() };
+        [first, second]
     }
 
     const LIMITS: VmLimits =
@@ -311,24 +337,29 @@ mod tests {
             env(EnvScope::Service("nginx".to_owned()), "C"),
         ];
         let id = VmId::from_bytes([7; 16]);
-        let told = settings(&id, &web, &link(), Vec::new(), false);
+        let told = settings(&id, &web, &links(), Vec::new(), false);
         assert_eq!(told.env.keys().collect::<Vec<_>>(), ["A"]);
         assert_eq!(told.service.as_ref().unwrap().env.keys().collect::<Vec<_>>(), ["B"]);
         assert!(told.files.is_empty());
 
         web.spec.entrypoint.clear();
-        let told = settings(&id, &web, &link(), Vec::new(), false);
+        let told = settings(&id, &web, &links(), Vec::new(), false);
         assert!(told.service.is_none());
         assert_eq!(told.files.len(), 2);
         assert_eq!(told.files[0].path, "/etc/systemd/system/nginx.service.d/10-form.conf");
         assert_eq!(told.interfaces[0].mac, "02:f0:00:00:00:01");
+        assert_eq!(
+            told.interfaces.iter().map(|one| (one.name.as_str(), one.table)).collect::<Vec<_>>(),
+            [("eth0", None), ("eth3", Some(103))]
+        );
+        assert_eq!((told.hosts.len(), told.nameservers.len()), (1, 1));
     }
 
     #[test]
     fn descriptors_are_all_different() {
         let id = VmId::from_bytes([7; 16]);
         let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
-        let config = config(&id, &request("web"), &link(), disk, &[volume("data"), volume("other")], LIMITS, JailConfig::default());
+        let config = config(&id, &request("web"), &links(), disk, &[volume("data"), volume("other")], LIMITS, JailConfig::default());
         let iops: Vec<Option<u64>> = config.disks.iter().map(|disk| disk.limits.iops.map(NonZeroU64::get)).collect();
         assert_eq!(iops, [Some(7), Some(100), Some(100)]);
         assert_eq!(config.networks[0].bytes_per_second.map(NonZeroU64::get), LIMITS.net_bytes_per_second);
@@ -339,7 +370,8 @@ mod tests {
         used.push(config.disks[0].file.0);
         used.extend(config.disks[0].backing.iter().map(|backing| backing.file.0));
         used.extend(config.disks[1..].iter().map(|disk| disk.file.0));
-        assert_eq!(used, (0..11).collect::<Vec<_>>());
+        used.push(config.networks[1].tap.0);
+        assert_eq!(used, (0..12).collect::<Vec<_>>());
     }
 
     fn volume(name: &str) -> VolumeDisk {
@@ -357,8 +389,8 @@ mod tests {
         let id = VmId::from_bytes([7; 16]);
         let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
         let volumes = [volume("data"), volume("other")];
-        let booted = config(&id, &request("web"), &link(), disk, &volumes, LIMITS, JailConfig::default());
-        let restored = restore_config(&id, &link(), disk, &volumes, LIMITS, JailConfig::default(), true);
+        let booted = config(&id, &request("web"), &links(), disk, &volumes, LIMITS, JailConfig::default());
+        let restored = restore_config(&id, &links(), disk, &volumes, LIMITS, JailConfig::default(), true);
         let disks = |disks: &[DiskConfig]| {
             disks.iter().map(|disk| (disk.id.clone(), disk.serial.clone(), disk.format, disk.limits)).collect::<Vec<_>>()
         };
@@ -372,6 +404,7 @@ mod tests {
         used.extend([restored.console_log.unwrap().0, restored.exit_record.unwrap().0, restored.networks[0].tap.0]);
         used.extend([restored.disks[0].file.0, restored.disks[0].backing[0].file.0]);
         used.extend(restored.disks[1..].iter().map(|disk| disk.file.0));
-        assert_eq!(used, (0..10).collect::<Vec<_>>());
+        used.push(restored.networks[1].tap.0);
+        assert_eq!(used, (0..11).collect::<Vec<_>>());
     }
 }

@@ -101,6 +101,9 @@ pub fn record(detail: &VmDetail) -> Record {
         .wide("image digest", vm.image_digest)
         .wide("kernel digest", detail.desired.kernel)
         .wide("host id", vm.host);
+    let further = detail.interfaces.iter().skip(1).map(|interface| format!("{} {} {}", interface.name, interface.ipv4, interface.ipv6));
+    let further: Vec<String> = further.collect();
+    let record = if further.is_empty() { record } else { record.field("interfaces", further.join("\n")) };
     let Some(guest) = &detail.guest else { return record };
     let devices: Vec<String> =
         guest.devices.iter().map(|device| format!("{} {} {}", device.path, device.serial, bytes(device.size_bytes))).collect();

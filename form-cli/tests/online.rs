@@ -344,6 +344,30 @@ before  data    5 GiB  2 MiB  quiesced  [..]d
 }
 
 #[test]
+fn interfaces() {
+    let setting = Setting::new();
+    assert_data_eq!(
+        setting.run(&["net", "ls", "web", "-o", "wide"]).out,
+        str![[r#"
+NAME  VM   NETWORK  IPV4        DEVICE  STATE     IPV6      MAC
+eth0  web  default  10.83.7.10  eth0    attached  fd00::10  52:00:00:00:00:00
+
+"#]]
+    );
+    assert_eq!(setting.run(&["net", "attach", "web"]).out, "web: eth1 attached: 10.83.7.11, fd00::11, 52:00:00:00:00:01\n");
+    assert_eq!(setting.run(&["net", "ls", "web", "-o", "name"]).out, "eth0\neth1\n");
+    let shown = setting.run(&["vm", "show", "web"]).out;
+    assert!(shown.contains("interfaces") && shown.contains("eth1 10.83.7.11 fd00::11"), "{shown}");
+    let run = setting.run(&["net", "detach", "web", "eth1"]);
+    assert!(run.code == 5 && run.err.contains("sh (process 7) at tcp 10.83.7.11:80"), "{run:?}");
+    assert_eq!(setting.run(&["net", "detach", "web", "eth1", "--force"]).out, "web: eth1 detached\n");
+    for bad in ["", "../x", "eth 1", "a/b"] {
+        assert_eq!(setting.run(&["net", "detach", "web", bad]).code, 2, "{bad}");
+    }
+    assert_eq!(setting.run(&["net", "attach", "nobody"]).code, 3);
+}
+
+#[test]
 fn volumes_and_pools() {
     let setting = Setting::new();
     assert_data_eq!(

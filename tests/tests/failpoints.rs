@@ -31,7 +31,8 @@ enum Way {
     Clone,
     /// Only with a guest that runs.
     Guest,
-    /// A volume that comes to a guest that runs, or leaves it, or has a snapshot made meanwhile: `kvm_volumes` walks these.
+    /// A volume or network interface that comes to a guest that runs, or leaves it, or a volume that has a snapshot made meanwhile:
+    /// `kvm_volumes` and `kvm_interfaces` walk these.
     Hotplug,
     /// A command about snapshots, also only with such a guest: `kvm_snapshots` walks these.
     Snapshot,
@@ -56,6 +57,7 @@ const fn way(point: Failpoint) -> Way {
         VolumeRestoreDrafted | VolumeRestoreMoved | VolumeRestoreSwitched => Way::Volume,
         PoolMarked | PoolRecorded | PoolForgotten => Way::Pool,
         VolumePlugged | VolumeUnplugged | VolumeSnapshotPaused => Way::Hotplug,
+        InterfaceSubmitted | InterfaceTapMade | InterfacePlugged | InterfaceUnplugged => Way::Hotplug,
         VcpusChanged | VcpusNoted => Way::Vcpus,
         SnapshotPaused | SnapshotSaved | SnapshotDrafted | SnapshotNamed | SnapshotRetired => Way::Snapshot,
         ForkShared | ForkTold => Way::Snapshot,

@@ -18,6 +18,9 @@
 //! | `POST /v1/vms/{name}/rename` (signed) | [`vm::RenameRequest`] | [`operation::Operation`] |
 //! | `PATCH /v1/vms/{name}` (signed) | [`vm::SetRequest`] | [`operation::Operation`] |
 //! | `POST /v1/vms/{name}/restore` (signed) | [`snapshot::RestoreRequest`] | [`operation::Operation`] |
+//! | `GET /v1/interfaces` | | `Vec<`[`interface::Interface`]`>` |
+//! | `POST /v1/vms/{name}/interfaces` (signed) | | [`operation::Operation`] |
+//! | `POST /v1/vms/{name}/interfaces/{interface}/detach` (signed) | [`interface::DetachInterfaceRequest`] | [`operation::Operation`] |
 //! | `GET /v1/snapshots` | | `Vec<`[`snapshot::Snapshot`]`>` |
 //! | `GET /v1/vms/{name}/snapshots` | | `Vec<`[`snapshot::Snapshot`]`>` |
 //! | `POST /v1/vms/{name}/snapshots` (signed) | [`snapshot::SnapshotRequest`] | [`operation::Operation`] |
@@ -72,6 +75,7 @@ pub mod event;
 pub mod exec;
 pub mod host;
 pub mod image;
+pub mod interface;
 pub mod operation;
 pub mod pool;
 #[cfg(feature = "transport")]

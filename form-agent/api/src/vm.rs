@@ -16,7 +16,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use crate::deploy::DeployRequest;
+use crate::{deploy::DeployRequest, interface::Interface};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Vm {
@@ -121,6 +121,9 @@ pub struct VmDetail {
     /// What its guest has of memory, in MiB, as long as that is not what it should have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_present_mib: Option<u64>,
+    /// Its network interfaces, the first one first. Empty from an earlier release.
+    #[serde(default)]
+    pub interfaces: Vec<Interface>,
     /// What the guest found: devices by serial, its addresses, its kernel.
     pub guest: Option<GuestReport>,
 }
@@ -317,7 +320,7 @@ pub struct SetRequest {
     #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u64>, minimum = 1024, maximum = 1_099_511_627_776_i64)]
     pub disk_bytes_per_second: Option<Option<u64>>,
-    /// Of its network interface, each way; `null` ends the limit.
+    /// Of each of its network interfaces, each way; `null` ends the limit.
     #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u64>, minimum = 1024, maximum = 1_099_511_627_776_i64)]
     pub net_bytes_per_second: Option<Option<u64>>,

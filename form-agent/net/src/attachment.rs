@@ -6,9 +6,10 @@ use form_types::{Name, VmId, spec::Protocol};
 
 use crate::address::Mac;
 
-/// A VM with one interface on one network of this host.
+/// One interface of a VM on one network of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
+    /// Its tap has its name from this: the VM's id for its first interface, an id of their own for the further ones.
     pub vm: VmId,
     /// The VM's name, which DNS answers for.
     pub name: Name,

@@ -147,13 +147,17 @@ impl Network {
         Ok(descriptor)
     }
 
-    /// Removes the VM's tap, even from under a process that holds it. That it is gone already is fine. Call
-    /// [`Network::set_rules`] without the VM as well.
+    /// Removes taps by the ids of their attachments, even from under a process that holds them. That they are gone already is fine. Call
+    /// [`Network::set_rules`] without them as well.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub async fn detach(&self, vm: &VmId) -> Result<()> {
-        link::remove(&self.handle, &self.tap_name(vm)).await
+    pub async fn detach(&self, ids: &[VmId]) -> Result<()> {
+        let names: Vec<String> = ids.iter().map(|id| self.tap_name(id)).collect();
+        for (_, name) in link::list(&self.handle).await?.into_iter().filter(|(_, name)| names.contains(name)) {
+            link::remove(&self.handle, &name).await?;
+        }
+        Ok(())
     }
 
     /// Makes these VMs, and no others, the ones that the firewall lets through, and publishes their ports: one transaction.
@@ -174,7 +178,7 @@ impl Network {
         Ok(())
     }
 
-    /// What bears this agent's mark and belongs to none of `known`. The table counts only when no VM is known and
+    /// What bears this agent's mark and belongs to none of the attachments with the ids `known`. The table counts only when no VM is known and
     /// [`Network::ensure_host`] was not called: then no agent is there to need it.
     ///
     /// # Errors

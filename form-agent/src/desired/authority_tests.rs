@@ -95,6 +95,40 @@ fn only_the_owner_and_the_host_itself_change_vms() {
 }
 
 #[test]
+fn every_interface_has_an_address_of_its_own_and_copies_get_as_many() {
+    let host = Host::new(FOUNDER);
+    host.own(OWNER).unwrap();
+    host.deploy(OWNER, "web", 1).unwrap();
+    let web = || vm_named(&host.replica.view(), &"web".parse().unwrap()).unwrap();
+    let boot = web().boot_digest();
+    is_refused(host.ask(STRANGER, "POST", "/v1/vms/web/interfaces", b"", 2), "does not own");
+    for number in 3..10 {
+        host.ask(OWNER, "POST", "/v1/vms/web/interfaces", b"", number).unwrap();
+    }
+    is_refused(host.ask(OWNER, "POST", "/v1/vms/web/interfaces", b"", 10), "cannot have more");
+    let before = web().interfaces;
+    assert_eq!(before.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6, 7]);
+    host.ask(OWNER, "POST", "/v1/vms/web/interfaces/eth3/detach", b"", 11).unwrap();
+    is_refused(host.ask(OWNER, "POST", "/v1/vms/web/interfaces/eth3/detach", b"", 12), "no network interface");
+    is_refused(host.ask(OWNER, "POST", "/v1/vms/web/interfaces/eth0/detach", b"", 13), "first interface");
+    assert_eq!(web().interfaces.len(), 6);
+    // A deploy leaves them as they are, and they are no reason for a start.
+    host.deploy(OWNER, "web", 14).unwrap();
+    assert_eq!((web().interfaces.len(), web().boot_digest()), (6, boot));
+
+    let create = CreateVmRequest { vm: request("copy"), start: false, disk_of: Some("web".parse().unwrap()), fork_of: None };
+    host.ask(OWNER, "POST", "/v1/vms", &serde_json::to_vec(&create).unwrap(), 15).unwrap();
+    let copy = || vm_named(&host.replica.view(), &"copy".parse().unwrap()).unwrap();
+    assert_eq!(copy().interfaces.keys().collect::<Vec<_>>(), web().interfaces.keys().collect::<Vec<_>>());
+    assert_eq!(interface::taken(&host.replica.view()).len(), 14);
+    // What was detached since does not come again with the same request.
+    host.ask(OWNER, "POST", "/v1/vms/copy/interfaces/eth1/detach", b"", 16).unwrap();
+    assert_eq!(copy().interfaces.len(), 5);
+    host.ask(OWNER, "POST", "/v1/vms/web/interfaces", b"", 17).unwrap();
+    assert_eq!(web().interfaces[&3], before[&3], "it gets its address again while nobody else has it");
+}
+
+#[test]
 fn another_owner_takes_the_place_of_the_first_and_a_restart_forgets_neither() {
     let host = Host::new(FOUNDER);
     host.own(OWNER).unwrap();

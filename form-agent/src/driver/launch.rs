@@ -23,7 +23,7 @@ use crate::{
     agent::Agent,
     cgroup, create,
     desired::DesiredVm,
-    plan, snapshot,
+    interface, plan, snapshot,
     vm::{self, Disk, VolumeDisk},
     volume::attach::{self, AttachError, Ready},
 };
@@ -76,13 +76,13 @@ pub async fn launch(agent: &Arc<Agent>, desired: &DesiredVm) -> Result<Process, 
     };
     reach(Failpoint::LaunchOpened);
     let volumes = files.volumes.iter().map(|ready| ready.volume.id).collect();
-    start(agent, desired, volumes, move |agent, desired, tap, uid, process| boot(agent, desired, &files, tap, uid, process)).await
+    start(agent, desired, volumes, move |agent, desired, taps, uid, process| boot(agent, desired, &files, taps, uid, process)).await
 }
 
 /// Has a process hold what was saved.
 pub async fn restore(agent: &Arc<Agent>, desired: &DesiredVm, prepared: Prepared) -> Result<Process, LaunchError> {
     let volumes = prepared.volumes.ids();
-    start(agent, desired, volumes, move |agent, desired, tap, uid, process| restore::hold(agent, desired, prepared, tap, uid, process))
+    start(agent, desired, volumes, move |agent, desired, taps, uid, process| restore::hold(agent, desired, prepared, taps, uid, process))
         .await
 }
 
@@ -91,7 +91,7 @@ async fn start(
     agent: &Arc<Agent>,
     desired: &DesiredVm,
     volumes: Vec<VolumeId>,
-    fill: impl FnOnce(&Agent, &DesiredVm, &OwnedFd, u32, &mut Process) -> Result<(), LaunchError> + Send + 'static,
+    fill: impl FnOnce(&Agent, &DesiredVm, &[OwnedFd], u32, &mut Process) -> Result<(), LaunchError> + Send + 'static,
 ) -> Result<Process, LaunchError> {
     // The rules are for every VM with a runtime directory: from here on another VM's change keeps this one's.
     let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), &desired.id);
@@ -99,12 +99,15 @@ async fn start(
     reach(Failpoint::LaunchDirectoryMade);
     agent.apply_rules().await?;
     reach(Failpoint::LaunchRulesSet);
-    let tap = agent.network.attach(&agent.attachment(desired)).await?;
+    let mut taps = Vec::new();
+    for (_, attachment) in agent.attachments(desired) {
+        taps.push(agent.network.attach(&attachment).await?);
+    }
     reach(Failpoint::LaunchTapMade);
     let (agent, desired) = (Arc::clone(agent), desired.clone());
     let started = move || {
         let (mut process, uid) = start_process(&agent, &desired, volumes)?;
-        match fill(&agent, &desired, &tap, uid, &mut process) {
+        match fill(&agent, &desired, &taps, uid, &mut process) {
             Ok(()) => Ok(process),
             Err(error) => {
                 process.kill();
@@ -131,7 +134,7 @@ fn prepare_files(agent: &Agent, desired: &DesiredVm) -> Result<Files, LaunchErro
     let static_segment = agent.store.initramfs(&request.kernel, &agent.programs.guest)?;
     let volumes = attach::open(agent, desired)?;
     let mounts = volumes.iter().map(Ready::mount).collect();
-    let settings = vm::settings(&desired.id, request, &agent.link(desired), mounts, create::is_new_clone(agent, &desired.id));
+    let settings = vm::settings(&desired.id, request, &agent.links(desired), mounts, create::is_new_clone(agent, &desired.id));
     let segment = initramfs::settings_segment(&settings).map_err(|error| LaunchError::Settings(error.to_string()))?;
     Ok(Files {
         kvm: fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("/dev/kvm"))?.into(),
@@ -226,24 +229,19 @@ pub fn records(process: &Process) -> Result<(fs::File, fs::File), LaunchError> {
     Ok((ring, exit_record))
 }
 
-fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, tap: &OwnedFd, uid: u32, process: &mut Process) -> Result<(), LaunchError> {
+fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, taps: &[OwnedFd], uid: u32, process: &mut Process) -> Result<(), LaunchError> {
     let (ring, exit_record) = records(process)?;
     let format = if files.disk_is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
     let disk = Disk { format, backing: files.backing.len() as u16 };
     let volumes: Vec<VolumeDisk> = files.volumes.iter().map(Ready::disk).collect();
-    let config = vm::config(&desired.id, &desired.request, &agent.link(desired), disk, &volumes, desired.limits, vm::jail(uid));
-    let mut descriptors: Vec<BorrowedFd<'_>> = vec![
-        files.kvm.as_fd(),
-        files.kernel.as_fd(),
-        files.initramfs.as_fd(),
-        files.settings.as_fd(),
-        ring.as_fd(),
-        exit_record.as_fd(),
-        tap.as_fd(),
-        files.disk.as_fd(),
-    ];
+    let config = vm::config(&desired.id, &desired.request, &agent.links(desired), disk, &volumes, desired.limits, vm::jail(uid));
+    let mut descriptors: Vec<BorrowedFd<'_>> =
+        vec![files.kvm.as_fd(), files.kernel.as_fd(), files.initramfs.as_fd(), files.settings.as_fd(), ring.as_fd(), exit_record.as_fd()];
+    descriptors.extend(taps.first().map(AsFd::as_fd));
+    descriptors.push(files.disk.as_fd());
     descriptors.extend(files.backing.iter().map(AsFd::as_fd));
     descriptors.extend(files.volumes.iter().map(|ready| ready.open.file.as_fd()));
+    descriptors.extend(taps.iter().skip(1).map(AsFd::as_fd));
     Ok(process.boot(&config, &descriptors)?)
 }
 
@@ -261,7 +259,7 @@ pub async fn clean_up(agent: &Arc<Agent>, id: &VmId, directory: &RuntimeDirector
     let complain = |what: &str, error: &dyn std::fmt::Display| tracing::warn!(vm = %id, "cannot remove its {what}: {error}");
     // One that an agent started and was killed before it could write down has a copy of none of what follows, but is a process.
     process::end_strays(id).await;
-    if let Err(error) = agent.network.detach(id).await {
+    if let Err(error) = agent.network.detach(&interface::all_ids(id)).await {
         complain("tap", &error);
     }
     reach(Failpoint::CleanTapRemoved);

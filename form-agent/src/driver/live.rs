@@ -28,7 +28,7 @@ async fn tell(control: &Path, request: &Request) -> Result<(), GuestError> {
 /// # Errors
 /// When the guest does not answer, or cannot do it.
 pub async fn settings(control: &Path, agent: &Agent, desired: &DesiredVm) -> Result<(), GuestError> {
-    let told = vm::settings(&desired.id, &desired.request, &agent.link(desired), Vec::new(), false);
+    let told = vm::settings(&desired.id, &desired.request, &agent.links(desired), Vec::new(), false);
     tell(control, &Request::SetName { hostname: told.hostname, hosts: told.hosts }).await?;
     tell(control, &Request::SetRestart { restart: desired.request.spec.restart.clone() }).await
 }
@@ -38,7 +38,7 @@ pub async fn settings(control: &Path, agent: &Agent, desired: &DesiredVm) -> Res
 /// # Errors
 /// As [`settings`]; then it must not go on.
 pub async fn new_identity(control: &Path, agent: &Agent, desired: &DesiredVm) -> Result<(), GuestError> {
-    let told = vm::settings(&desired.id, &desired.request, &agent.link(desired), Vec::new(), false);
+    let told = vm::settings(&desired.id, &desired.request, &agent.links(desired), Vec::new(), false);
     let mut seed = [0; 32];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).map_err(std::io::Error::from)?;
     let identity = NewIdentity {

@@ -34,7 +34,7 @@ use crate::{
     agent::Agent,
     cgroup, create,
     desired::{DesiredVm, Run},
-    memory,
+    interface, memory,
     snapshot::restore::due as restore_due,
     vcpus,
     vm::SHUTDOWN_TIMEOUT_MS,
@@ -124,6 +124,7 @@ enum Next {
 /// Brings a VM whose guest answers in line with the state, where that needs no start. Blocks.
 pub fn as_it_should_be(agent: &Agent, id: &VmId) {
     volume::live::reconcile(agent, id);
+    interface::live::reconcile(agent, id);
     vcpus::reconcile(agent, id);
 }
 

@@ -168,7 +168,7 @@ pub fn hold(
     agent: &Agent,
     desired: &DesiredVm,
     prepared: Prepared,
-    tap: &OwnedFd,
+    taps: &[OwnedFd],
     uid: u32,
     process: &mut Process,
 ) -> Result<(), LaunchError> {
@@ -179,18 +179,14 @@ pub fn hold(
     let _turn = agent.volume_turn();
     let mut held = hold_volumes(agent, desired, &prepared.volumes)?;
     let volumes: Vec<VolumeDisk> = held.ready.iter().map(Ready::disk).collect();
-    let config = vm::restore_config(&desired.id, &agent.link(desired), disk, &volumes, desired.limits, vm::jail(uid), prepared.track);
-    let mut descriptors: Vec<BorrowedFd<'_>> = vec![
-        prepared.kvm.as_fd(),
-        prepared.state.as_fd(),
-        prepared.memory.as_fd(),
-        ring.as_fd(),
-        exit_record.as_fd(),
-        tap.as_fd(),
-        prepared.disk.as_fd(),
-    ];
+    let config = vm::restore_config(&desired.id, &agent.links(desired), disk, &volumes, desired.limits, vm::jail(uid), prepared.track);
+    let mut descriptors: Vec<BorrowedFd<'_>> =
+        vec![prepared.kvm.as_fd(), prepared.state.as_fd(), prepared.memory.as_fd(), ring.as_fd(), exit_record.as_fd()];
+    descriptors.extend(taps.first().map(AsFd::as_fd));
+    descriptors.push(prepared.disk.as_fd());
     descriptors.extend(prepared.backing.iter().map(AsFd::as_fd));
     descriptors.extend(held.ready.iter().map(|ready| ready.open.file.as_fd()));
+    descriptors.extend(taps.iter().skip(1).map(AsFd::as_fd));
     process.restore(&config, &descriptors)?;
     memory::restored(agent, &desired.id).map_err(io_error("its limit of memory"))?;
     reach(Failpoint::RestoreHeld);

@@ -13,6 +13,7 @@ use form_api::{
         BlocksReply, DamagedBlock, Image, ImageConfig, ImportRequest, Kernel, Layer, ManifestReply, MissingReply, MissingRequest,
         Verification,
     },
+    interface::{DetachInterfaceRequest, Interface, InterfaceState},
     operation::{Operation, OperationKind, OperationStatus},
     pool::{PoolCreateRequest, PoolSetRequest},
     snapshot::{Consistency, MemoryKind, RestoreRequest, Snapshot, SnapshotRequest},
@@ -74,7 +75,8 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
     let vm = vm(&name);
     let limits = DiskLimits { iops: Some(500), bytes_per_second: Some(50 << 20) };
     let of_vm = VmLimits { disk: limits, net_bytes_per_second: Some(12_500_000) };
-    let detail = VmDetail { vm: vm.clone(), desired: deploy.clone(), limits: of_vm, memory_present_mib: None, guest: Some(guest()) };
+    let (of_guest, interfaces) = (Some(guest()), vec![interface(&vm)]);
+    let detail = VmDetail { vm: vm.clone(), desired: deploy.clone(), limits: of_vm, memory_present_mib: None, interfaces, guest: of_guest };
     let event = Event {
         cursor: 42,
         at: at(2),
@@ -107,6 +109,8 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
     Some(vec![
         ("ApiError", json!(refusal())),
         ("AttachRequest", json!(attach)),
+        ("DetachInterfaceRequest", json!(DetachInterfaceRequest { force: false })),
+        ("Interface", json!(interface(&vm))),
         ("DetachRequest", json!(DetachRequest { force: false })),
         ("BlocksReply", json!(BlocksReply { stored: 32 })),
         ("CloneRequest", json!(CloneRequest { name: copy, snapshot: None, size_bytes: None })),
@@ -264,6 +268,19 @@ fn vm(name: &Name) -> Vm {
         started_at: Some(at(1)),
         restarts: 0,
         fault: None,
+    }
+}
+
+fn interface(vm: &Vm) -> Interface {
+    Interface {
+        name: "eth1".to_owned(),
+        vm: vm.name.clone(),
+        network: "default".parse().unwrap_or_else(|_| vm.name.clone()),
+        mac: "52:0a:1b:2c:3d:4e".to_owned(),
+        ipv4: Ipv4Addr::new(10, 83, 90, 4),
+        ipv6: Ipv6Addr::new(0xfd5e, 0x1c2a, 0x77b0, 0, 0, 0, 0x91aa, 0x0042),
+        device: Some("eth1".to_owned()),
+        state: InterfaceState::Attached,
     }
 }
 

@@ -6,6 +6,7 @@ mod event;
 mod example;
 mod host;
 mod image;
+mod interface;
 mod openapi;
 mod operation;
 mod pool;
@@ -79,6 +80,9 @@ api! {
     vm::set,
     vm::restore,
     vm::logs,
+    interface::list,
+    interface::attach,
+    interface::detach,
     snapshot::list_all,
     snapshot::list,
     snapshot::create,

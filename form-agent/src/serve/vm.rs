@@ -32,6 +32,7 @@ use crate::{
     authorise::Caller,
     desired,
     driver::process::RuntimeDirectory,
+    interface,
     lifecycle::{self, Change},
     logs::{KeptLine, Reader},
 };
@@ -68,7 +69,8 @@ pub async fn show(State(agent): State<Shared>, Segment(name): Segment, request: 
     let observed = agent.fleet.observed(&desired.id);
     let memory_present_mib = observed.as_ref().and_then(|observed| observed.memory_mib);
     let guest = observed.and_then(|observed| observed.guest);
-    Ok(Json(VmDetail { vm: agent.vm(&desired), limits: desired.limits, memory_present_mib, desired: desired.request, guest }))
+    let interfaces = interface::describe::of_vm(&agent, &desired);
+    Ok(Json(VmDetail { vm: agent.vm(&desired), limits: desired.limits, memory_present_mib, desired: desired.request, interfaces, guest }))
 }
 
 async fn change(agent: Shared, name: String, request: Request, change: Change) -> Accepted {

@@ -37,6 +37,9 @@ pub struct Details {
     /// Those that the VM had.
     #[serde(default)]
     pub volumes: Vec<volumes::KeptVolume>,
+    /// The numbers of the network interfaces that are in the saved memory beside the first one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<u8>,
 }
 
 /// How memory got into a snapshot.

@@ -15,6 +15,7 @@ use super::{Details, find, volumes};
 use crate::{
     agent::{Agent, internal},
     desired::{DesiredVm, Restore},
+    interface::name_of,
     plan,
 };
 
@@ -66,6 +67,7 @@ pub fn check(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<(Option<Saved
             .hint("make it what it was (`form vm set`, or a deploy), and restore it then")
     })?;
     if let Some(saved) = &entry.saved {
+        same_interfaces(vm, name, &details)?;
         check_saved(saved, &details.request, name)?;
     }
     volumes::check_restore(agent, vm, name, &details.volumes)?;
@@ -94,9 +96,29 @@ pub fn check_fork(agent: &Agent, source: &DesiredVm, name: &Name, request: &Depl
         return conflict(text, "leave out what differs, and change it in the new VM");
     }
     if let Some(saved) = &entry.saved {
+        // It gets as many as the other one has, with the same names.
+        same_interfaces(source, name, &details)?;
         check_saved(saved, &details.request, name)?;
     }
     Ok(details)
+}
+
+/// What was saved has its devices, and cannot go on with others.
+fn same_interfaces(vm: &DesiredVm, name: &Name, details: &Details) -> Result<(), ApiError> {
+    let names = |numbers: &mut dyn Iterator<Item = u8>| -> Vec<String> { [0].into_iter().chain(numbers).map(name_of).collect() };
+    let mut then = details.interfaces.clone();
+    then.sort_unstable();
+    let (then, now) = (names(&mut then.into_iter()), names(&mut vm.interfaces.keys().copied()));
+    if then == now {
+        return Ok(());
+    }
+    let text = format!(
+        "vm/{} has changed since the snapshot `{name}` was made: it had the network interfaces {} and has {}",
+        vm.name(),
+        then.join(", "),
+        now.join(", ")
+    );
+    Err(ApiError::new(ErrorCode::Conflict, text).hint("attach or detach interfaces until it has those (`form net`), and try again then"))
 }
 
 fn check_saved(saved: &SavedMemory, request: &DeployRequest, name: &Name) -> Result<(), ApiError> {
@@ -163,6 +185,29 @@ fn fits(then: &DeployRequest, now: &DeployRequest, has_memory: bool, root: &impl
 mod tests {
     use super::*;
     use crate::testing::request;
+
+    #[test]
+    fn a_saved_memory_goes_on_with_the_interfaces_that_it_had_alone() {
+        let mut web = crate::testing::vm("web");
+        let details = |interfaces: Vec<u8>| Details {
+            operation: form_types::OperationId::from_bytes([1; 16]),
+            created_at: jiff::Timestamp::UNIX_EPOCH,
+            consistency: form_api::snapshot::Consistency::Crash,
+            request: request("web"),
+            pause_ms: None,
+            next_log_sequence: 0,
+            is_shared: false,
+            volumes: Vec::new(),
+            interfaces,
+        };
+        let name: Name = "one".parse().unwrap();
+        let check = |vm: &DesiredVm, then: Vec<u8>| same_interfaces(vm, &name, &details(then)).map_err(|error| error.message);
+        assert_eq!(check(&web, vec![]), Ok(()));
+        assert!(check(&web, vec![1]).unwrap_err().ends_with("it had the network interfaces eth0, eth1 and has eth0"));
+        web.interfaces = [(1, [10, 64, 0, 3].into()), (3, [10, 64, 0, 4].into())].into();
+        assert_eq!(check(&web, vec![3, 1]), Ok(()));
+        assert!(check(&web, vec![1]).is_err());
+    }
 
     #[test]
     fn what_has_changed_since_is_named() {

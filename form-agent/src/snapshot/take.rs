@@ -28,7 +28,9 @@ use crate::{
     cgroup::Twice,
     desired::DesiredVm,
     driver::{guest, live, process::RuntimeDirectory},
-    headroom, machine, memory,
+    headroom,
+    interface::describe::numbers,
+    machine, memory,
     serve::store_error,
     volume::snapshot::PartDetails,
 };
@@ -68,6 +70,7 @@ async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, 
         is_shared: false,
         memory: None,
         volumes: Vec::new(),
+        interfaces: Vec::new(),
     };
     if matches!(state, VmState::Running | VmState::Paused) {
         let running = Running { agent, vm: &vm_id, directory: RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm_id) };
@@ -88,6 +91,7 @@ async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, 
         let saved = saved?;
         details.created_at = Timestamp::now();
         details.volumes = saved.volumes;
+        details.interfaces = saved.interfaces;
         details.pause_ms = Some(u64::try_from(saved.pause.as_millis()).unwrap_or(u64::MAX));
         let mut memory = saved.memory;
         if let Some(writing) = saved.writing {
@@ -215,6 +219,8 @@ struct Saved {
     draft: SnapshotDraft,
     /// Of which there are snapshots now.
     volumes: Vec<KeptVolume>,
+    /// The numbers of those that it has beside the first one.
+    interfaces: Vec<u8>,
     /// How long it stood still.
     pause: Duration,
     memory: KeptMemory,
@@ -260,6 +266,7 @@ fn stand_and_save(
     volumes: &Drafts,
 ) -> Result<Saved, Fault> {
     let client = Client::connect(control).map_err(|error| Fault::Api(process_error(&error)))?;
+    let networks = client.metrics().map_err(|error| Fault::Api(process_error(&error)))?.networks;
     let ran = match client.status() {
         Ok((state, _)) => state == ProcessState::Running,
         Err(error) => return Err(Fault::Api(process_error(&error))),
@@ -285,7 +292,7 @@ fn stand_and_save(
     match (saved, resumed) {
         (Ok(memory), Ok(())) => {
             let writing = aside.zip(twice).map(|(aside, twice)| Writing { aside, _twice: twice });
-            Ok(Saved { draft, volumes: Vec::new(), pause, memory, writing })
+            Ok(Saved { draft, volumes: Vec::new(), interfaces: numbers(&networks), pause, memory, writing })
         }
         (Err(error), Ok(())) => Err(Fault::Api(full(agent, error))),
         (_, Err(error)) => Err(Fault::Stands(error)),

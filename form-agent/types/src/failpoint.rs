@@ -112,6 +112,14 @@ failpoints! {
     StopAsked = "stop.asked",
     /// The VM process is gone, everything around it is still there.
     StopProcessGone = "stop.process-gone",
+    /// What was asked of the interfaces of a VM is in the state; nobody else knows.
+    InterfaceSubmitted = "interface.submitted",
+    /// An interface that comes to a VM has its tap; the VM does not have it.
+    InterfaceTapMade = "interface.tap-made",
+    /// The VM has an interface that its guest was not told of.
+    InterfacePlugged = "interface.plugged",
+    /// The VM has let an interface go; the state says that it has it.
+    InterfaceUnplugged = "interface.unplugged",
     /// A volume has its bytes and no name yet.
     VolumeDrafted = "volume.drafted",
     /// A volume has its name in the pool; that it was made is not noted.

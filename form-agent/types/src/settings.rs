@@ -43,6 +43,9 @@ pub struct Settings {
     pub shutdown_timeout_ms: u64,
 }
 
+/// The most network interfaces of a VM: each takes one of the 31 slots of its PCI bus, which disks need more than interfaces do.
+pub const INTERFACES_MAX: u8 = 8;
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Interface {
@@ -53,6 +56,9 @@ pub struct Interface {
     pub ipv4: Option<Route4>,
     pub ipv6: Option<Route6>,
     pub mtu: u32,
+    /// The routing table of its gateways, which is for what leaves from its addresses alone. `None`: the main one, which is for everything else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<u8>,
 }
 
 /// An address with its prefix length. The gateway is on-link even when the prefix does not cover it (a /32).

@@ -14,6 +14,7 @@ pub mod host;
 pub mod image;
 mod init;
 pub mod key;
+pub mod net;
 pub mod op;
 mod plan;
 pub mod pool;
@@ -62,6 +63,9 @@ pub enum Command {
     /// Pools: the places that volumes live in
     #[command(subcommand)]
     Pool(pool::Verb),
+    /// Network interfaces of VMs
+    #[command(subcommand)]
+    Net(net::Verb),
     /// Hosts: machines with an agent
     #[command(subcommand)]
     Host(host::Verb),
@@ -108,6 +112,7 @@ impl Command {
             Self::Image(verb) => verb.run(session).await,
             Self::Volume(verb) => verb.run(session).await,
             Self::Pool(verb) => verb.run(session).await,
+            Self::Net(verb) => verb.run(session).await,
             Self::Host(verb) => verb.run(session).await,
             Self::Op(verb) => verb.run(session).await,
             Self::Key(verb) => verb.run(session),

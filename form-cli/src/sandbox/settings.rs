@@ -57,6 +57,7 @@ pub fn settings(
         ipv4: Some(Route4 { address: ADDRESS, prefix: 24, gateway: Some(GATEWAY) }),
         ipv6: None,
         mtu: 1500,
+        table: None,
     };
     let peers = link.map(|link| Interface {
         mac: link.mac(),
@@ -64,6 +65,7 @@ pub fn settings(
         ipv4: Some(Route4 { address: peer_address(link.number), prefix: 24, gateway: None }),
         ipv6: None,
         mtu: 1500,
+        table: None,
     });
     let env = |wanted: &dyn Fn(&EnvScope) -> bool| -> BTreeMap<String, String> {
         spec.env.iter().filter(|env| wanted(&env.scope)).map(|env| (env.key.clone(), env.value.clone())).collect()

@@ -3,7 +3,13 @@
 #[path = "copying.rs"]
 mod copying;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
 
 use axum::{
     Router,
@@ -234,7 +240,48 @@ fn detail(vm: &Value) -> Value {
         "entrypoint": ["/app"], "cmd": [], "ports": [], "volumes": [], "networks": ["default"], "replicas": 1,
         "restart": {"policy": "always", "max_retries": null}, "healthcheck": null, "labels": {}, "model": null
     });
-    json!({"vm": vm, "desired": {"spec": spec, "passwd_hashes": {}, "image": digest, "kernel": digest}, "guest": null})
+    let mut interfaces = vec![interface(vm, 0)];
+    if INTERFACE_ATTACHED.load(Relaxed) {
+        interfaces.push(interface(vm, 1));
+    }
+    json!({"vm": vm, "interfaces": interfaces, "desired": {"spec": spec, "passwd_hashes": {}, "image": digest, "kernel": digest}, "guest": null})
+}
+
+/// Whether somebody has attached one.
+static INTERFACE_ATTACHED: AtomicBool = AtomicBool::new(false);
+
+fn interface(vm: &Value, number: u8) -> Value {
+    let device = (vm["state"] == "running").then(|| format!("eth{number}"));
+    json!({
+        "name": format!("eth{number}"), "vm": vm["name"], "network": "default", "mac": format!("52:00:00:00:00:0{number}"),
+        "ipv4": format!("10.83.7.1{number}"), "ipv6": format!("fd00::1{number}"), "device": device,
+        "state": if device.is_some() { "attached" } else { "recorded" }
+    })
+}
+
+async fn interfaces(State(vms): Vms) -> axum::Json<Value> {
+    axum::Json(vms.iter().map(|vm| interface(vm, 0)).collect())
+}
+
+async fn attach_interface(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    find(&vms, &name)?;
+    INTERFACE_ATTACHED.store(true, Relaxed);
+    Ok(axum::Json(operation("interface-attach", &format!("vm/{name}"), "completed")))
+}
+
+async fn detach_interface(
+    State(vms): Vms,
+    Path((name, which)): Path<(String, String)>,
+    body: String,
+) -> Result<axum::Json<Value>, ApiError> {
+    find(&vms, &name)?;
+    if which == "eth1" && !body.contains("true") {
+        return Err(ApiError::new(
+            ErrorCode::Conflict,
+            "eth1 of vm/web: it cannot be detached: eth1 is in use: sh (process 7) at tcp 10.83.7.11:80",
+        ));
+    }
+    Ok(axum::Json(operation("interface-detach", &format!("vm/{name}"), "completed")))
 }
 
 fn operation(kind: &str, subject: &str, status: &str) -> Value {
@@ -303,6 +350,9 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         .route("/v1/vms/{name}/copy", get(copying::copy))
         .route("/v1/vms/{name}/ssh", get(ssh))
         .route("/v1/vms/{name}/forward", get(forward))
+        .route("/v1/interfaces", get(interfaces))
+        .route("/v1/vms/{name}/interfaces", post(attach_interface))
+        .route("/v1/vms/{name}/interfaces/{interface}/detach", post(detach_interface))
         .route("/v1/stats", get(|State(vms): Vms| async move { axum::Json(Value::Array(vms.iter().map(stats).collect())) }))
         .route("/v1/vms/{name}/stats", get(show_stats))
         .route("/v1/volumes", get(async || axum::Json(json!([volume("data", Some("web")), volume("spare", None)]))))

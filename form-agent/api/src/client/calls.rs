@@ -17,6 +17,7 @@ use crate::{
     exec::{EXEC_HEADER, ExecRequest},
     host::{ClaimRequest, DoctorReport, Host},
     image::{BlocksReply, Image, ImageConfig, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
+    interface::{DetachInterfaceRequest, Interface},
     operation::{Operation, OperationsQuery, WaitQuery},
     pool::{PoolCreateRequest, PoolSetRequest},
     snapshot::{RestoreRequest, Snapshot, SnapshotRequest},
@@ -286,6 +287,20 @@ impl Client {
 
     pub async fn health(&self) -> Result<HealthReport, ClientError> {
         self.read(&Call::get("/v1/health")).await
+    }
+
+    pub async fn interfaces(&self) -> Result<Vec<Interface>, ClientError> {
+        self.read(&Call::get("/v1/interfaces")).await
+    }
+
+    pub async fn attach_interface(&self, vm: &Name) -> Result<Operation, ClientError> {
+        self.read(&Call::post(format!("/v1/vms/{vm}/interfaces")).signed(fresh_key()?)).await
+    }
+
+    /// `interface`: `eth1`.
+    pub async fn detach_interface(&self, vm: &Name, interface: &str, request: &DetachInterfaceRequest) -> Result<Operation, ClientError> {
+        let path = format!("/v1/vms/{vm}/interfaces/{interface}/detach");
+        self.read(&Call::post(path).json(request)?.signed(fresh_key()?)).await
     }
 
     pub async fn volumes(&self) -> Result<Vec<Volume>, ClientError> {

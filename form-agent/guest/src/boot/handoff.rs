@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use form_types::settings::{Interface, Settings};
+use form_types::settings::{INTERFACES_MAX, Interface, Settings};
 
 use crate::{
     error::{Context, Error},
@@ -103,21 +103,21 @@ fn write_unit() -> Result<(), Error> {
 
 /// An image that lets systemd-networkd ask for addresses would lose those that it has, and udev would call the interface otherwise. What is
 /// told to them here comes before the image's own files (systemd.network(5), systemd.link(5): the first that matches, by name).
-fn keep_interfaces(interfaces: &[Interface]) -> Result<(), Error> {
+pub fn keep_interfaces(interfaces: &[Interface]) -> Result<(), Error> {
     for (number, Interface { name, mac, .. }) in interfaces.iter().enumerate() {
-        let units = [
-            ("link", format!("[Match]\nMACAddress={mac}\n\n[Link]\nName={name}\n")),
-            // By its name: a copy of this machine goes on with another address.
-            (
-                "network",
-                format!("[Match]\nName={name}\n\n[Network]\nDHCP=no\nIPv6AcceptRA=no\nLinkLocalAddressing=ipv6\nKeepConfiguration=yes\n"),
-            ),
-        ];
+        let units = [("link", format!("[Match]\nMACAddress={mac}\n\n[Link]\nName={name}\n")), ("network", unmanaged(name))];
         for (kind, text) in units {
             files::write(&Path::new("/run/systemd/network").join(format!("05-form-{number}.{kind}")), text.as_bytes(), Some(0o644))?;
         }
     }
-    Ok(())
+    // Those that may come while the machine runs: what manages networks reads this once, at its start.
+    let names: Vec<String> = (1..INTERFACES_MAX).map(|number| format!("eth{number}")).collect();
+    files::write(Path::new("/run/systemd/network/05-form-more.network"), unmanaged(&names.join(" ")).as_bytes(), Some(0o644))
+}
+
+/// By its name: a copy of this machine goes on with another address.
+fn unmanaged(names: &str) -> String {
+    format!("[Match]\nName={names}\n\n[Network]\nDHCP=no\nIPv6AcceptRA=no\nLinkLocalAddressing=ipv6\nKeepConfiguration=yes\n")
 }
 
 fn has_udev() -> bool {

@@ -11,6 +11,7 @@ use form_types::settings::Interface;
 
 use super::{
     message::{ACK, Builder, CREATE_OR_REPLACE, DUMP, Message, REQUEST, attributes, u32_at},
+    rule,
     socket::Socket,
 };
 use crate::{
@@ -18,7 +19,8 @@ use crate::{
     report::BootReport,
 };
 
-const INTERFACE_LIMIT: Duration = Duration::from_secs(10);
+/// How long an interface may take to be there, from the start of the machine or of its coming on.
+const INTERFACE_LIMIT: Duration = Duration::from_secs(30);
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
@@ -40,7 +42,7 @@ const RT_SCOPE_UNIVERSE: u8 = 0;
 const RT_SCOPE_LINK: u8 = 253;
 const RTN_UNICAST: u8 = 1;
 const RTNH_F_ONLINK: u32 = 4;
-const IFF_UP: u32 = 1;
+pub(super) const IFF_UP: u32 = 1;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
@@ -78,15 +80,21 @@ pub fn readdress(interfaces: &[Interface]) -> Result<(), Error> {
         let index = named.ok_or_else(|| Error::InterfaceMissing { mac: interface.mac.clone(), present: interface.name.clone() })?;
         // Takes the addresses of IPv6 and all routes along.
         socket.command("take it down", &flags_request(index, 0, IFF_UP, &[]))?;
-        for (address, prefix) in addresses_of(&socket, index)? {
-            let what = format!("remove address {address}/{prefix}");
-            match socket.command(&what, &address_message(RTM_DELADDR, REQUEST | ACK, index, address, prefix)) {
-                Err(Error::Netlink { source, .. }) if source.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
-                other => other?,
-            }
-        }
+        forget_addresses(&socket, index)?;
         socket.command(&format!("set its address {}", interface.mac), &link_request(index, 0, &[(IFLA_ADDRESS, &mac)]))?;
         configure_one(&socket, number, interface)?;
+    }
+    Ok(())
+}
+
+/// Takes all addresses from an interface.
+pub(super) fn forget_addresses(socket: &Socket, index: u32) -> Result<(), Error> {
+    for (address, prefix) in addresses_of(socket, index)? {
+        let what = format!("remove address {address}/{prefix}");
+        match socket.command(&what, &address_message(RTM_DELADDR, REQUEST | ACK, index, address, prefix)) {
+            Err(Error::Netlink { source, .. }) if source.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
+            other => other?,
+        }
     }
     Ok(())
 }
@@ -101,7 +109,7 @@ fn addresses_of(socket: &Socket, index: u32) -> Result<Vec<(IpAddr, u8)>, Error>
     Ok(of_it.map(|(_, address, prefix)| (address, prefix)).collect())
 }
 
-fn configure_one(socket: &Socket, number: usize, interface: &Interface) -> Result<(), Error> {
+pub(super) fn configure_one(socket: &Socket, number: usize, interface: &Interface) -> Result<(), Error> {
     let index = find(&interface.mac)?;
     // By way of another name even when it has the right one: udev renames what it does not know to be named by someone.
     for name in [format!("form-tmp{number}"), interface.name.clone()] {
@@ -111,21 +119,27 @@ fn configure_one(socket: &Socket, number: usize, interface: &Interface) -> Resul
     ipv6_by_hand(&interface.name);
     let mtu = interface.mtu.to_ne_bytes();
     socket.command("set its MTU and bring it up", &link_request(index, IFF_UP, &[(IFLA_MTU, &mtu)]))?;
+    if let Some(table) = interface.table {
+        rule::forget(socket, table);
+    }
     if let Some(route) = &interface.ipv4 {
-        set_address(socket, index, route.address.into(), route.prefix, route.gateway.map(Ipv4Addr::into))?;
+        set_address(socket, index, route.address.into(), route.prefix, route.gateway.map(Ipv4Addr::into), interface.table)?;
     }
     if let Some(route) = &interface.ipv6 {
-        set_address(socket, index, route.address.into(), route.prefix, route.gateway.map(Ipv6Addr::into))?;
+        set_address(socket, index, route.address.into(), route.prefix, route.gateway.map(Ipv6Addr::into), interface.table)?;
     }
     Ok(())
 }
 
-fn set_address(socket: &Socket, index: u32, address: IpAddr, prefix: u8, gateway: Option<IpAddr>) -> Result<(), Error> {
+fn set_address(socket: &Socket, index: u32, address: IpAddr, prefix: u8, gateway: Option<IpAddr>, table: Option<u8>) -> Result<(), Error> {
     socket.command(&format!("set address {address}/{prefix}"), &address_request(index, address, prefix))?;
     let Some(gateway) = gateway else { return Ok(()) };
+    let to = |to, by| route_request(index, to, by, gateway, table.unwrap_or(RT_TABLE_MAIN));
     // The prefix need not cover the gateway: it is on the link all the same.
-    socket.command(&format!("add route to gateway {gateway}"), &route_request(index, Some(gateway), None, gateway))?;
-    socket.command(&format!("add default route by {gateway}"), &route_request(index, None, Some(gateway), gateway))
+    socket.command(&format!("add route to gateway {gateway}"), &to(Some(gateway), None))?;
+    socket.command(&format!("add default route by {gateway}"), &to(None, Some(gateway)))?;
+    // The gateway is the same on every interface: what leaves from this address has to leave here, where alone the host takes it.
+    table.map_or(Ok(()), |table| rule::add(socket, address, table))
 }
 
 /// Neither addresses nor routes from router advertisements, and no waiting for duplicate detection: the host gives addresses.
@@ -137,7 +151,7 @@ fn ipv6_by_hand(name: &str) {
 }
 
 /// Waits for the interface with this address and gives its index.
-fn find(mac: &str) -> Result<u32, Error> {
+pub(super) fn find(mac: &str) -> Result<u32, Error> {
     let wanted = parse_mac(mac).ok_or_else(|| Error::BadMac { text: mac.to_owned() })?;
     let start = Instant::now();
     loop {
@@ -154,7 +168,7 @@ fn find(mac: &str) -> Result<u32, Error> {
 }
 
 /// Hardware address and index of every interface but the loopback one.
-fn present() -> Vec<(String, u32)> {
+pub(super) fn present() -> Vec<(String, u32)> {
     let Ok(entries) = fs::read_dir("/sys/class/net") else { return Vec::new() };
     entries
         .filter_map(Result::ok)
@@ -166,13 +180,13 @@ fn present() -> Vec<(String, u32)> {
         .collect()
 }
 
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
+pub(super) fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let bytes: Vec<u8> =
         text.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2)).collect::<Option<_>>()?;
     bytes.try_into().ok()
 }
 
-fn octets(address: IpAddr) -> (u8, Vec<u8>) {
+pub(super) fn octets(address: IpAddr) -> (u8, Vec<u8>) {
     match address {
         IpAddr::V4(address) => (AF_INET, address.octets().to_vec()),
         IpAddr::V6(address) => (AF_INET6, address.octets().to_vec()),
@@ -183,7 +197,7 @@ fn link_request(index: u32, up: u32, attributes: &[(u16, &[u8])]) -> Vec<u8> {
     flags_request(index, up, up, attributes)
 }
 
-fn flags_request(index: u32, flags: u32, mask: u32, attributes: &[(u16, &[u8])]) -> Vec<u8> {
+pub(super) fn flags_request(index: u32, flags: u32, mask: u32, attributes: &[(u16, &[u8])]) -> Vec<u8> {
     // struct ifinfomsg: family, padding, type, index, flags, mask of flags to change
     let mut fixed = vec![0; 4];
     fixed.extend_from_slice(&index.to_ne_bytes());
@@ -207,7 +221,7 @@ fn address_message(kind: u16, request: u16, index: u32, address: IpAddr, prefix:
 }
 
 /// A route to `to` (`None`: everything) by `gateway` (`None`: it is on the link). `family_of` says which IP it is about.
-fn route_request(index: u32, to: Option<IpAddr>, gateway: Option<IpAddr>, family_of: IpAddr) -> Vec<u8> {
+fn route_request(index: u32, to: Option<IpAddr>, gateway: Option<IpAddr>, family_of: IpAddr, table: u8) -> Vec<u8> {
     let (family, _) = octets(family_of);
     let length = match to {
         None => 0,
@@ -217,7 +231,7 @@ fn route_request(index: u32, to: Option<IpAddr>, gateway: Option<IpAddr>, family
     let scope = if gateway.is_none() && family == AF_INET { RT_SCOPE_LINK } else { RT_SCOPE_UNIVERSE };
     let flags = if gateway.is_some() { RTNH_F_ONLINK } else { 0 };
     // struct rtmsg: family, destination and source length, tos, table, protocol, scope, type, flags
-    let mut fixed = vec![family, length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, RTN_UNICAST];
+    let mut fixed = vec![family, length, 0, 0, table, RTPROT_BOOT, scope, RTN_UNICAST];
     fixed.extend_from_slice(&flags.to_ne_bytes());
     let mut builder = Builder::new(RTM_NEWROUTE, REQUEST | ACK | CREATE_OR_REPLACE, &fixed).attribute(RTA_OIF, &index.to_ne_bytes());
     if let Some(to) = to {
@@ -266,7 +280,7 @@ fn read_address(message: &Message<'_>) -> Option<(u32, IpAddr, u8)> {
     Some((index, address, prefix))
 }
 
-fn names_by_index() -> io::Result<BTreeMap<u32, String>> {
+pub(super) fn names_by_index() -> io::Result<BTreeMap<u32, String>> {
     let mut names = BTreeMap::new();
     for entry in fs::read_dir("/sys/class/net")? {
         let entry = entry?;
@@ -305,11 +319,12 @@ mod tests {
     #[test]
     fn routes() {
         let gateway: IpAddr = "169.254.1.1".parse().expect("valid");
-        let bytes = route_request(2, Some(gateway), None, gateway);
+        let bytes = route_request(2, Some(gateway), None, gateway, RT_TABLE_MAIN);
         let on_link = &messages(&bytes)[0];
         assert_eq!((on_link.payload[0], on_link.payload[1], on_link.payload[6]), (AF_INET, 32, RT_SCOPE_LINK));
-        let bytes = route_request(2, None, Some(gateway), gateway);
+        let bytes = route_request(2, None, Some(gateway), gateway, 101);
         let default = &messages(&bytes)[0];
+        assert_eq!((on_link.payload[4], default.payload[4]), (RT_TABLE_MAIN, 101));
         assert_eq!((default.payload[1], default.payload[6], u32_at(default.payload, 8)), (0, RT_SCOPE_UNIVERSE, Some(RTNH_F_ONLINK)));
         assert_eq!(attributes(default.payload, 12), [(RTA_OIF, &2_u32.to_ne_bytes()[..]), (RTA_GATEWAY, &[169, 254, 1, 1][..])]);
     }

@@ -119,6 +119,7 @@ mod tests {
             ipv4: Some(Route4 { address: [10, 0, 0, 2].into(), prefix: 32, gateway: None }),
             ipv6: None,
             mtu: 1500,
+            table: None,
         });
         settings.hosts.push(([10, 0, 0, 3].into(), vec!["db".into(), "db.default.form.internal".into()]));
         assert!(hosts(&settings).ends_with("10.0.0.2\tvm\n10.0.0.3\tdb db.default.form.internal\n"), "{}", hosts(&settings));

@@ -98,6 +98,19 @@ pub enum Request {
         serial: String,
         size_bytes: u64,
     },
+    /// Waits for a network interface that was attached while the machine runs, and sets it up; answered with [`Reply::Interface`]. One
+    /// that is set up already gets these addresses instead of those that it has.
+    AddInterface(Interface),
+    /// Takes a network interface out of use, so that it can be taken away; [`ErrorKind::InUse`] when something uses it, unless with
+    /// `force`. One that is not there is fine.
+    RemoveInterface {
+        mac: String,
+        /// As [`Interface::table`].
+        #[serde(default)]
+        table: Option<u8>,
+        #[serde(default)]
+        force: bool,
+    },
     /// Waits until the machine has so many processors, and switches on those that are off; answered with [`Reply::Done`].
     UseProcessors {
         count: u32,
@@ -183,6 +196,7 @@ pub enum Reply {
     /// What a `pack` will send.
     Tree(TreeInfo),
     Mounted(DeviceReport),
+    Interface(InterfaceReport),
     Synced {
         token: u64,
     },
@@ -246,6 +260,17 @@ pub struct DeviceReport {
     pub size_bytes: u64,
     /// Where it is mounted.
     pub mounted: Option<String>,
+}
+
+/// A network interface as the kernel has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceReport {
+    /// `52:0a:…`: it is found by this.
+    pub mac: String,
+    /// `eth1`
+    pub name: String,
+    /// `ADDRESS/PREFIX`
+    pub addresses: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -395,6 +420,10 @@ mod tests {
             (Request::Freeze { limit_ms: 9 }, r#"{"request":"freeze","limit_ms":9}"#),
             (Request::Thaw, r#"{"request":"thaw"}"#),
             (Request::UseProcessors { count: 4 }, r#"{"request":"use_processors","count":4}"#),
+            (
+                Request::RemoveInterface { mac: "52:54:00:00:00:01".into(), table: Some(101), force: true },
+                r#"{"request":"remove_interface","mac":"52:54:00:00:00:01","table":101,"force":true}"#,
+            ),
             (Request::Ssh, r#"{"request":"ssh"}"#),
             (Request::Shutdown { reboot: false }, r#"{"request":"shutdown","reboot":false}"#),
         ];

@@ -26,8 +26,8 @@ mod stream;
 
 pub use frame::{Decoder, Frame, FrameError, FrameKind, HEADER_BYTES, MAX_FRAME_BYTES};
 pub use message::{
-    DeviceReport, ErrorKind, ErrorReply, ExecRequest, Fault, FileInfo, HealthState, LogsRequest, Metrics, NewIdentity, Phase, ReadyReport,
-    Reply, Request, ServicePhase, ServiceStatus, SshReport, SshServer, StatusReport, TreeInfo, TtySize, Uptime,
+    DeviceReport, ErrorKind, ErrorReply, ExecRequest, Fault, FileInfo, HealthState, InterfaceReport, LogsRequest, Metrics, NewIdentity,
+    Phase, ReadyReport, Reply, Request, ServicePhase, ServiceStatus, SshReport, SshServer, StatusReport, TreeInfo, TtySize, Uptime,
 };
 pub use payload::{ExitStatus, LogLine, LogStream};
 pub use stream::{read_frame, synced_bytes, write_frame};

@@ -19,14 +19,15 @@ use std::{
 };
 
 use form_guest::protocol::{DeviceReport, ErrorKind, FrameKind, LogsRequest, Phase, Reply, Request, VSOCK_PORT};
+use form_types::settings::Interface;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::{
-    boot::{devices, volumes},
+    boot::{devices, handoff, volumes},
     error::{Context, Error},
     freeze,
-    machine::{Machine, Power},
-    network::names,
+    machine::{Machine, Power, Role},
+    network::{self, names},
     new_identity,
     process::lock,
     processors,
@@ -157,6 +158,8 @@ fn serve(machine: &Arc<Machine>, channel: &Channel, request: Result<Request, ser
             let path = mounted_at(machine, &serial);
             mounted(machine, channel, volumes::grow(&serial, size_bytes, path.as_deref()))
         }
+        Request::AddInterface(interface) => add_interface(machine, channel, interface),
+        Request::RemoveInterface { mac, table, force } => remove_interface(machine, channel, (&mac, table), force),
         Request::UseProcessors { count } => done(channel, processors::bring_online(count)),
         Request::Ssh => channel.reply(&Reply::Ssh(ssh::report(machine))),
         Request::Sync { token } => channel.reply(&Reply::Synced { token }),
@@ -250,6 +253,38 @@ fn unmount(machine: &Machine, channel: &Channel, serial: &str, force: bool) -> i
     match devices::in_use::release(serial, mounted_at(machine, serial).as_deref(), force) {
         Ok(()) => {
             lock(&machine.report).devices.retain(|device| device.serial != serial);
+            channel.reply(&Reply::Done)
+        }
+        Err(error @ Error::InUse { .. }) => channel.refuse(ErrorKind::InUse, error),
+        Err(error) => channel.refuse(ErrorKind::Failed, error),
+    }
+}
+
+fn add_interface(machine: &Machine, channel: &Channel, interface: Interface) -> io::Result<()> {
+    let mut interfaces = machine.settings_now().interfaces;
+    interfaces.retain(|known| known.mac != interface.mac);
+    interfaces.push(interface.clone());
+    if machine.role == Role::BesideSystemd
+        && let Err(error) = handoff::keep_interfaces(&interfaces)
+    {
+        return channel.refuse(ErrorKind::Failed, error);
+    }
+    match network::add(&interface) {
+        Ok(report) => {
+            *lock(&machine.interfaces) = Some(interfaces);
+            channel.reply(&Reply::Interface(report))
+        }
+        Err(error @ Error::InterfaceMissing { .. }) => channel.refuse(ErrorKind::NotFound, error),
+        Err(error) => channel.refuse(ErrorKind::Failed, error),
+    }
+}
+
+fn remove_interface(machine: &Machine, channel: &Channel, (mac, table): (&str, Option<u8>), force: bool) -> io::Result<()> {
+    match network::remove(mac, table, force) {
+        Ok(()) => {
+            let mut interfaces = machine.settings_now().interfaces;
+            interfaces.retain(|known| known.mac != mac);
+            *lock(&machine.interfaces) = Some(interfaces);
             channel.reply(&Reply::Done)
         }
         Err(error @ Error::InUse { .. }) => channel.refuse(ErrorKind::InUse, error),

@@ -40,7 +40,7 @@ pub struct Args {
     /// Most bytes a second of its root disk, read and written together: 50MiB; none ends the limit
     #[arg(long, value_name = "SIZE|none", value_parser = bandwidth)]
     bandwidth: Option<Ceiling>,
-    /// Most bits a second of its network, each way: 100Mbit, 1Gbit; none ends the limit
+    /// Most bits a second of its network, of each interface and each way: 100Mbit, 1Gbit; none ends the limit
     #[arg(long, value_name = "SPEED|none", value_parser = net_bandwidth)]
     net_bandwidth: Option<Ceiling>,
     /// Restart it now if it runs and a change needs that

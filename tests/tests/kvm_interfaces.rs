@@ -1,0 +1,162 @@
+//! Network interfaces that come to a running guest and leave it, under an agent that dies. Runs as root where /dev/kvm runs guests:
+//! `tests/kvm-host` makes such a place.
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    process::Stdio,
+    time::Duration,
+};
+
+use form_tests::host::{Host, wait};
+use form_types::Failpoint::{self, InterfacePlugged, InterfaceSubmitted, InterfaceTapMade, InterfaceUnplugged};
+use serde_json::Value;
+
+const SERVE: &str = r#"["/bin/busybox", "httpd", "-f", "-v", "-p", "80", "-h", "/www"]"#;
+
+fn sh(host: &Host, vm: &str, script: &str) -> String {
+    host.form(&["exec", vm, "--", "/bin/busybox", "sh", "-c", script]).ok().stdout
+}
+
+fn interfaces(host: &Host, vm: &str) -> Vec<Value> {
+    host.form(&["net", "ls", vm, "-o", "json"]).ok().json().as_array().unwrap().clone()
+}
+
+/// Whether the guest's server answers at this address, asked from the host.
+fn serves(address: &Value, port: u16) -> bool {
+    let Some(address) = address.as_str().and_then(|text| text.parse::<std::net::IpAddr>().ok()) else { return false };
+    let Ok(mut stream) = TcpStream::connect_timeout(&(address, port).into(), Duration::from_secs(5)) else { return false };
+    let mut text = String::new();
+    let _ = stream.set_read_timeout(Some(Duration::from_secs(10)));
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").is_ok() && stream.read_to_string(&mut text).is_ok() && text.contains("it works")
+}
+
+/// Every interface is in the guest as the host says, and reached at each of its addresses.
+fn all_reached(host: &Host, vm: &str, expected: &[&str]) -> Vec<Value> {
+    let found = interfaces(host, vm);
+    let names: Vec<&str> = found.iter().map(|interface| interface["name"].as_str().unwrap()).collect();
+    assert_eq!(names, expected, "{found:?}");
+    for interface in &found {
+        assert_eq!((interface["state"].as_str(), &interface["device"]), (Some("attached"), &interface["name"]), "{interface}");
+        let mac = sh(host, vm, &format!("busybox cat /sys/class/net/{}/address", interface["device"].as_str().unwrap()));
+        assert_eq!(Some(mac.trim()), interface["mac"].as_str());
+        for address in [&interface["ipv4"], &interface["ipv6"]] {
+            wait(&format!("{vm} answers at {address}"), || serves(address, 80));
+        }
+    }
+    let doctor = host.form(&["doctor", "-o", "json"]);
+    assert!(!doctor.stdout.contains("leftover/") && !doctor.stdout.contains("\"vm/"), "{doctor:?}");
+    found
+}
+
+fn ready(host: &Host, vm: &str) {
+    wait("its guest is heard of", || host.vm(vm)["ready"] == true);
+}
+
+#[test]
+#[ignore = "needs a KVM that runs guests: tests/kvm-host"]
+fn kvm_interfaces_come_and_go_and_are_as_recorded() {
+    let mut host = Host::start();
+    let web = host.app("web", SERVE, 18095);
+    let _ = host.form(&["deploy", &web, "-y"]).ok();
+    let (_, pid) = host.process(&host.vm("web"));
+    let said = host.form(&["net", "attach", "web"]).ok().stdout;
+    assert!(said.starts_with("web: eth1 attached: 10."), "{said}");
+    let all = all_reached(&host, "web", &["eth0", "eth1"]);
+    assert!(["mac", "ipv4", "ipv6"].iter().all(|field| all[0][*field] != all[1][*field]), "{all:?}");
+    // What came to the second address was answered from there, by the interface it came in on.
+    let stats = host.form(&["vm", "stats", "web", "-o", "json"]).ok().stdout;
+    assert!(stats.contains("\"eth1\""), "{stats}");
+    assert_ne!(sh(&host, "web", "busybox cat /sys/class/net/eth1/statistics/tx_packets").trim(), "0");
+
+    busy(&host, &all[1]);
+    wherever_the_agent_dies(&mut host);
+    assert_eq!(host.process(&host.vm("web")).1, pid, "it was never started again");
+    saved_and_copied(&host);
+
+    // A start brings them.
+    let before = interfaces(&host, "web");
+    let _ = host.form(&["vm", "stop", "web"]).ok();
+    let said = host.form(&["net", "attach", "web"]).ok().stdout;
+    assert!(said.contains("eth2 attached from its next start on"), "{said}");
+    let _ = host.form(&["vm", "start", "web"]).ok();
+    assert_eq!(all_reached(&host, "web", &["eth0", "eth1", "eth2"])[..2], before[..]);
+    let _ = host.form(&["net", "detach", "web", "eth1"]).ok();
+    let _ = host.form(&["net", "detach", "web", "eth2"]).ok();
+    all_reached(&host, "web", &["eth0"]);
+    assert_eq!(sh(&host, "web", "busybox ls /sys/class/net | busybox grep -c eth"), "1\n");
+    assert_eq!(sh(&host, "web", "busybox ip rule | busybox grep -c 'lookup 10[0-9]'; busybox true"), "0\n");
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    host.is_clean();
+}
+
+/// What somebody listens at is not taken away, unless by force.
+fn busy(host: &Host, second: &Value) {
+    let (address, mac) = (second["ipv4"].as_str().unwrap(), &second["mac"]);
+    sh(host, "web", &format!("busybox httpd -p {address}:81 -h /www"));
+    assert!(serves(&second["ipv4"], 81));
+    let refused = host.form(&["net", "detach", "web", "eth1"]).exits(5);
+    let holder = format!("at tcp {address}:81");
+    assert!(refused.stderr.contains("(process ") && refused.stderr.contains(&holder), "{}", refused.stderr);
+    assert!(refused.stderr.contains("--force"), "{}", refused.stderr);
+    all_reached(host, "web", &["eth0", "eth1"]);
+    let refused = host.form(&["net", "detach", "web", "eth0"]).exits(5);
+    assert!(refused.stderr.contains("first interface"), "{}", refused.stderr);
+    let _ = host.form(&["net", "detach", "web", "eth7"]).exits(3);
+    let _ = host.form(&["net", "attach", "nobody"]).exits(3);
+    let _ = host.form(&["net", "detach", "web", "eth1", "--force"]).ok();
+    all_reached(host, "web", &["eth0"]);
+    let _ = host.form(&["net", "attach", "web"]).ok();
+    assert_eq!(all_reached(host, "web", &["eth0", "eth1"])[1]["mac"], *mac, "it is the same one again");
+    let refused = host.form(&["net", "detach", "web", "eth1"]).exits(5).stderr;
+    let (_, pid) = refused.split_once("(process ").unwrap();
+    sh(host, "web", &format!("busybox kill {}", pid.split(')').next().unwrap()));
+    let _ = host.form(&["net", "detach", "web", "eth1"]).ok();
+}
+
+fn wherever_the_agent_dies(host: &mut Host) {
+    let steps: [(Failpoint, &[&str]); 4] = [
+        (InterfaceSubmitted, &["net", "attach", "web"]),
+        (InterfaceTapMade, &["net", "attach", "web"]),
+        (InterfacePlugged, &["net", "attach", "web"]),
+        (InterfaceUnplugged, &["net", "detach", "web", "eth1"]),
+    ];
+    for (point, command) in steps {
+        println!("=== {}", point.as_str());
+        if point != InterfaceSubmitted && point != InterfaceUnplugged {
+            let _ = host.form(&["net", "detach", "web", "eth1"]).ok();
+        }
+        host.kill_agent();
+        host.start_agent_with(Some(point.as_str()));
+        ready(host, "web");
+        let mut client = host.form_command(command).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let died = host.dies_at(point.as_str(), |_| false);
+        let _ = (client.kill(), client.wait());
+        assert!(died, "{command:?} does not come to {}", point.as_str());
+        host.start_agent();
+        wait("the operation ends", || host.no_operation_is_under_way());
+        ready(host, "web");
+        // In the state before the VM has it, and as long as the VM has it: it has it in the end.
+        wait("the guest has it", || interfaces(host, "web").iter().filter(|interface| interface["state"] == "attached").count() == 2);
+        all_reached(host, "web", &["eth0", "eth1"]);
+    }
+}
+
+/// It goes back with what it had; a copy has interfaces of its own.
+fn saved_and_copied(host: &Host) {
+    let _ = host.form(&["vm", "snapshot", "create", "web", "--name", "one"]).ok();
+    let _ = host.form(&["net", "detach", "web", "eth1"]).ok();
+    let refused = host.form(&["vm", "snapshot", "restore", "web", "one", "-y"]).exits(5);
+    assert!(refused.stderr.contains("eth0, eth1 and has eth0"), "{}", refused.stderr);
+    let _ = host.form(&["net", "attach", "web"]).ok();
+    let _ = host.form(&["vm", "snapshot", "restore", "web", "one", "-y"]).ok();
+    let own = all_reached(host, "web", &["eth0", "eth1"]);
+    let _ = host.form(&["vm", "fork", "web", "copy"]).ok();
+    let copied = all_reached(host, "copy", &["eth0", "eth1"]);
+    for (own, copied) in own.iter().zip(&copied) {
+        assert!(["mac", "ipv4", "ipv6"].iter().all(|field| own[*field] != copied[*field]), "{own} {copied}");
+    }
+    all_reached(host, "web", &["eth0", "eth1"]);
+    let _ = host.form(&["destroy", "copy", "-y"]).ok();
+    let _ = host.form(&["vm", "snapshot", "rm", "web", "one", "-y"]).ok();
+}
