@@ -197,6 +197,7 @@ mod tests {
             pause_ms: None,
             next_log_sequence: 0,
             is_shared: false,
+            memory: None,
             volumes: Vec::new(),
             interfaces,
         };
