@@ -12,6 +12,7 @@ use std::{
 };
 
 use form_types::{Digest, ImageReference};
+use lzma_rust2::XzReader;
 
 use crate::{
     BuildError, Cancel, OciReference,
@@ -20,6 +21,7 @@ use crate::{
     diff::{Diff, EPOCH, Entry, Kind, Meta, XattrValue},
     error::IoContext,
     index::Index,
+    kernel::XZ_MEMORY_KIB,
     sandbox::{CancellableRead, LineReader, keep_tail, kill},
     tarball::{self, Origin, Spool},
     tools::{self, search_path},
@@ -369,13 +371,7 @@ pub(crate) fn from_tarball(path: &Path, spool: &Spool, cancel: &Cancel) -> Resul
         [0x1f, 0x8b, ..] => tarball::read(&mut flate2::read::MultiGzDecoder::new(reader), Origin::Root, spool),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => tarball::read(&mut zstd::Decoder::new(reader).during("read", path)?, Origin::Root, spool),
         [0xfd, b'7', b'z', b'X', b'Z', 0] => {
-            let plain = tempfile::tempfile().during("create", "a temporary file")?;
-            let mut writer = std::io::BufWriter::new(plain);
-            lzma_rs::xz_decompress(&mut BufReader::new(reader), &mut writer)
-                .map_err(|error| BuildError::Base { from: path.display().to_string(), reason: format!("{error:?}") })?;
-            let mut plain = writer.into_inner().map_err(|error| error.into_error()).during("write", "a temporary file")?;
-            std::io::Seek::rewind(&mut plain).during("read", "a temporary file")?;
-            tarball::read(&mut BufReader::new(plain), Origin::Root, spool)
+            tarball::read(&mut XzReader::new_mem_limit(reader, true, XZ_MEMORY_KIB), Origin::Root, spool)
         }
         _ => tarball::read(&mut { reader }, Origin::Root, spool),
     }

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{self, BufReader, Read},
+    io::{BufReader, Read},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -14,6 +14,7 @@ use form_bundle::{
     kernel::{self, Dependencies, MANIFEST_FILE, Module, VMLINUX_FILE, module_path},
 };
 use form_types::Digest;
+use lzma_rust2::XzReader;
 
 use crate::{
     BuildError, BuildEvent, BuildObserver, CachePaths, Cancel,
@@ -322,6 +323,9 @@ pub(crate) fn extract_vmlinux(image: &[u8]) -> Result<Vec<u8>, BuildError> {
     if vmlinux.starts_with(b"\x7fELF") { Ok(vmlinux) } else { Err(refuse("the kernel image holds no ELF kernel")) }
 }
 
+/// What unpacking xz may take: the dictionary of a kernel has 128 MiB, and `xz -9` makes one of 64.
+pub(crate) const XZ_MEMORY_KIB: u32 = 512 << 10;
+
 /// Unpacks by the first bytes; what is not compressed stays.
 fn unpack(bytes: &[u8], limit: u64) -> Result<Vec<u8>, String> {
     let plain = |reader: &mut dyn Read| -> Result<Vec<u8>, String> {
@@ -333,32 +337,9 @@ fn unpack(bytes: &[u8], limit: u64) -> Result<Vec<u8>, String> {
         [0x02, 0x21, 0x4c, 0x18, ..] => unpack_lz4_legacy(&bytes[4..], limit),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => plain(&mut zstd::Decoder::new(bytes).map_err(|error| error.to_string())?.single_frame()),
         [0x1f, 0x8b, ..] => plain(&mut flate2::read::GzDecoder::new(bytes)),
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
-            let mut output = Limited { bytes: Vec::new(), limit };
-            lzma_rs::xz_decompress(&mut BufReader::new(bytes), &mut output).map_err(|error| format!("{error:?}"))?;
-            Ok(output.bytes)
-        }
+        // Kernels come with the filter for branches of x86 before it (Linux: `scripts/xz_wrap.sh`).
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => plain(&mut XzReader::new_mem_limit(bytes, false, XZ_MEMORY_KIB)),
         _ => Ok(bytes.to_vec()),
-    }
-}
-
-/// A growing buffer with an end.
-struct Limited {
-    bytes: Vec<u8>,
-    limit: u64,
-}
-
-impl io::Write for Limited {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if (self.bytes.len() + bytes.len()) as u64 > self.limit {
-            return Err(io::Error::other("it unfolds to too much"));
-        }
-        self.bytes.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -402,6 +383,10 @@ pub fn verify(bundle: &KernelBundle) -> Result<(), BuildError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use lzma_rust2::{FilterType, XzOptions, XzWriter};
+
     use super::*;
 
     fn lz4(blocks: &[&[u8]]) -> Vec<u8> {
@@ -436,6 +421,23 @@ mod tests {
         let mut cut = bz_image(&lz4(&[&kernel]));
         cut.truncate(cut.len() - 40);
         assert!(extract_vmlinux(&cut).is_err());
+    }
+
+    /// As Debian's ordinary kernel is packed: with the filter for branches of x86, and a dictionary of 128 MiB.
+    #[test]
+    fn a_kernel_in_xz_is_unpacked() {
+        // Calls, whose distances the filter changes.
+        let kernel: Vec<u8> = b"\x7fELF".iter().copied().chain((0..20_000u32).flat_map(|at| [0xE8, at as u8, (at >> 8) as u8, 0, 0])).collect();
+        let mut options = XzOptions::with_preset(1);
+        options.prepend_pre_filter(FilterType::BcjX86, 0);
+        options.lzma_options.dict_size = 128 << 20;
+        let mut packed = XzWriter::new(Vec::new(), options).unwrap();
+        packed.write_all(&kernel).unwrap();
+        let packed = packed.finish().unwrap();
+        assert!(packed.len() < kernel.len());
+        assert!(extract_vmlinux(&bz_image(&packed)).unwrap() == kernel);
+        assert!(unpack(&packed, 1000).unwrap_err().contains("too much"));
+        assert!(unpack(&packed[..packed.len() / 2], MAX_VMLINUX).is_err());
     }
 
     #[test]
