@@ -58,8 +58,8 @@ pub enum ModuleSet {
 const GUEST_REQUIRED: &[&str] =
     &["virtio_pci", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport", "virtio_balloon", "virtio_rng", "virtio_console", "ext4"];
 
-/// Taken when the kernel has them.
-const GUEST_WANTED: &[&str] = &["virtio_mem", "virtiofs", "overlay", "button", "evdev"];
+/// Taken when the kernel has them. Where ext4 is a module, what it computes checksums with is another that it does not name.
+const GUEST_WANTED: &[&str] = &["crc32c_generic", "virtio_mem", "virtiofs", "overlay", "button", "evdev"];
 
 const HOST_REQUIRED: &[&str] = &[
     "kvm_amd",
@@ -299,6 +299,13 @@ mod tests {
         kernel/net/vmw-vsock-virtio-transport.ko:\n";
     const BUILTIN: &str =
         "kernel/fs/ext4/ext4.ko\nkernel/virtio_net.ko\nkernel/virtio_balloon.ko\nkernel/virtio-rng.ko\nkernel/virtio_console.ko\n";
+
+    #[test]
+    fn ext4_as_a_module_has_its_checksums() {
+        let modular = format!("{DEP}kernel/fs/ext4/ext4.ko:\nkernel/crypto/crc32c_generic.ko:\n");
+        let order = Dependencies::parse(&modular, BUILTIN).resolve(ModuleSet::Guest).unwrap();
+        assert!(order.iter().any(|name| name == "ext4") && order.iter().any(|name| name == "crc32c_generic"), "{order:?}");
+    }
 
     #[test]
     fn modules_load_behind_what_they_need() {
