@@ -31,6 +31,9 @@ pub const PVH_MEMORY_MAP: u64 = 0x7000;
 pub const CMDLINE: u64 = 0x2_0000;
 /// What the Linux kernel reads at most on x86, with the closing zero.
 pub const CMDLINE_MAX: usize = 2048;
+/// A page of its own, for the identifier of the VM's generation (`acpi::generation`). No guest takes it for memory to use: it lies where a
+/// PC has the firmware of its devices.
+pub const GENERATION: u64 = 0xD_F000;
 /// The tables, with the RSDP first, in the area that PC firmware uses for them.
 pub const ACPI_START: u64 = 0xE_0000;
 pub const ACPI_END: u64 = RESET_VECTOR;
@@ -209,6 +212,7 @@ mod tests {
         const { assert!(PVH_START_INFO + 0x38 <= PVH_MODULES) };
         const { assert!(PVH_MODULES < PVH_MEMORY_MAP) };
         const { assert!(CMDLINE + CMDLINE_MAX as u64 <= LOW_RAM_END) };
+        const { assert!(GENERATION >= LOW_RAM_END && GENERATION.is_multiple_of(4096) && GENERATION + 4096 <= ACPI_START) };
         const { assert!(ECAM_START + (256 << 20) <= IOAPIC as u64) };
     }
 }

@@ -1,6 +1,6 @@
 //! The DSDT: what the guest cannot find by probing. The PCI root with its windows, the serial port, the power button, the soft-off
 //! state, the generic event device that delivers events (ACPI 6.5, section 5.6.9), and the slots whose devices come and go with them.
-//! Processors, which come and go likewise, are in [`super::processors`].
+//! Processors, which come and go likewise, are in [`super::processors`], the identifier of the VM's generation in [`super::generation`].
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable::NotCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule,
@@ -9,7 +9,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
-use super::{processors, table};
+use super::{generation, processors, table};
 use crate::layout::{ECAM_BUSES, ECAM_SIZE, ECAM_START, Layout, MMIO32_END, MMIO32_START};
 use crate::pci::bus::SLOTS;
 use crate::platform::{EVENT_IRQ, HOTPLUG_PORT, PCI_CONFIG_PORT, POWER_PORT, SERIAL_IRQ, SERIAL_PORT, hotplug, power};
@@ -35,6 +35,7 @@ pub fn build(layout: &Layout, most_vcpus: u8) -> Vec<u8> {
     reserved(&mut body);
     serial(&mut body);
     power_button(&mut body);
+    generation::add(&mut body);
     processors::add(most_vcpus, &mut body);
     events(&mut body);
     // One value is enough for the sleep control register; old interpreters want four.
@@ -181,6 +182,8 @@ fn events(body: &mut Vec<u8>) {
                     &If::new(&Local(1), vec![&MethodCall::new("\\_SB_.PCI0.PSCN".into(), vec![])]),
                     &And::new(&Local(1), &Local(0), &power::EVENT_PROCESSORS),
                     &If::new(&Local(1), vec![&MethodCall::new(processors::LOOK.into(), vec![])]),
+                    &And::new(&Local(1), &Local(0), &power::EVENT_GENERATION),
+                    &If::new(&Local(1), vec![&Notify::new(&Path::new(generation::DEVICE), &generation::CHANGED)]),
                 ],
             ),
         ],

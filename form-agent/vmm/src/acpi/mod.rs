@@ -1,6 +1,7 @@
 //! The ACPI tables (ACPI 6.5), hardware-reduced: RSDP, XSDT, FADT, MADT, MCFG, DSDT.
 
 mod dsdt;
+pub mod generation;
 mod processors;
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -214,6 +215,35 @@ mod tests {
             let slots = crate::pci::bus::SLOTS - 1;
             assert_eq!(places(dsdt, b"_EJ0"), slots + usize::from(most) - 1);
         }
+    }
+
+    #[test]
+    fn the_dsdt_says_where_the_identifier_of_the_generation_is() {
+        let dsdt = &tables(1, 1, 256)[3].bytes;
+        for name in [&b"\x08_CID\x0DVM_Gen_Counter\0"[..], b"\x08_DDN\x0DVM_Gen_Counter\0"] {
+            assert_eq!(places(dsdt, name), 1);
+        }
+        // A package of two integers: a double word, and zero.
+        let [a, b, c, d] = (crate::layout::GENERATION as u32).to_le_bytes();
+        assert_eq!(places(dsdt, &[&b"\x08ADDR\x12"[..], &[8, 2, 0x0C, a, b, c, d, 0]].concat()), 1);
+        // When bit 3 is set: notify it, with 0x80.
+        assert_eq!(places(dsdt, b"\x7B\x60\x0A\x08\x61"), 1);
+        assert_eq!(places(dsdt, b"\x86\x5C\x2E_SB_VGEN\x0A\x80"), 1);
+    }
+
+    #[test]
+    fn the_identifier_lies_in_memory_that_the_guest_is_told_to_leave_alone() {
+        let layout = Layout::new(256, 46).unwrap();
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        generation::set(&memory, [0xA5; 16]).unwrap();
+        write(&memory, &layout, Vcpus { count: 128, most: 128 }).unwrap();
+        let mut page = [0xFF; 4096];
+        memory.read_slice(&mut page, GuestAddress(crate::layout::GENERATION)).unwrap();
+        assert_eq!((&page[..16], page[16..].iter().any(|byte| *byte != 0)), (&[0xA5; 16][..], false));
+        let place = crate::layout::GENERATION..crate::layout::GENERATION + 4096;
+        let mut entries = layout.memory_map().into_iter();
+        let (.., kind) = entries.find(|(start, length, _)| *start <= place.start && place.end <= start + length).unwrap();
+        assert_eq!(kind, crate::layout::MemoryKind::Reserved);
     }
 
     #[test]

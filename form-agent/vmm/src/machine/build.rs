@@ -208,6 +208,7 @@ impl Prepared {
             initramfs.push(File::from(fds.take(*segment, "initramfs")?));
         }
         let most = empty.most_vcpus(config);
+        acpi::generation::set(&memory, super::random()?)?;
         let rsdp = acpi::write(&memory, &layout, acpi::Vcpus { count: config.vcpus, most })?;
         let entry = boot::load(&memory, &layout, &mut kernel, &mut initramfs, &config.cmdline, rsdp)?;
         let processors = ProcessorsState::new(config.vcpus, most);
@@ -246,6 +247,8 @@ impl Prepared {
         let (flags, changes) =
             if config.track { (KVM_MEM_LOG_DIRTY_PAGES, Changes::since(state.save, &memory)) } else { (0, Changes::default()) };
         register_memory(&empty.vm, &memory, &layout, flags)?;
+        // Not what it was when it was saved, and not what another copy of that is: before its first instruction.
+        acpi::generation::set(&memory, super::random()?)?;
         let memory = GuestMemory::new(memory);
 
         let vcpus = empty.create_vcpus(&processors.ids())?;
@@ -259,7 +262,7 @@ impl Prepared {
 
         let interrupts = Arc::new(Interrupts::new(Arc::clone(&empty.vm)));
         let serial = SerialPort::restore(&state.serial, sink(config.console_log, fds)?, empty.edge(&interrupts, SERIAL_IRQ)?);
-        let power = Power::restore(state.power, empty.edge(&interrupts, EVENT_IRQ)?);
+        let power = Power::restore(state.power.in_a_new_generation(), empty.edge(&interrupts, EVENT_IRQ)?);
         let hotplug = Hotplug::new().map_err(io("make an eventfd"))?;
         let bus = Bus {
             serial: Arc::new(serial.map_err(io("restore the serial port"))?),

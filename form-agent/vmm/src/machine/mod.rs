@@ -292,9 +292,7 @@ impl Machine {
     /// # Errors
     /// When KVM does not give a part of it.
     pub fn save(&self) -> Result<MachineState, MachineError> {
-        let mut save: image::SaveId = [0; 16];
-        rustix::rand::getrandom(&mut save, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| MachineError::Io { context: "draw a random number", source: error.into() })?;
+        let save: image::SaveId = random()?;
         let devices = self.devices.iter().map(|Device { slot, device }| {
             let device = lock(device);
             DeviceState { id: device.id().to_owned(), slot: *slot, state: device.save() }
@@ -312,6 +310,13 @@ impl Machine {
             devices: devices.collect(),
         })
     }
+}
+
+fn random() -> Result<[u8; 16], MachineError> {
+    let mut bytes = [0; 16];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| MachineError::Io { context: "draw a random number", source: error.into() })?;
+    Ok(bytes)
 }
 
 pub(crate) fn lock(device: &Mutex<VirtioPci>) -> std::sync::MutexGuard<'_, VirtioPci> {

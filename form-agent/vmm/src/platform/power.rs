@@ -25,6 +25,8 @@ pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
 pub const EVENT_PCI: u8 = 1 << 1;
 /// The registers of vCPU hotplug have something new.
 pub const EVENT_PROCESSORS: u8 = 1 << 2;
+/// The identifier of the VM's generation is another.
+pub const EVENT_GENERATION: u8 = 1 << 3;
 /// ACPI 6.5, section 4.8.2.1.
 const TIMER_HZ: u128 = 3_579_545;
 
@@ -43,6 +45,14 @@ pub struct PowerState {
     pub events: u8,
     /// How long the timer has run.
     pub timer_ns: u64,
+}
+
+impl PowerState {
+    /// What a guest that goes on from this is told first. One that knows no such event overlooks it.
+    #[must_use]
+    pub fn in_a_new_generation(self) -> Self {
+        PowerState { events: self.events | EVENT_GENERATION, ..self }
+    }
 }
 
 pub struct Power {
@@ -174,6 +184,18 @@ mod tests {
         let quiet = Power::restore(again.save(), EventFd::new(libc::EFD_NONBLOCK).unwrap()).unwrap();
         assert!(quiet.interrupt.read().is_err());
         assert!(Power::restore(PowerState { events: 0, timer_ns: u64::MAX }, EventFd::new(0).unwrap()).is_ok());
+    }
+
+    #[test]
+    fn a_new_generation_is_told_with_what_was_not_read() {
+        for before in [0, EVENT_POWER_BUTTON] {
+            let state = PowerState { events: before, timer_ns: 7 }.in_a_new_generation();
+            let power = Power::restore(state, EventFd::new(libc::EFD_NONBLOCK).unwrap()).unwrap();
+            assert_eq!(power.interrupt.read().unwrap(), 1);
+            let mut data = [0u8; 1];
+            power.read(EVENTS, &mut data);
+            assert_eq!(data, [before | EVENT_GENERATION]);
+        }
     }
 
     #[test]

@@ -15,6 +15,8 @@ use crate::wanted;
 const VSOCK_PORT: u32 = 1024;
 /// Between the save and the restore.
 const GONE: Duration = Duration::from_secs(15);
+/// Where the identifier of the VM's generation is, in 16 bytes each.
+const GENERATION: u64 = form_vmm::layout::GENERATION / 16;
 /// A listener that answers each line with it and the guest's time of day; `sockaddr_vm` is family, reserved, port, cid, flags, zeros.
 const ECHO: &str = "perl -e '$|=1; socket(L,40,1,0) or die; bind(L,pack(q(SSLLCx3),40,0,1024,0xffffffff,0)) or die; listen(L,5);
         print qq(VSOCK LISTENS\\n); while(accept(C,L)){ my $l=<C>; chomp $l; syswrite(C,qq(ECHO $l ).time()); close C }' &";
@@ -31,7 +33,8 @@ fn script() -> String {
         while :; do n=$((n+1))
           echo $n | dd of=/dev/vda bs=512 seek=8 conv=sync,notrunc,fsync 2>/dev/null
           ping -c 1 -W 2 {host} >/dev/null && p=pong || p=silence
-          echo TICK $n $(first vda) $(first vdb) KEPT=$(cat /tmp/kept) RANDOM=$(head -c 8 /dev/hwrng | wc -c) $p CPUS=$(grep -c ^processor /proc/cpuinfo) END
+          g=$(dd if=/dev/mem bs=16 skip={GENERATION} count=1 2>/dev/null | hexdump -v -e '/1 \"%02x\"')
+          echo TICK $n GEN=$g $(first vda) $(first vdb) KEPT=$(cat /tmp/kept) RANDOM=$(head -c 8 /dev/hwrng | wc -c) $p CPUS=$(grep -c ^processor /proc/cpuinfo) END
           sleep 0.2
         done",
         guest = Tap::GUEST,
@@ -41,6 +44,8 @@ fn script() -> String {
 
 struct Tick {
     number: u64,
+    /// The identifier of the VM's generation, as its guest sees it.
+    generation: String,
     whole: bool,
 }
 
@@ -50,7 +55,8 @@ fn last_tick(log: &str) -> Option<Tick> {
     let words: Vec<&str> = line.split_whitespace().collect();
     Some(Tick {
         number: words.get(1)?.parse().ok()?,
-        whole: words[2..] == ["on-vda", "on-vdb", "KEPT=1", "RANDOM=8", "pong", "CPUS=2", "END"],
+        generation: words.get(2).filter(|word| word.len() == "GEN=".len() + 32).map(|word| (*word).to_owned()).unwrap_or_default(),
+        whole: words.get(3..)? == ["on-vda", "on-vdb", "KEPT=1", "RANDOM=8", "pong", "CPUS=2", "END"],
     })
 }
 
@@ -180,7 +186,12 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     let log = again.log();
     let first = last_tick(&log).unwrap();
     assert!(first.number > saved.number, "{log}");
+    // As it was at its start and while it went on itself; as another VM another one, which the tick that was under way may not have seen.
+    assert_eq!(before.generation, saved.generation);
+    assert!(!before.generation.is_empty() && before.generation.trim_matches('0') != "GEN=", "{}", before.generation);
     again.await_log("whole ticks after the restore", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number > first.number + 2));
+    let later = last_tick(&again.log()).unwrap().generation;
+    assert!(!later.is_empty() && later != saved.generation, "{later}");
     let lost = echo(&again, "after") - behind;
     assert!(lost.unsigned_abs() < GONE.as_secs() / 2, "the guest's clock lost {lost} s on the way, {behind} s before");
     again.client().balloon(8).unwrap();
@@ -200,7 +211,9 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     std::thread::sleep(Duration::from_secs(1));
     assert_eq!(held.log(), "");
     held.client().resume().unwrap();
-    held.await_log("a tick of the second copy", |log| last_tick(log).is_some_and(|tick| tick.whole));
+    held.await_log("a tick of the second copy", |log| {
+        last_tick(log).is_some_and(|tick| tick.whole && ![&saved.generation, &later].contains(&&tick.generation))
+    });
 }
 
 fn damaged_states_are_refused(vm: &Vm, whole: &Shape, state: &File, memory: &File) {
