@@ -76,6 +76,15 @@ pub fn local_images(typed: &OsStr) -> Vec<CompletionCandidate> {
     candidates(records.into_iter().map(|record| format!("{}:{}", record.name, record.version)), typed)
 }
 
+/// Those of this machine and those of the host.
+pub fn all_images(typed: &OsStr) -> Vec<CompletionCandidate> {
+    let mut both = local_images(typed);
+    both.extend(images(typed));
+    both.sort();
+    both.dedup();
+    both
+}
+
 pub fn volumes(typed: &OsStr) -> Vec<CompletionCandidate> {
     let names = ask(|client| async move { Ok(client.volumes().await?.into_iter().map(|volume| volume.name.to_string()).collect()) });
     candidates(names, typed)

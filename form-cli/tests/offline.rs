@@ -535,7 +535,8 @@ fn an_image_goes_by_a_file_to_another_machine() {
 
     let taken = here.run(&["image", "export", "web", "web.tar", "-o", "json"]);
     assert_eq!((taken.code, error(&taken)["message"].as_str()), (5, Some("web.tar is there already")));
-    assert_eq!(here.run(&["image", "export", "web:2", "other.tar"]).code, 3);
+    let missing = here.run(&["image", "export", "web:2", "other.tar", "-o", "json"]);
+    assert!(missing.code == 3 && error(&missing)["hint"].as_str().unwrap().contains("--from-host"), "{missing:?}");
     assert_eq!(here.run(&["image", "import", "none.tar"]).code, 3);
     for nothing in ["Formfile", "home"] {
         let refused = here.run(&["image", "import", nothing, "-o", "json"]);

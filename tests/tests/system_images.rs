@@ -5,7 +5,10 @@ use std::{
     process::{Command, Stdio},
 };
 
-use form_tests::host::{Host, SERVE, enter_own_network, wait};
+use form_tests::{
+    disk::SmallDisk,
+    host::{Host, SERVE, enter_own_network, wait},
+};
 use form_types::Failpoint;
 use serde_json::{Value, json};
 
@@ -120,6 +123,73 @@ fn system_a_vm_goes_back_to_what_its_host_keeps_and_to_nothing_else() {
     let gone = host.form(&["rollback", "web", "-y"]).exits(3);
     assert!(gone.stderr.contains("does not have web:1 any more"), "{gone:?}");
     assert_eq!(post(&host, "/v1/vms/web/rollback", &json!({"to": first})).0, "404");
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    host.is_clean();
+}
+
+#[test]
+#[ignore = "needs root, and a kernel bundle in the build cache: tests/run-system"]
+fn system_an_image_that_is_only_on_a_host_is_exported() {
+    enter_own_network();
+    let mut host = Host::new();
+    host.configure(Host::IMPATIENT);
+    host.start_agent();
+    host.stopped_vms(&["web"]);
+    // A machine that has never seen it.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let form = |arguments: &[&str]| {
+        let output = host.form_command(arguments).env("XDG_CACHE_HOME", elsewhere.path()).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let path = |name: &str| host.path(name).to_str().unwrap().to_owned();
+    let (code, _, said) = form(&["image", "export", "web", &path("none.tar")]);
+    assert!(code == Some(3) && said.contains("--from-host"), "{said}");
+    assert_eq!(form(&["image", "export", "nope", &path("none.tar"), "--from-host"]).0, Some(3));
+
+    let (code, exported, said) = form(&["image", "export", "web", &path("there.tar"), "--from-host", "-o", "json"]);
+    assert_eq!(code, Some(0), "{said}");
+    let exported: Value = serde_json::from_str(&exported).unwrap();
+    let image = host.form(&["image", "show", "web", "-o", "json"]).ok().json();
+    assert_eq!((&exported["digest"], &exported["version"]), (&image["digest"], &image["version"]));
+    assert_eq!(form(&["image", "ls", "--local", "-q"]).1, "", "it is no image of that machine");
+    // It is the same file as of the machine that built it.
+    let _ = host.form(&["image", "export", "web", &path("here.tar")]).ok();
+    assert!(fs::read(path("there.tar")).unwrap() == fs::read(path("here.tar")).unwrap());
+    assert_eq!(form(&["image", "export", "web", &path("there.tar"), "--from-host"]).0, Some(5));
+
+    // A full disk: nothing is there, and what was fetched is used by the next try. Two at once take turns.
+    let disk = SmallDisk::mount(&host.path("small"), &host.path("mounted"), 8);
+    disk.fill_but(64);
+    let (code, _, said) = form(&["image", "export", "web", &path("mounted/full.tar"), "--from-host"]);
+    assert!(code == Some(1) && said.contains("free some space on the disk of"), "{said}");
+    assert!(!host.path("mounted/full.tar").exists());
+    drop(disk);
+    std::thread::scope(|scope| {
+        let both = ["one.tar", "two.tar"].map(|name| scope.spawn(move || form(&["image", "export", "web", &path(name), "--from-host"])));
+        for one in both {
+            let (code, _, said) = one.join().unwrap();
+            assert_eq!(code, Some(0), "{said}");
+        }
+    });
+
+    // A block that is damaged on the host is named, and there is no file.
+    let rootfs = host.root().join("var/lib/formation/vm-images").join(image["digest"].as_str().unwrap()).join("root.ext4");
+    // The superblock is there in every image.
+    let write = |bytes: &[u8]| {
+        let mut permissions = fs::metadata(&rootfs).unwrap().permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
+        fs::set_permissions(&rootfs, permissions).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&fs::File::options().write(true).open(&rootfs).unwrap(), bytes, 0).unwrap();
+    };
+    write(b"damaged");
+    let (code, _, said) = form(&["image", "export", "web:1", &path("damaged.tar"), "--from-host"]);
+    assert!(
+        code == Some(1) && said.contains("block 0 of web:1 is damaged on the host") && said.contains("form image verify web:1"),
+        "{said}"
+    );
+    assert!(!host.path("damaged.tar").exists());
+    write(&[0; 7]);
+    assert_eq!(form(&["image", "export", "web:1", &path("mended.tar"), "--from-host"]).0, Some(0));
     let _ = host.form(&["destroy", "web", "-y"]).ok();
     host.is_clean();
 }

@@ -87,11 +87,41 @@ impl BlockFrame {
         length.copy_from_slice(&header[32..]);
         (Digest::from_bytes(digest), u32::from_le_bytes(length))
     }
+
+    /// The blocks of a body that is whole; `None` when it is not.
+    #[must_use]
+    pub fn split(mut body: &[u8]) -> Option<Vec<(Digest, Vec<u8>)>> {
+        let mut frames = Vec::new();
+        while !body.is_empty() {
+            let (header, rest) = body.split_first_chunk()?;
+            let (digest, length) = Self::parse_header(header);
+            let (frame, rest) = rest.split_at_checked(length as usize)?;
+            frames.push((digest, frame.to_vec()));
+            body = rest;
+        }
+        Some(frames)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct BlocksReply {
     pub stored: u64,
+}
+
+/// Asks for blocks of a stored image. The answer is a frame ([`BlockFrame`]) for each, in the order asked; its digest is that of what the
+/// host has there, so that whoever knows the manifest sees which one is damaged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReadBlocksRequest {
+    /// Their numbers from 0: each is 64 KiB of the root file system, the last one what is left of it. From 1 to
+    /// [`ReadBlocksRequest::MAX`] of them.
+    #[schema(min_items = 1, max_items = 64)]
+    pub blocks: Vec<u64>,
+}
+
+impl ReadBlocksRequest {
+    /// 4 MiB: what an agent holds for one answer.
+    pub const MAX: usize = 64;
 }
 
 /// Makes an image, or a kernel bundle, of blocks that are all there.

@@ -54,6 +54,8 @@
 //! | `GET /v1/images` | | `Vec<`[`image::Image`]`>` |
 //! | `GET /v1/images/{reference}` | | [`image::Image`] |
 //! | `GET /v1/images/{reference}/verify` | | [`image::Verification`] |
+//! | `GET /v1/images/{reference}/manifest` | | the manifest's text |
+//! | `POST /v1/images/{reference}/blocks` | [`image::ReadBlocksRequest`] | [`image::BlockFrame`]s |
 //! | `DELETE /v1/images/{reference}` (signed) | | [`operation::Operation`] |
 //! | `POST /v1/images/missing` | [`image::MissingRequest`] | [`image::MissingReply`] |
 //! | `PUT /v1/blocks` | stream of [`image::BlockFrame`] | [`image::BlocksReply`] |

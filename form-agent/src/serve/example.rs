@@ -11,7 +11,7 @@ use form_api::{
     host::{Check, CheckStatus, ClaimRequest, DoctorReport, Host},
     image::{
         BlocksReply, DamagedBlock, Image, ImageConfig, ImportRequest, Kernel, Layer, ManifestReply, MissingReply, MissingRequest,
-        Verification,
+        ReadBlocksRequest, Verification,
     },
     interface::{DetachInterfaceRequest, Interface, InterfaceState},
     operation::{Operation, OperationKind, OperationStatus},
@@ -139,6 +139,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("MoveRequest", json!(MoveRequest { pool: fast.clone() })),
         ("PoolCreateRequest", json!(pool_create(fast))),
         ("PoolSetRequest", json!(pool_set())),
+        ("ReadBlocksRequest", json!(ReadBlocksRequest { blocks: vec![0, 1, 17] })),
         ("ResizeRequest", json!(ResizeRequest { size_bytes: 40 << 30 })),
         ("RestoreRequest", json!(RestoreRequest { snapshot: before.clone() })),
         ("RollbackRequest", json!(RollbackRequest { to: earlier.request.clone() })),

@@ -45,7 +45,11 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
         StoreError::SnapshotExists(_) | StoreError::VolumeSnapshotExists(_) | StoreError::NoSharing(_) => ErrorCode::Conflict,
         StoreError::VolumeSnapshotVersion { .. } | StoreError::VolumeSnapshotDamaged { .. } => ErrorCode::Failed,
         StoreError::SnapshotVersion { .. } | StoreError::SnapshotDamaged { .. } => ErrorCode::Failed,
-        StoreError::Manifest(_) | StoreError::Kernel(_) | StoreError::Block(_) | StoreError::DiskTooSmall { .. } => ErrorCode::Invalid,
+        StoreError::NoBlock(_)
+        | StoreError::Manifest(_)
+        | StoreError::Kernel(_)
+        | StoreError::Block(_)
+        | StoreError::DiskTooSmall { .. } => ErrorCode::Invalid,
         StoreError::VolumeSize(_) | StoreError::VolumeShrinks { .. } | StoreError::VolumeTooLarge { .. } => ErrorCode::Invalid,
         StoreError::MissingBlocks(_) | StoreError::ImageInUse { .. } | StoreError::DiskExists(_) => ErrorCode::Conflict,
         StoreError::VolumeExists(_) | StoreError::VolumeInUse { .. } => ErrorCode::Conflict,
@@ -105,7 +109,7 @@ pub async fn list(State(agent): State<Shared>, request: Request) -> Result<Json<
     .map(Json)
 }
 
-fn found(agent: &Agent, reference: &ImageReference) -> Result<ImageEntry, ApiError> {
+pub(super) fn found(agent: &Agent, reference: &ImageReference) -> Result<ImageEntry, ApiError> {
     agent.store.image(reference).map_err(|error| store_error(&error).hint("list them with `form image ls`"))
 }
 

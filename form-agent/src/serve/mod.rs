@@ -6,6 +6,7 @@ mod event;
 mod example;
 mod host;
 mod image;
+mod image_contents;
 mod interface;
 mod openapi;
 mod operation;
@@ -130,6 +131,8 @@ api! {
     image::config,
     image::remove,
     image::verify,
+    image_contents::manifest,
+    image_contents::blocks,
     image::put_blocks,
     image::put_manifest,
     image::import_kernel,

@@ -37,6 +37,8 @@ pub enum StoreError {
     NoImage(ImageReference),
     #[error("there is no image with digest {}", .0.short())]
     NoImageDigest(Digest),
+    #[error("the image has no block {0}")]
+    NoBlock(u64),
     #[error("there is no kernel with digest {}", .0.short())]
     NoKernel(Digest),
     #[error("VM {} has no root disk", .0.short())]

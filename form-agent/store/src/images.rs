@@ -1,11 +1,12 @@
 //! Stored images: `<root>/vm-images/<digest>/{manifest.json,root.ext4,entry.json}`, all read-only.
 
 use std::{
-    fs,
+    fs::{self, File},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
-use form_bundle::{Manifest, manifest::MAX_MANIFEST_BYTES};
+use form_bundle::{BLOCK_SIZE, Manifest, manifest::MAX_MANIFEST_BYTES};
 use form_types::{Digest, Failpoint, ImageReference, Name, failpoint::reach};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -163,6 +164,40 @@ impl Store {
             return Err(StoreError::NoImageDigest(*digest));
         }
         Ok(Manifest::decode_verified(&read_bounded(&path, MAX_MANIFEST_BYTES)?, digest)?)
+    }
+
+    /// The text of an image's manifest as a file, for who checks it against the digest.
+    ///
+    /// # Errors
+    /// [`StoreError::NoImageDigest`], or those of the file system.
+    pub fn manifest_file(&self, digest: &Digest) -> Result<File> {
+        self.open_of_image(digest, MANIFEST)
+    }
+
+    /// Blocks of an image, by their numbers, as they are on the disk: each with the digest of what is there, compressed.
+    ///
+    /// # Errors
+    /// [`StoreError::NoImageDigest`]; [`StoreError::NoBlock`] when the image has no block of that number.
+    pub fn read_blocks(&self, digest: &Digest, blocks: &[u64]) -> Result<Vec<(Digest, Vec<u8>)>> {
+        let path = self.image_dir(digest).join(ROOTFS);
+        let file = self.open_of_image(digest, ROOTFS)?;
+        let size = file.metadata().map_err(StoreError::io("read", &path))?.len();
+        let mut plain = vec![0; BLOCK_SIZE];
+        let mut read = |block: u64| {
+            let offset = block.checked_mul(BLOCK_SIZE as u64).filter(|offset| *offset < size).ok_or(StoreError::NoBlock(block))?;
+            let length = usize::try_from(size - offset).map_or(BLOCK_SIZE, |left| left.min(BLOCK_SIZE));
+            file.read_exact_at(&mut plain[..length], offset).map_err(StoreError::io("read", &path))?;
+            Ok((Digest::of(&plain[..length]), form_bundle::blocks::compress(&plain[..length])?))
+        };
+        blocks.iter().map(|block| read(*block)).collect()
+    }
+
+    fn open_of_image(&self, digest: &Digest, name: &str) -> Result<File> {
+        let path = self.image_dir(digest).join(name);
+        match File::open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(StoreError::NoImageDigest(*digest)),
+            opened => opened.map_err(StoreError::io("read", &path)),
+        }
     }
 
     /// Removes an image.

@@ -36,6 +36,35 @@ fn an_image_is_its_blocks_sparse_and_read_only() {
 }
 
 #[test]
+fn an_image_is_read_as_it_is_on_the_disk() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    let bytes = rootfs(&[Some(1), None, Some(2)]);
+    let entry = import(&store, "web", &bytes);
+    let read = |blocks: &[u64]| store.read_blocks(&entry.digest, blocks);
+    let plain = |number: usize| &bytes[number * BLOCK_SIZE..(number + 1) * BLOCK_SIZE];
+    for (number, (digest, frame)) in [2, 0, 1].into_iter().zip(read(&[2, 0, 1]).unwrap()) {
+        assert_eq!((digest, form_bundle::blocks::open(&digest, &frame).unwrap().as_slice()), (Digest::of(plain(number)), plain(number)));
+    }
+    for beyond in [3, u64::MAX] {
+        assert!(matches!(read(&[0, beyond]), Err(StoreError::NoBlock(block)) if block == beyond));
+    }
+    let mut text = Vec::new();
+    std::io::Read::read_to_end(&mut store.manifest_file(&entry.digest).unwrap(), &mut text).unwrap();
+    assert_eq!(Digest::of(&text), entry.digest);
+
+    // Its digest says that a block is not what it was, to whoever knows the manifest.
+    fs::set_permissions(&entry.rootfs, Permissions::from_mode(0o644)).unwrap();
+    let mut file = OpenOptions::new().write(true).open(&entry.rootfs).unwrap();
+    file.write_all(b"damaged").unwrap();
+    let (digest, frame) = read(&[0]).unwrap().remove(0);
+    assert!(digest != Digest::of(plain(0)) && form_bundle::blocks::open(&digest, &frame).is_ok());
+    store.remove(&entry.digest, &[]).unwrap();
+    assert!(matches!(read(&[0]), Err(StoreError::NoImageDigest(_))));
+    assert!(matches!(store.manifest_file(&entry.digest), Err(StoreError::NoImageDigest(_))));
+}
+
+#[test]
 fn versions_count_up_and_are_never_given_twice() {
     let root = tempfile::tempdir().unwrap();
     let store = Store::open(root.path()).unwrap();

@@ -21,7 +21,7 @@ use form_types::{Digest, Name};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BuildError, ImageStore,
+    BuildError, Original,
     oci::{OCI_MANIFEST, OciDigest},
 };
 
@@ -136,10 +136,10 @@ pub(crate) fn packs(map: &BlockMap) -> Vec<Vec<Digest>> {
 ///
 /// # Errors
 /// When one is missing or damaged.
-pub(crate) fn pack(store: &ImageStore, digests: &[Digest]) -> Result<Vec<u8>, BuildError> {
+pub(crate) fn pack(original: &Original, digests: &[Digest]) -> Result<Vec<u8>, BuildError> {
     let mut bytes = Vec::new();
     for digest in digests {
-        let frame = store.read_sound_frame(digest)?;
+        let frame = original.frame(digest)?;
         bytes.extend_from_slice(digest.as_bytes());
         bytes.extend_from_slice(&u32::try_from(frame.len()).map_err(|_| BuildError::Block(*digest))?.to_le_bytes());
         bytes.extend_from_slice(&frame);

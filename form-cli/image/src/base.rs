@@ -370,9 +370,7 @@ pub(crate) fn from_tarball(path: &Path, spool: &Spool, cancel: &Cancel) -> Resul
     let mut diff = match &magic[..count] {
         [0x1f, 0x8b, ..] => tarball::read(&mut flate2::read::MultiGzDecoder::new(reader), Origin::Root, spool),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => tarball::read(&mut zstd::Decoder::new(reader).during("read", path)?, Origin::Root, spool),
-        [0xfd, b'7', b'z', b'X', b'Z', 0] => {
-            tarball::read(&mut XzReader::new_mem_limit(reader, true, XZ_MEMORY_KIB), Origin::Root, spool)
-        }
+        [0xfd, b'7', b'z', b'X', b'Z', 0] => tarball::read(&mut XzReader::new_mem_limit(reader, true, XZ_MEMORY_KIB), Origin::Root, spool),
         _ => tarball::read(&mut { reader }, Origin::Root, spool),
     }
     .map_err(|error| if cancel.is_cancelled() { BuildError::Cancelled } else { error })?;

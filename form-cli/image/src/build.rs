@@ -217,6 +217,7 @@ impl Builder {
         self.discard_kernels(&wanted_kernels)?;
         let unwanted: Vec<OsString> = layers.names()?.into_iter().filter(|name| !wanted_layers.contains(name)).collect();
         layers.discard(&unwanted, &sandbox)?;
+        crate::original::discard_passing(&self.paths)?;
         let blobs = BlobStore::new(self.paths.oci()).clear().during("empty", self.paths.oci())?;
         Ok(blobs + BlockStore::new(self.paths.blocks()).sweep(|digest| wanted_blocks.contains(digest))?)
     }

@@ -30,6 +30,13 @@ pub enum BuildError {
     OwnKernel { reason: String },
     #[error("{to} does not take the image")]
     Push { to: String, source: OciError },
+    /// What a host said instead of a part of its image.
+    #[error(transparent)]
+    Host(Box<dyn std::error::Error + Send + Sync>),
+    #[error("block {index} of {image} is damaged on the host: the 64 KiB at byte {} of its file system are not what they were", .index * form_bundle::BLOCK_SIZE as u64)]
+    HostBlock { image: String, index: u64 },
+    #[error("what the host sent is not the manifest of {image}: {reason}")]
+    HostManifest { image: String, reason: String },
     #[error("{path} is there already")]
     Exists { path: PathBuf },
     #[error("interrupted: nothing was left of it")]

@@ -427,7 +427,8 @@ mod tests {
     #[test]
     fn a_kernel_in_xz_is_unpacked() {
         // Calls, whose distances the filter changes.
-        let kernel: Vec<u8> = b"\x7fELF".iter().copied().chain((0..20_000u32).flat_map(|at| [0xE8, at as u8, (at >> 8) as u8, 0, 0])).collect();
+        let kernel: Vec<u8> =
+            b"\x7fELF".iter().copied().chain((0..20_000u32).flat_map(|at| [0xE8, at as u8, (at >> 8) as u8, 0, 0])).collect();
         let mut options = XzOptions::with_preset(1);
         options.prepend_pre_filter(FilterType::BcjX86, 0);
         options.lzma_options.dict_size = 128 << 20;

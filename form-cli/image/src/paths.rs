@@ -8,7 +8,7 @@ use std::{
 /// One directory with everything: `~/.cache/form` unless `XDG_CACHE_HOME` or the caller says otherwise.
 ///
 /// `layers/KEY/` a finished layer · `blocks/ab/DIGEST` compressed blocks · `bases/` what a base resolved to · `oci/` blobs of
-/// registries · `images/NAME/` manifests by
+/// registries · `passing/DIGEST/` blocks of a host's image that is being exported · `images/NAME/` manifests by
 /// version · `kernel/DIGEST/` kernel bundles · `own-kernels/DIGEST/` those of kernels that images bring along · `lock` held by the running build.
 #[derive(Clone, Debug)]
 pub struct CachePaths {
@@ -46,6 +46,11 @@ impl CachePaths {
 
     pub(crate) fn oci(&self) -> PathBuf {
         self.root.join("oci")
+    }
+
+    /// Blocks of images of hosts, on their way to where they are exported to.
+    pub(crate) fn passing(&self) -> PathBuf {
+        self.root.join("passing")
     }
 
     pub(crate) fn images(&self) -> PathBuf {

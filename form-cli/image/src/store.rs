@@ -194,16 +194,6 @@ impl ImageStore {
         self.blocks.read_frame(digest)
     }
 
-    /// As [`ImageStore::read_frame`], checked.
-    ///
-    /// # Errors
-    /// When it is missing or damaged.
-    pub(crate) fn read_sound_frame(&self, digest: &Digest) -> Result<Vec<u8>, BuildError> {
-        let frame = self.blocks.read_frame(digest)?;
-        form_bundle::blocks::open(digest, &frame).map_err(|_| BuildError::Block(*digest))?;
-        Ok(frame)
-    }
-
     /// Writes the root file system of an image as a sparse file.
     ///
     /// # Errors

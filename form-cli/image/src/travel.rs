@@ -1,11 +1,11 @@
 //! Images on their way between machines: as files, and by registries.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
-use form_types::{ImageReference, Name};
+use form_types::Name;
 
 use crate::{
-    BuildError, BuildEvent, BuildObserver, Builder, BuiltImage, Cancel, OciDigest, OciError, OciReference, Registries,
+    BuildError, BuildEvent, BuildObserver, Builder, BuiltImage, Cancel, OciDigest, OciError, OciReference, Original, Registries,
     artifact::{
         layout::{self, Exported},
         take::Taking,
@@ -29,19 +29,27 @@ pub enum Pulled {
 }
 
 impl Builder {
+    /// Whether something can be exported to `to`.
+    ///
+    /// # Errors
+    /// When something is there, or it cannot be looked at.
+    pub fn check_free(to: &Path, is_directory: bool) -> Result<(), BuildError> {
+        layout::check_free(to, is_directory)
+    }
+
     /// Writes an image as an OCI image layout to `to`, which is not there yet: a directory or a tar file. It appears whole or not at all.
     ///
     /// # Errors
-    /// When there is no such image, a block of it is damaged, something is at `to`, the disk is full, or it is cancelled.
+    /// When a block of it is damaged, something is at `to`, the disk is full, or it is cancelled.
     pub fn export(
         &self,
-        image: &ImageReference,
+        original: &Original,
         to: &Path,
         is_directory: bool,
         cancel: &Cancel,
         observer: &mut dyn BuildObserver,
     ) -> Result<Exported, BuildError> {
-        layout::export(&self.store(), image, to, is_directory, cancel, observer)
+        layout::export(original, to, is_directory, cancel, observer)
     }
 
     /// Takes in what [`Builder::export`] wrote, under `name` when one is given.
@@ -63,17 +71,17 @@ impl Builder {
     /// Sends an image to a registry, under the tag of `reference`. What the registry has is not sent again.
     ///
     /// # Errors
-    /// When there is no such image, a block of it is damaged, the registry does not take it, or it is cancelled.
+    /// When a block of it is damaged, the registry does not take it, or it is cancelled.
     pub fn push(
         &self,
-        image: &ImageReference,
+        original: &Arc<Original>,
         reference: &OciReference,
         registries: &Registries,
         cancel: &Cancel,
         observer: &mut dyn BuildObserver,
     ) -> Result<Pushed, BuildError> {
         let mut line = |line: &str| observer.event(BuildEvent::Output { line });
-        artifact::push(&self.store(), image, reference, registries, cancel, &mut line)
+        artifact::push(original, reference, registries, cancel, &mut line)
     }
 
     /// Takes in what [`Builder::push`] sent, under `name` when one is given. What was fetched before it broke off is not fetched again.

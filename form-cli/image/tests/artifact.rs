@@ -43,7 +43,8 @@ impl Machine {
 
     fn export(&self, image: &str, to: &Path) -> Result<form_image::Exported, BuildError> {
         let is_directory = to.extension().is_none();
-        self.builder().export(&image.parse().unwrap(), to, is_directory, &Cancel::new(), &mut silent)
+        let original = self.builder().original(&image.parse().unwrap())?;
+        self.builder().export(&original, to, is_directory, &Cancel::new(), &mut silent)
     }
 
     fn import(&self, from: &Path, name: Option<&str>) -> Result<BuiltImage, BuildError> {
@@ -146,7 +147,8 @@ fn what_is_there_is_not_written_over() {
     let before = fs::read_dir(machine.directory.path()).unwrap().count();
     let cancel = Cancel::new();
     cancel.cancel();
-    let stopped = machine.builder().export(&"web".parse().unwrap(), &machine.path("y.tar"), false, &cancel, &mut silent);
+    let original = machine.builder().original(&"web".parse().unwrap()).unwrap();
+    let stopped = machine.builder().export(&original, &machine.path("y.tar"), false, &cancel, &mut silent);
     assert!(matches!(stopped, Err(BuildError::Interrupted)), "{stopped:?}");
     fs::write(&files(&machine.path("cache/blocks"))[0], "damaged").unwrap();
     for target in ["y.tar", "y"] {
@@ -238,4 +240,80 @@ fn an_interrupted_import_leaves_what_was_there() {
     fs::write(there.path("cache/blocks").join(&digest[..2]).join(&digest), "damaged").unwrap();
     there.import(&here.path("web.tar"), Some("copy")).unwrap();
     assert!(there.builder().store().verify(&"copy".parse().unwrap()).unwrap().bad.is_empty());
+}
+
+/// A host that has the image of `Machine`, and how many blocks it has given.
+struct Giver<'a> {
+    machine: &'a Machine,
+    image: &'a BuiltImage,
+    given: usize,
+    /// It breaks off after so many.
+    most: usize,
+    damaged: Option<u64>,
+}
+
+impl Giver<'_> {
+    fn give(&mut self, blocks: &[u64]) -> Result<Vec<form_image::Frame>, BuildError> {
+        let store = self.machine.builder().store();
+        let map = &self.image.manifest.rootfs.blocks;
+        let mut frames = Vec::new();
+        for block in blocks {
+            if self.given == self.most {
+                return Err(BuildError::Host("the host is away".into()));
+            }
+            self.given += 1;
+            let mut plain = store.read_block(map.get(*block).unwrap())?;
+            if self.damaged == Some(*block) {
+                plain[0] ^= 1;
+            }
+            frames.push((form_types::Digest::of(&plain), form_bundle::blocks::compress(&plain).unwrap()));
+        }
+        Ok(frames)
+    }
+
+    fn exported(&mut self, by: &Machine, to: &Path) -> Result<form_image::Exported, BuildError> {
+        let text = fs::read(self.machine.path("cache/images/web/1.json")).unwrap();
+        let image = form_image::HostImage { name: self.image.name.clone(), version: 7, digest: self.image.digest, text };
+        let builder = by.builder();
+        let original = builder.fetched(image, 4, &mut |blocks| self.give(blocks), &Cancel::new(), &mut silent)?;
+        let exported = builder.export(&original, to, false, &Cancel::new(), &mut silent)?;
+        original.arrived()?;
+        Ok(exported)
+    }
+}
+
+#[test]
+fn an_image_of_a_host_is_exported_without_becoming_one_of_this_machine() {
+    let (here, there) = (Machine::new(), Machine::new());
+    let image = here.build("one");
+    here.export("web", &here.path("web.tar")).unwrap();
+    let count = image.manifest.rootfs.blocks.digests().len();
+    let mut host = Giver { machine: &here, image: &image, given: 0, most: 6, damaged: None };
+
+    // It breaks off: no file, and what came need not come again.
+    let to = there.path("web.tar");
+    assert!(matches!(host.exported(&there, &to), Err(BuildError::Host(_))));
+    assert!(!to.exists() && files(&there.path("cache/passing")).len() == 4);
+    host.most = usize::MAX;
+    let exported = host.exported(&there, &to).unwrap();
+    assert_eq!((exported.version, exported.digest, host.given), (7, image.digest, 6 + count - 4));
+    assert!(fs::read(&to).unwrap() == fs::read(here.path("web.tar")).unwrap(), "it is another file than the one that its builder writes");
+    assert!(files(&there.path("cache/passing")).is_empty());
+    assert!(there.builder().store().list().unwrap().is_empty() && files(&there.path("cache/blocks")).is_empty());
+
+    // What is here is not asked for; what is damaged there is named, and makes no file.
+    there.import(&to, None).unwrap();
+    host.given = 0;
+    host.exported(&there, &there.path("again.tar")).unwrap();
+    assert_eq!(host.given, 0);
+    let other = Machine::new();
+    let last = image.manifest.rootfs.blocks.iter().last().unwrap().0;
+    host.damaged = Some(last);
+    let error = host.exported(&other, &other.path("web.tar")).unwrap_err();
+    assert!(matches!(&error, BuildError::HostBlock { image, index } if image == "web:7" && *index == last), "{error:?}");
+    assert!(!other.path("web.tar").exists());
+    // What is left of it goes with the rest that nothing needs.
+    assert!(!files(&other.path("cache/passing")).is_empty());
+    other.builder().prune(&mut silent).unwrap();
+    assert!(files(&other.path("cache/passing")).is_empty());
 }

@@ -167,7 +167,8 @@ fn a_disk_becomes_an_image_with_its_own_kernel() {
 
     // It travels, and is made anew where it arrives.
     let there = Machine::new();
-    machine.builder().export(&"cloud:1".parse().unwrap(), &machine.path("x.tar"), false, &Cancel::new(), &mut silent).unwrap();
+    let original = machine.builder().original(&"cloud:1".parse().unwrap()).unwrap();
+    machine.builder().export(&original, &machine.path("x.tar"), false, &Cancel::new(), &mut silent).unwrap();
     let renamed = "other".parse().unwrap();
     let arrived = there.builder().import(&machine.path("x.tar"), Some(&renamed), &Cancel::new(), &mut silent).unwrap();
     assert_eq!(arrived.manifest.kernel, Some(own.clone()));

@@ -7,6 +7,7 @@ use std::{
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command as Process, Stdio},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -475,7 +476,8 @@ fn local(project: &mut Project, text: &str) -> BuiltImage {
 
 fn push(project: &Project, image: &str, to: &str) -> Result<form_image::Pushed, BuildError> {
     let reference = OciReference::parse(to, None).unwrap();
-    project.builder().push(&image.parse().unwrap(), &reference, &project.options.registries, &Cancel::new(), &mut |_: BuildEvent<'_>| {})
+    let original = Arc::new(project.builder().original(&image.parse().unwrap())?);
+    project.builder().push(&original, &reference, &project.options.registries, &Cancel::new(), &mut |_: BuildEvent<'_>| {})
 }
 
 fn pull(project: &Project, from: &str, name: Option<&str>) -> Result<Pulled, BuildError> {

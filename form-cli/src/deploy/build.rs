@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use form_api::ErrorCode;
+use form_api::{ErrorCode, client::ClientError};
 use form_bundle::Manifest;
 use form_image::{
     BuildError, BuildEvent, BuildObserver, BuildOptions, Builder, BuiltImage, CachePaths, Cancel, KernelBundle, OciError, kernel as bundles,
@@ -296,6 +296,16 @@ pub fn failure(error: &BuildError) -> Failure {
         BuildError::Cancelled => failure.hint("what was finished is cached: the next build goes on from there"),
         BuildError::Artifact { .. } => failure.hint("nothing of it was kept; write it again with `form image export`, or copy it again"),
         BuildError::OwnKernel { .. } => failure.hint("import the disk again, or build on another base"),
+        BuildError::Host(source) => match source.downcast_ref::<ClientError>() {
+            Some(error) => error.to_api().into(),
+            None => failure,
+        },
+        BuildError::HostBlock { image, .. } => {
+            failure.hint(format!("`form image verify {image}` lists what is damaged; whole blocks of it may be on a machine that built it"))
+        }
+        BuildError::HostManifest { image, .. } => {
+            failure.hint(format!("repeat the command; `form image verify {image}` reads the image again"))
+        }
         BuildError::Exists { .. } => Failure::new(ErrorCode::Conflict, failure.error.message).hint("remove it, or choose another name"),
         BuildError::Registry { source, .. } | BuildError::Push { source, .. } => {
             let failure = Failure::new(code(source), failure.error.message);

@@ -168,8 +168,14 @@ impl Client {
     }
 
     pub(super) async fn json<T: DeserializeOwned>(&self, response: Response<Incoming>) -> Result<T, ClientError> {
-        let bytes = self.whole(response).await?;
+        let bytes = self.whole(response, MAX_ANSWER, self.inner.timeouts.request).await?;
         serde_json::from_slice(&bytes).map_err(|error| self.protocol(error.to_string()))
+    }
+
+    /// An answer of at most `most` bytes, for which there is `limit` time.
+    pub(super) async fn bytes(&self, call: &Call, most: usize, limit: Duration) -> Result<Vec<u8>, ClientError> {
+        let response = self.send(call).await?;
+        Ok(self.whole(response, most, limit).await?.into())
     }
 
     pub(super) async fn lines<T: DeserializeOwned>(&self, call: &Call) -> Result<Lines<T>, ClientError> {
@@ -264,12 +270,12 @@ impl Client {
         asked.await.copied()
     }
 
-    /// Only the first `limit` may pass between an answer's head and its end.
-    async fn whole(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {
-        let limit = self.inner.timeouts.bound(self.inner.timeouts.request);
-        match tokio::time::timeout(limit, Limited::new(response.into_body(), MAX_ANSWER).collect()).await {
+    /// Only `limit` may pass between an answer's head and its end, of at most `most` bytes.
+    async fn whole(&self, response: Response<Incoming>, most: usize, limit: Duration) -> Result<Bytes, ClientError> {
+        let limit = self.inner.timeouts.bound(limit);
+        match tokio::time::timeout(limit, Limited::new(response.into_body(), most).collect()).await {
             Ok(Ok(collected)) => Ok(collected.to_bytes()),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(self.protocol(format!("more than {} MiB", MAX_ANSWER >> 20))),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(self.protocol(format!("more than {} MiB", most >> 20))),
             Ok(Err(error)) => Err(ClientError::Unreachable {
                 target: self.target(),
                 reason: format!("the answer broke off ({error})"),
@@ -281,7 +287,7 @@ impl Client {
 
     async fn refusal(&self, response: Response<Incoming>) -> ClientError {
         let status = response.status();
-        let body = match self.whole(response).await {
+        let body = match self.whole(response, MAX_ANSWER, self.inner.timeouts.request).await {
             Ok(body) => body,
             Err(error) => return error,
         };
@@ -294,7 +300,7 @@ impl Client {
         }
     }
 
-    fn protocol(&self, what: String) -> ClientError {
+    pub(super) fn protocol(&self, what: String) -> ClientError {
         ClientError::Protocol { target: self.target(), what }
     }
 }

@@ -16,7 +16,10 @@ use crate::{
     event::{Event, EventsQuery},
     exec::{EXEC_HEADER, ExecRequest},
     host::{ClaimRequest, DoctorReport, Host},
-    image::{BlocksReply, Image, ImageConfig, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, Verification},
+    image::{
+        BlockFrame, BlocksReply, Image, ImageConfig, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, ReadBlocksRequest,
+        Verification,
+    },
     interface::{DetachInterfaceRequest, Interface},
     operation::{Operation, OperationsQuery, WaitQuery},
     pool::{PoolCreateRequest, PoolSetRequest},
@@ -434,6 +437,24 @@ impl Client {
     /// Has the host read the whole image and compare it with its digests.
     pub async fn verify_image(&self, reference: &ImageReference) -> Result<Verification, ClientError> {
         self.read(&Call::get(format!("/v1/images/{reference}/verify")).limit(IMPORT)).await
+    }
+
+    /// The text of an image's manifest; its BLAKE3 is the image's digest, which is for the caller to check. At most `most` bytes.
+    pub async fn image_manifest(&self, reference: &ImageReference, most: usize) -> Result<Vec<u8>, ClientError> {
+        self.bytes(&Call::get(format!("/v1/images/{reference}/manifest")), most, IMPORT).await
+    }
+
+    /// Blocks of an image, each as the digest of what the host has and its zstd frame, in the order asked. The frames are for the caller
+    /// to check.
+    pub async fn read_blocks(
+        &self,
+        reference: &ImageReference,
+        request: &ReadBlocksRequest,
+    ) -> Result<Vec<(Digest, Vec<u8>)>, ClientError> {
+        let most = request.blocks.len() * (BlockFrame::HEADER + BlockFrame::MAX_COMPRESSED);
+        let answer = self.bytes(&Call::post(format!("/v1/images/{reference}/blocks")).json(request)?, most, IMPORT).await?;
+        let frames = BlockFrame::split(&answer).filter(|frames| frames.len() == request.blocks.len());
+        frames.ok_or_else(|| self.protocol("what it sent is not the blocks that were asked for".to_owned()))
     }
 
     pub async fn remove_image(&self, reference: &ImageReference) -> Result<Operation, ClientError> {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use form_bundle::{Manifest, manifest::MEDIA_TYPE};
-use form_types::{Digest, ImageReference, Name};
+use form_types::{Digest, Name};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -17,7 +17,7 @@ use super::{
     take::{Source, Taken, Taking, renamed},
 };
 use crate::{
-    BuildError, BuildEvent, BuildObserver, BuiltImage, Cancel, ImageStore,
+    BuildError, BuildEvent, BuildObserver, BuiltImage, Cancel, ImageStore, Original,
     block_store::BlockStore,
     error::IoContext,
     oci::{MAX_DOCUMENT, OCI_INDEX, OCI_MANIFEST, OciDigest},
@@ -92,35 +92,37 @@ impl<W: Write> Sink for TarSink<'_, W> {
     }
 }
 
-/// Writes an image to `to`, which is not there yet: a directory (also an empty one that is there) or a tar file. It appears whole or not at all.
-///
-/// # Errors
-/// When there is no such image, a block is damaged, something is at `to`, the disk is full, or it is cancelled.
-pub(crate) fn export(
-    store: &ImageStore,
-    image: &ImageReference,
-    to: &Path,
-    is_directory: bool,
-    cancel: &Cancel,
-    observer: &mut dyn BuildObserver,
-) -> Result<Exported, BuildError> {
-    let exists = || BuildError::Exists { path: to.to_owned() };
+/// Whether an image can be written to `to`: nothing is there, or an empty directory where one is wanted.
+pub(crate) fn check_free(to: &Path, is_directory: bool) -> Result<(), BuildError> {
     let is_free = match fs::symlink_metadata(to) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => true,
         Err(error) => return Err(error).during("examine", to),
         Ok(meta) if is_directory && meta.is_dir() => fs::read_dir(to).during("list", to)?.next().is_none(),
         Ok(_) => false,
     };
-    if !is_free {
-        return Err(exists());
-    }
+    if is_free { Ok(()) } else { Err(BuildError::Exists { path: to.to_owned() }) }
+}
+
+/// Writes an image to `to`, which is not there yet: a directory (also an empty one that is there) or a tar file. It appears whole or not at all.
+///
+/// # Errors
+/// When a block is damaged, something is at `to`, the disk is full, or it is cancelled.
+pub(crate) fn export(
+    original: &Original,
+    to: &Path,
+    is_directory: bool,
+    cancel: &Cancel,
+    observer: &mut dyn BuildObserver,
+) -> Result<Exported, BuildError> {
+    let exists = || BuildError::Exists { path: to.to_owned() };
+    check_free(to, is_directory)?;
     let place = to.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut draft = tempfile::Builder::new();
     draft.prefix(DRAFT);
     if is_directory {
         let draft = draft.permissions(fs::Permissions::from_mode(0o755)).tempdir_in(place).during("create a directory in", place)?;
         fs::create_dir_all(draft.path().join("blobs/sha256")).during("create", draft.path())?;
-        let exported = write(store, image, &mut DirectorySink(draft.path()), cancel, observer)?;
+        let exported = write(original, &mut DirectorySink(draft.path()), cancel, observer)?;
         match fs::rename(draft.path(), to) {
             Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory) => return Err(exists()),
             renamed => renamed.during("create", to)?,
@@ -130,7 +132,7 @@ pub(crate) fn export(
     let draft = draft.permissions(fs::Permissions::from_mode(0o666)).tempfile_in(place).during("create a file in", place)?;
     let exported = {
         let mut sink = TarSink { builder: tar::Builder::new(BufWriter::with_capacity(1 << 20, draft.as_file())), path: to };
-        let exported = write(store, image, &mut sink, cancel, observer)?;
+        let exported = write(original, &mut sink, cancel, observer)?;
         let TarSink { builder, .. } = sink;
         let flushed = builder.into_inner().and_then(|buffer| buffer.into_inner().map_err(|error| error.into_error()));
         flushed.and_then(File::sync_all).during("write", to)?;
@@ -143,25 +145,18 @@ pub(crate) fn export(
     }
 }
 
-fn write(
-    store: &ImageStore,
-    image: &ImageReference,
-    sink: &mut dyn Sink,
-    cancel: &Cancel,
-    observer: &mut dyn BuildObserver,
-) -> Result<Exported, BuildError> {
-    let (record, text, manifest) = store.text(image)?;
+fn write(original: &Original, sink: &mut dyn Sink, cancel: &Cancel, observer: &mut dyn BuildObserver) -> Result<Exported, BuildError> {
     sink.add(LAYOUT_FILE, LAYOUT)?;
-    let config = Blob::of(MEDIA_TYPE, &text);
-    sink.add(&blob_path(&config.digest), &text)?;
-    let packs = packs(&manifest.rootfs.blocks);
+    let config = Blob::of(MEDIA_TYPE, &original.text);
+    sink.add(&blob_path(&config.digest), &original.text)?;
+    let packs = packs(&original.manifest.rootfs.blocks);
     let (count, mut layers, mut size) = (packs.len(), Vec::new(), config.size);
     let mut written = std::collections::BTreeSet::new();
     for (index, digests) in packs.iter().enumerate() {
         if cancel.is_cancelled() {
             return Err(BuildError::Interrupted);
         }
-        let bytes = pack(store, digests)?;
+        let bytes = pack(original, digests)?;
         let blob = Blob::of(super::PACK_TYPE, &bytes);
         // Two regions may hold the same.
         if written.insert(blob.digest) {
@@ -171,13 +166,13 @@ fn write(
         observer.event(BuildEvent::Output { line: &format!("pack {} of {count}", index + 1) });
         layers.push(blob);
     }
-    let artifact = serde_json::to_vec(&Artifact::new(&record.name, config, layers))?;
+    let artifact = serde_json::to_vec(&Artifact::new(&original.name, config, layers))?;
     let descriptor = Blob::of(OCI_MANIFEST, &artifact);
     sink.add(&blob_path(&descriptor.digest), &artifact)?;
     let (artifact, size) = (descriptor.digest, size + descriptor.size);
     let index = Index { schema_version: 2, media_type: OCI_INDEX.to_owned(), manifests: vec![descriptor] };
     sink.add(INDEX_FILE, &serde_json::to_vec(&index)?)?;
-    Ok(Exported { name: record.name, version: record.version, digest: record.digest, artifact, size })
+    Ok(Exported { name: original.name.clone(), version: original.version, digest: original.digest, artifact, size })
 }
 
 /// A layout to read.

@@ -4,10 +4,11 @@ use std::{
     collections::BTreeSet,
     fs::File,
     io::{self, Read},
+    sync::Arc,
 };
 
 use form_bundle::manifest::MEDIA_TYPE;
-use form_types::{Digest, ImageReference, Name};
+use form_types::{Digest, Name};
 
 use super::{
     BlobStore, OCI_MANIFEST, OciDigest, OciError, OciReference, Registries,
@@ -15,7 +16,7 @@ use super::{
     pull::{bytes, on_thread},
 };
 use crate::{
-    BuildError, Cancel, ImageStore,
+    BuildError, Cancel, Original,
     artifact::{Artifact, Blob, PACK_TYPE, pack, packs, take::Source},
 };
 
@@ -40,10 +41,9 @@ pub struct Pushed {
 /// Sends an image to a registry, under the tag of `reference`. What the registry has is not sent again.
 ///
 /// # Errors
-/// When there is no such image, a block is damaged, or the registry does not take it.
+/// When a block is damaged, or the registry does not take it.
 pub(crate) fn push(
-    store: &ImageStore,
-    image: &ImageReference,
+    original: &Arc<Original>,
     reference: &OciReference,
     registries: &Registries,
     cancel: &Cancel,
@@ -53,11 +53,11 @@ pub(crate) fn push(
         OciError::Cancelled => BuildError::Interrupted,
         source => BuildError::Push { to: reference.to_string(), source },
     };
-    let (store, image, target, registries, stop) = (store.clone(), image.clone(), reference.clone(), registries.clone(), cancel.clone());
+    let (original, target, registries, stop) = (Arc::clone(original), reference.clone(), registries.clone(), cancel.clone());
     let sent = on_thread(cancel, each_line, move |line| {
         let client = Client::new(&target, &registries, &stop)?.for_writing();
         let mut push = Push { client, line, cancel: &stop, here: BTreeSet::new(), sent: (0, 0), kept: 0 };
-        Ok(match push.image(&store, &image, &target) {
+        Ok(match push.image(&original, &target) {
             Err(Fault::Registry(error)) => return Err(error),
             Err(Fault::Image(error)) => Err(error),
             Ok(pushed) => Ok(pushed),
@@ -96,23 +96,22 @@ struct Push<'a> {
 }
 
 impl Push<'_> {
-    fn image(&mut self, store: &ImageStore, image: &ImageReference, target: &OciReference) -> Result<Pushed, Fault> {
-        let (record, text, manifest) = store.text(image).map_err(BuildError::from)?;
-        let packs = packs(&manifest.rootfs.blocks);
+    fn image(&mut self, original: &Original, target: &OciReference) -> Result<Pushed, Fault> {
+        let packs = packs(&original.manifest.rootfs.blocks);
         let count = packs.len();
         let mut layers = Vec::with_capacity(count);
         for (index, digests) in packs.iter().enumerate() {
-            let bytes = pack(store, digests)?;
+            let bytes = pack(original, digests)?;
             layers.push(self.blob(PACK_TYPE, &bytes, &format!("pack {} of {count}", index + 1))?);
         }
-        let config = self.blob(MEDIA_TYPE, &text, "its manifest")?;
-        let artifact = serde_json::to_vec(&Artifact::new(&record.name, config, layers)).map_err(BuildError::from)?;
+        let config = self.blob(MEDIA_TYPE, &original.text, "its manifest")?;
+        let artifact = serde_json::to_vec(&Artifact::new(&original.name, config, layers)).map_err(BuildError::from)?;
         // Last: whoever finds the tag finds all that it names.
         self.client.put_manifest(&target.target(), OCI_MANIFEST, &artifact)?;
         Ok(Pushed {
-            name: record.name,
-            version: record.version,
-            digest: record.digest,
+            name: original.name.clone(),
+            version: original.version,
+            digest: original.digest,
             reference: target.to_string(),
             artifact: OciDigest::of(&artifact),
             sent_blobs: self.sent.0,

@@ -4,6 +4,7 @@ pub mod export;
 pub mod history;
 pub mod import;
 pub mod ls;
+mod origin;
 pub mod prune;
 pub mod pull;
 pub mod push;

@@ -1,9 +1,11 @@
+use std::sync::Arc;
+
 use clap_complete::engine::ArgValueCompleter;
 use form_image::{BuildError, BuildEvent, Builder, Cancel, OciReference};
 use form_types::{Digest, ImageReference, Name};
 use serde::Serialize;
 
-use super::{failure, store};
+use super::origin::Origin;
 use crate::{
     complete,
     context::registries,
@@ -13,17 +15,20 @@ use crate::{
     ui::{bytes, count},
 };
 
-/// Send an image of this machine to an OCI registry
+/// Send an image to an OCI registry
 ///
-/// It travels as an artifact: `form image pull` takes it in on another machine, with the same digest; container tools cannot run it. What the
+/// It is an image of this machine, or with --from-host one of the host. It travels as an artifact: `form image pull` takes it in on another machine, with the same digest; container tools cannot run it. What the
 /// registry has of it is not sent again. Logins are those of ~/.docker/config.json.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// NAME or NAME:VERSION
-    #[arg(add = ArgValueCompleter::new(complete::local_images))]
+    #[arg(add = ArgValueCompleter::new(complete::all_images))]
     image: ImageReference,
     /// HOST[:PORT]/PATH[:TAG]
     reference: String,
+    /// The host's image, whether this machine has one of that name or not
+    #[arg(long)]
+    from_host: bool,
 }
 
 #[derive(Serialize)]
@@ -39,7 +44,7 @@ struct Pushed {
 }
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
-    store()?.get(&args.image).map_err(|error| failure(&error))?;
+    let origin = Origin::find(&args.image, args.from_host, session).await?;
     let registries = registries()?;
     let reference = OciReference::parse(&args.reference, registries.default.as_deref())
         .map_err(|source| build::failure(&BuildError::Push { to: args.reference.clone(), source }))?;
@@ -51,7 +56,10 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     let sent = observed(session, &cancel, move |observer| {
         let text = format!("sending {} to {reference}", args.image);
         observer.event(BuildEvent::StepStarted { index: 1, total: 1, line: None, text: &text });
-        builder.push(&args.image, &reference, &registries, &stop, observer)
+        let original = Arc::new(origin.open(&builder, &stop, observer)?);
+        let pushed = builder.push(&original, &reference, &registries, &stop, observer)?;
+        original.arrived()?;
+        Ok(pushed)
     });
     let sent = sent.await?;
     let pushed = Pushed {
