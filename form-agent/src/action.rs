@@ -3,6 +3,8 @@
 use form_api::{ApiError, ErrorCode, vm::VmState};
 use form_types::Name;
 
+use crate::desired::DesiredVm;
+
 /// What somebody asks of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -154,11 +156,52 @@ pub const fn judge(action: Action, state: VmState) -> Verdict {
     }
 }
 
-/// Whether there is something to do.
+/// What cannot be asked of a VM that runs a kernel of its own, in whatever state: why not, after "without Formation's guest", and what to do
+/// instead, with `NAME` for the VM's.
+const fn lacks(action: Action) -> Option<(&'static str, &'static str)> {
+    match action {
+        Action::Exec => Some(("which runs commands", "log in at its console: `form vm console NAME`")),
+        Action::Copy => {
+            Some(("which copies files", "bring them to it on a volume, or over the network: `form vm show NAME` says its address"))
+        }
+        Action::Forward => Some(("which leads connections into it", "connect to the address that `form vm show NAME` says")),
+        Action::Logs => Some(("which keeps its log", "see its serial console: `form logs NAME --console`")),
+        Action::Deploy => Some(("which a Formfile is for", "choose another name, or remove it with `form vm rm NAME`")),
+        Action::Clone => Some((
+            "and has no root disk to copy",
+            "make another one with `form vm create --kernel`, with clones of its volumes (NAME's are in `form volume ls`)",
+        )),
+        Action::Start | Action::Stop | Action::Restart | Action::Pause | Action::Resume | Action::Reset | Action::Destroy => None,
+        Action::Rename
+        | Action::Set
+        | Action::Resize
+        | Action::Plug
+        | Action::Snapshot
+        | Action::Restore
+        | Action::Console
+        | Action::Stats => None,
+    }
+}
+
+/// A conflict: `why` follows on "vm/web runs a kernel of its own without Formation's guest".
+pub fn no_guest(name: &Name, why: &str) -> ApiError {
+    ApiError::new(ErrorCode::Conflict, format!("vm/{name} runs a kernel of its own without Formation's guest, {why}"))
+}
+
+/// Whether there is something to do with `vm`, which is in `state`.
 ///
 /// # Errors
+/// A conflict that names the state, or that our guest is not in the VM, and says what to do instead.
+pub fn check_vm(action: Action, state: VmState, vm: &DesiredVm) -> Result<bool, ApiError> {
+    match lacks(action).filter(|_| !vm.request.has_guest()) {
+        Some((why, instead)) => Err(no_guest(vm.name(), why).hint(instead.replace("NAME", vm.name().as_str()))),
+        None => check(action, state, vm.name()),
+    }
+}
+
+/// # Errors
 /// A conflict that names the state and says what to do instead.
-pub fn check(action: Action, state: VmState, name: &Name) -> Result<bool, ApiError> {
+fn check(action: Action, state: VmState, name: &Name) -> Result<bool, ApiError> {
     let hint = match judge(action, state) {
         Verdict::Do => return Ok(true),
         Verdict::Already => return Ok(false),
@@ -221,6 +264,29 @@ mod tests {
                 })
                 .collect();
             assert_eq!(judged, row, "{action:?}");
+        }
+    }
+
+    /// What may not be asked of a VM that runs a kernel of its own, whatever its state.
+    const NEEDS_GUEST: [Action; 6] = [Action::Deploy, Action::Clone, Action::Exec, Action::Copy, Action::Forward, Action::Logs];
+
+    #[test]
+    fn without_a_guest_what_needs_it_is_refused_in_every_state() {
+        let with = crate::testing::vm("web");
+        let mut without = with.clone();
+        without.request = crate::testing::own_kernel("web");
+        for action in Action::ALL {
+            for state in STATES {
+                let judged = check_vm(action, state, &without);
+                if !NEEDS_GUEST.contains(&action) {
+                    assert_eq!(judged, check_vm(action, state, &with), "{action:?} {state:?}");
+                    continue;
+                }
+                let error = judged.unwrap_err();
+                assert_eq!((error.code, error.code.exit_code()), (ErrorCode::Conflict, 5));
+                assert!(error.message.starts_with("vm/web runs a kernel of its own without Formation's guest, "), "{}", error.message);
+                assert!(error.hint.is_some_and(|hint| hint.contains("web") && !hint.contains("NAME")), "{action:?}");
+            }
         }
     }
 

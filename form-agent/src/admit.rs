@@ -2,11 +2,12 @@
 
 use form_api::{ApiError, ErrorCode, deploy::DeployRequest};
 use form_types::{
-    Name,
+    Name, Spec,
     spec::{Protocol, Resources},
 };
+use form_vmm::layout::CMDLINE_MAX;
 
-use crate::headroom;
+use crate::{desired, headroom};
 
 /// What the host has, and what is taken already by the other VMs.
 #[derive(Clone, Debug, Default)]
@@ -33,8 +34,8 @@ pub fn check_valid(request: &DeployRequest) -> Result<(), ApiError> {
     let Resources { vcpus, memory_mib, disk_gib, .. } = spec.resources;
     let ranges = [
         ("vcpus", u64::from(vcpus), u64::from(*Resources::VCPUS.start())..=u64::from(*Resources::VCPUS.end())),
-        ("memory_mib", memory_mib, Resources::MEMORY_MIB),
-        ("disk_gib", disk_gib, Resources::DISK_GIB),
+        ("memory_mib", memory_mib, desired::memory_of(request)),
+        ("disk_gib", disk_gib, if request.has_guest() { Resources::DISK_GIB } else { 0..=0 }),
     ];
     for (field, value, range) in ranges {
         if !range.contains(&value) {
@@ -47,6 +48,29 @@ pub fn check_valid(request: &DeployRequest) -> Result<(), ApiError> {
     }
     if spec.replicas == 0 {
         return Err(ApiError::new(ErrorCode::Invalid, "replicas is 0: ask for 1, or destroy the VM"));
+    }
+    request.cmdline().map_or(Ok(()), |cmdline| check_own_kernel(request, cmdline))
+}
+
+/// What a kernel that knows nothing of us would not do is refused, never passed over.
+fn check_own_kernel(request: &DeployRequest, cmdline: &str) -> Result<(), ApiError> {
+    let invalid = |text: String| Err(ApiError::new(ErrorCode::Invalid, text));
+    let DeployRequest { spec, passwd_hashes, .. } = request;
+    let mut known = Spec::of_own_kernel(spec.name.clone(), spec.resources.vcpus, spec.resources.memory_mib);
+    known.description.clone_from(&spec.description);
+    known.ports.clone_from(&spec.ports);
+    known.replicas = spec.replicas;
+    known.restart.clone_from(&spec.restart);
+    known.labels.clone_from(&spec.labels);
+    if known != *spec || !passwd_hashes.is_empty() {
+        let has = "description, vCPUs, memory, ports, restart policy and labels";
+        return invalid(format!("of a spec a VM that runs a kernel of its own has name, {has}: the rest is for Formation's guest"));
+    }
+    if cmdline.len() >= CMDLINE_MAX {
+        return invalid(format!("the kernel's command line has {} bytes: {} are possible", cmdline.len(), CMDLINE_MAX - 1));
+    }
+    if cmdline.chars().any(char::is_control) {
+        return invalid("the kernel's command line has a control character in it: it is one line".to_owned());
     }
     Ok(())
 }
@@ -121,6 +145,9 @@ pub fn admit(request: &DeployRequest, is_new: bool, capacity: &Capacity) -> Resu
 
 #[cfg(test)]
 mod tests {
+    use form_api::deploy::Boot;
+    use form_types::spec::Volume;
+
     use super::*;
     use crate::testing::request;
 
@@ -161,6 +188,37 @@ mod tests {
             |spec| spec.ports[0].port = 0,
             |spec| spec.ports[0].host_port = Some(0),
             |spec| spec.replicas = 0,
+        ];
+        for (number, change) in wrong.into_iter().enumerate() {
+            assert_eq!(changed(change), Err(ErrorCode::Invalid), "{number}");
+        }
+    }
+
+    #[test]
+    fn an_own_kernel_has_no_more_than_it_can_use() {
+        let own = crate::testing::own_kernel("web");
+        assert_eq!(check_valid(&own), Ok(()));
+        let changed = |change: fn(&mut DeployRequest)| {
+            let mut own = own.clone();
+            change(&mut own);
+            check_valid(&own).map_err(|error| error.code)
+        };
+        let allowed: [fn(&mut DeployRequest); 4] = [
+            |own| own.spec.resources.memory_mib = 16,
+            |own| own.spec.ports = crate::testing::request("web").spec.ports,
+            |own| drop(own.spec.labels.insert("a".to_owned(), "b".to_owned())),
+            |own| own.boot = Boot::Own { cmdline: String::new() },
+        ];
+        assert!(allowed.into_iter().all(|change| changed(change) == Ok(())));
+        let wrong: [fn(&mut DeployRequest); 8] = [
+            |own| own.spec.resources.memory_mib = 15,
+            |own| own.spec.resources.disk_gib = 5,
+            |own| own.spec.entrypoint = vec!["/bin/sh".to_owned()],
+            |own| own.spec.volumes = vec![Volume { name: "data".parse().unwrap(), path: "/data".to_owned(), size_bytes: None }],
+            |own| drop(own.passwd_hashes.insert("ada".to_owned(), "$6$".to_owned())),
+            |own| own.boot = Boot::Own { cmdline: "x".repeat(2048) },
+            |own| own.boot = Boot::Own { cmdline: "a\nb".to_owned() },
+            |own| own.boot = Boot::Own { cmdline: "a\0b".to_owned() },
         ];
         for (number, change) in wrong.into_iter().enumerate() {
             assert_eq!(changed(change), Err(ErrorCode::Invalid), "{number}");

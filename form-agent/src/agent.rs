@@ -330,7 +330,11 @@ impl Agent {
     pub fn vm(&self, desired: &DesiredVm) -> Vm {
         let observed = self.fleet.observed(&desired.id).unwrap_or_else(Observed::new);
         let spec = &desired.request.spec;
-        let image = self.store.by_digest(&desired.request.image).ok();
+        let image = desired.request.image().map(|image| {
+            let entry = self.store.by_digest(image).ok();
+            let name = entry.as_ref().map_or_else(|| spec.name.clone(), |entry| entry.name.clone());
+            ImageReference { name, version: entry.map(|entry| entry.version) }
+        });
         let ports = spec.ports.iter().map(|port| form_api::vm::PublishedPort {
             port: port.port,
             protocol: port.protocol,
@@ -341,11 +345,8 @@ impl Agent {
             name: spec.name.clone(),
             host: desired.host,
             host_name: self.name.clone(),
-            image: ImageReference {
-                name: image.as_ref().map_or_else(|| spec.name.clone(), |image| image.name.clone()),
-                version: image.map(|image| image.version),
-            },
-            image_digest: desired.request.image,
+            image,
+            image_digest: desired.request.image().copied(),
             state: observed.state,
             ready: observed.ready,
             health: observed.health,

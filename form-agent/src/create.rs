@@ -5,12 +5,13 @@ use std::{fs, io, sync::PoisonError};
 
 use form_api::{
     ApiError, ErrorCode,
-    deploy::{CreateVmRequest, DeployRequest, ForkOf, RollbackRequest},
+    deploy::{CreateVmRequest, DeployRequest, ForkOf, GivenVolume, RollbackRequest},
     operation::OperationKind,
     vm::VmState,
 };
-use form_store::StoreError;
-use form_types::{Failpoint, Name, VmId, failpoint::reach};
+use form_bundle::pvh;
+use form_store::{KernelEntry, StoreError};
+use form_types::{Digest, Failpoint, Name, VmId, failpoint::reach};
 
 use crate::{
     action::{self, Action},
@@ -22,6 +23,7 @@ use crate::{
     kept,
     serve::store_error,
     snapshot::{Details, restore},
+    volume,
 };
 
 /// Where versions come from, for who finds none.
@@ -52,6 +54,8 @@ pub enum Origin {
     Disk(Name),
     /// Another VM as it was.
     Snapshot(ForkOf),
+    /// A kernel of its own, and disks.
+    Kernel(Vec<GivenVolume>),
 }
 
 impl Wanted {
@@ -67,8 +71,13 @@ impl Wanted {
     /// When it asks for two things that exclude each other.
     pub fn create(create: CreateVmRequest) -> Result<Self, ApiError> {
         let invalid = |text: &str, hint: &str| Err(ApiError::new(ErrorCode::Invalid, text).hint(hint));
+        if create.vm.has_guest() && !create.volumes.is_empty() {
+            return invalid("`volumes` are for a VM that runs a kernel of its own", "attach them when the VM is there");
+        }
         let origin = match (create.disk_of, create.fork_of) {
-            (None, None) => Origin::Image,
+            (None, None) if create.vm.has_guest() => Origin::Image,
+            (None, None) => Origin::Kernel(create.volumes),
+            _ if !create.volumes.is_empty() => return invalid("a copy is made without volumes", "leave `volumes` out"),
             (Some(source), None) => Origin::Disk(source),
             (None, Some(_)) if !create.start => return invalid("a VM that goes on from a snapshot is started", "leave `start` out"),
             (None, Some(fork)) => Origin::Snapshot(fork),
@@ -106,11 +115,23 @@ impl Wanted {
         match &self.how {
             How::Deploy => OperationKind::Deploy,
             How::Rollback => OperationKind::VmRollback,
-            How::Create { origin: Origin::Image, .. } => OperationKind::VmCreate,
+            How::Create { origin: Origin::Image | Origin::Kernel(_), .. } => OperationKind::VmCreate,
             How::Create { origin: Origin::Disk(_), .. } => OperationKind::VmClone,
             How::Create { origin: Origin::Snapshot(_), .. } => OperationKind::VmFork,
         }
     }
+}
+
+/// Whether a VM can be started with that kernel alone.
+///
+/// # Errors
+/// Invalid, with what to do.
+pub fn check_kernel(kernel: &KernelEntry) -> Result<(), ApiError> {
+    let content = fs::read(&kernel.vmlinux).map_err(|error| internal(&error))?;
+    if pvh::has_entry(&content) {
+        return Ok(());
+    }
+    Err(ApiError::new(ErrorCode::Invalid, "the kernel is no ELF file with a PVH entry, and cannot be started here").hint(pvh::WHAT_TO_DO))
 }
 
 /// Whether it can be asked for now.
@@ -120,21 +141,26 @@ impl Wanted {
 pub fn check(agent: &Agent, wanted: &Wanted) -> Result<(), ApiError> {
     let (view, name) = (agent.view(), wanted.name());
     let there = desired::vm_named(&view, name);
+    if matches!(wanted.how, How::Deploy | How::Rollback) && !wanted.request.has_guest() {
+        return Err(ApiError::new(ErrorCode::Invalid, "a VM that runs a kernel of its own is made, and not deployed")
+            .hint("make it with `form vm create --kernel`"));
+    }
     if wanted.how == How::Deploy {
         let Some(vm) = there else { return Ok(()) };
-        return action::check(Action::Deploy, state(agent, &vm.id), name).map(drop);
+        return action::check_vm(Action::Deploy, state(agent, &vm.id), &vm).map(drop);
     }
     if wanted.how == How::Rollback {
         let vm = agent.vm_named(name)?;
-        action::check(Action::Deploy, state(agent, &vm.id), name)?;
+        action::check_vm(Action::Deploy, state(agent, &vm.id), &vm)?;
         return was_so(agent, &vm, &wanted.request);
     }
     is_new(there.as_ref())?;
     match wanted.origin() {
         Origin::Image => Ok(()),
+        Origin::Kernel(volumes) => volume::operate::of_create(agent, volumes, name),
         Origin::Disk(source) => {
             let source = here(agent, source)?;
-            action::check(Action::Clone, state(agent, &source.id), source.name())?;
+            action::check_vm(Action::Clone, state(agent, &source.id), &source)?;
             fits(agent, &source, &wanted.request)
         }
         Origin::Snapshot(fork) => restore::check_fork(agent, &here(agent, &fork.vm)?, &fork.snapshot, &wanted.request).map(drop),
@@ -192,10 +218,10 @@ fn fits(agent: &Agent, source: &DesiredVm, request: &DeployRequest) -> Result<()
         Err(error) if error.kind() == io::ErrorKind::NotFound => source.request.clone(),
         Err(error) => return Err(internal(&error)),
     };
-    if agent.root_of(&made_from.image) != agent.root_of(&request.image) {
+    if made_from.image().map(|image| agent.root_of(image)) != request.image().map(|image| agent.root_of(image)) {
         let name = source.name();
         return conflict(
-            format!("the disk of vm/{name} was not made from the image {}", request.image.short()),
+            format!("the disk of vm/{name} was not made from the image {}", request.image().map(Digest::short).unwrap_or_default()),
             format!("name the image that `form vm show {name} -o wide` shows"),
         );
     }
@@ -252,7 +278,7 @@ pub fn copy_disk<'a>(agent: &'a Agent, source: &Name, vm: VmId, request: &Deploy
     let turn = agent.disk_turn(&source.id);
     let _held = turn.lock().unwrap_or_else(PoisonError::into_inner);
     // Its driver says that it starts before it takes the turn.
-    action::check(Action::Clone, state(agent, &source.id), source.name())?;
+    action::check_vm(Action::Clone, state(agent, &source.id), &source)?;
     fits(agent, &source, request)?;
     let made = begin(agent, vm, request)?;
     match agent.store.clone_disk(&source.id, &vm) {

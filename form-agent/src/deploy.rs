@@ -99,7 +99,7 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, wanted: Wanted) -> Result<Oper
         Begun::Repeated(operation) => return Ok(*operation),
         Begun::New(id) => id,
     };
-    if *wanted.origin() != Origin::Image {
+    if matches!(wanted.origin(), Origin::Disk(_) | Origin::Snapshot(_)) {
         // A copy may take its time.
         let (agent, caller) = (Arc::clone(agent), caller.clone());
         let runtime = tokio::runtime::Handle::current();
@@ -130,17 +130,20 @@ fn check_parts(agent: &Agent, wanted: &Wanted) -> Result<(), ApiError> {
         let name = wanted.name();
         let hint = match wanted.how {
             How::Rollback => format!("see what is left with `form rollback {name} --list`, or build that version again and deploy it"),
+            How::Create { origin: Origin::Kernel(_), .. } => "run `form vm create --kernel`, which uploads it".to_owned(),
             How::Deploy | How::Create { .. } => "run `form deploy`, which uploads it".to_owned(),
         };
         Err(ApiError::new(ErrorCode::NotFound, format!("the host does not have {what}")).hint(hint))
     };
-    if agent.store.by_digest(&request.image).is_err() {
-        return missing(&format!("the image {}", request.image.short()));
+    if let Some(image) = request.image()
+        && agent.store.by_digest(image).is_err()
+    {
+        return missing(&format!("the image {}", image.short()));
     }
-    if agent.store.kernel(&request.kernel).is_err() {
+    let Ok(kernel) = agent.store.kernel(&request.kernel) else {
         return missing(&format!("the kernel bundle {}", request.kernel.short()));
-    }
-    Ok(())
+    };
+    if request.has_guest() { Ok(()) } else { create::check_kernel(&kernel) }
 }
 
 /// Where a deploy leads: the VM, the start that it waits for, and the way back.
@@ -163,7 +166,7 @@ fn record(agent: &Agent, caller: &Caller, wanted: &Wanted, id: OperationId) -> R
             Some(create::copy_disk(agent, source, new, request)?)
         }
         Origin::Snapshot(fork) => Some(create::share_snapshot(agent, fork, new, request)?),
-        Origin::Image => None,
+        Origin::Image | Origin::Kernel(_) => None,
     };
     let _admission = agent.admission();
     let before = desired::vm_named(&agent.view(), name);
@@ -177,6 +180,9 @@ fn record(agent: &Agent, caller: &Caller, wanted: &Wanted, id: OperationId) -> R
     admit::admit(request, before.is_none(), &agent.capacity(Some(name))?)?;
     check_ports(request, before.as_ref())?;
     volume::operate::of_deploy(agent, request)?;
+    if let Origin::Kernel(volumes) = wanted.origin() {
+        volume::operate::of_create(agent, volumes, name)?;
+    }
     let vm = before.as_ref().map_or(new, |vm| vm.id);
     let previous = before.as_ref().and_then(|vm| kept::previous(agent, vm));
     let remember = |recorded: bool| {
@@ -318,7 +324,7 @@ fn is_on_the_way_back(desired: &DesiredVm, previous: &Previous) -> bool {
     if previous.changes.is_empty() {
         desired.request == old
     } else {
-        (desired.request.image, desired.request.kernel) == (old.image, old.kernel)
+        (&desired.request.boot, desired.request.kernel) == (&old.boot, old.kernel)
     }
 }
 
@@ -345,6 +351,8 @@ async fn become_healthy(agent: &Agent, id: Option<OperationId>, target: &Target)
         if let Some(observed) = agent.fleet.observed(&target.vm).filter(|observed| observed.boot == Some(target.boot)) {
             let step = match (observed.state, observed.ready, observed.health) {
                 (VmState::Running, true, Health::None | Health::Healthy) if observed.fault.is_none() => return Ok(()),
+                // More cannot be known.
+                (VmState::Running, ..) if !desired.request.has_guest() => return Ok(()),
                 _ if observed.gave_up => {
                     return failed(format!("vm/{} does not run: {}", target.name, observed.fault.as_deref().unwrap_or("it has ended")));
                 }

@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{Ipv4Addr, Ipv6Addr},
+    ops::RangeInclusive,
     sync::LazyLock,
 };
 
@@ -19,7 +20,7 @@ use form_state::{Claim, Document, Record, RecordId, Refusal, Rules, Scalar, Sign
 use form_types::{
     ClusterId, Digest, DiskLimits, HostId, Name, PublicKey, VmId, VmLimits,
     limits::{self, LimitError},
-    spec::{Restart, RestartPolicy},
+    spec::{Resources, Restart, RestartPolicy},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -31,7 +32,6 @@ use crate::{
 
 /// As [`form_vmm::config::VmConfig`] has them.
 const MAX_VCPUS: u32 = 128;
-const MIN_MEMORY_MIB: u64 = 128;
 
 /// [`DesiredVm::starts`] of a new VM.
 const FIRST_START: u64 = 1;
@@ -209,6 +209,11 @@ pub fn with_memory(request: &DeployRequest, memory_mib: u64) -> DeployRequest {
     changed
 }
 
+/// How much memory such a VM may have, in MiB.
+pub const fn memory_of(request: &DeployRequest) -> RangeInclusive<u64> {
+    if request.has_guest() { Resources::MEMORY_MIB } else { Resources::OWN_KERNEL_MEMORY_MIB }
+}
+
 /// The request of a VM that has got another name, with what refers to the old one.
 pub fn renamed(request: &DeployRequest, name: &Name) -> DeployRequest {
     DeployRequest { spec: request.spec.clone().renamed(name), ..request.clone() }
@@ -239,8 +244,9 @@ pub fn with_set(request: &DeployRequest, set: &SetRequest) -> Result<DeployReque
         changed.spec.resources.vcpus = vcpus;
     }
     if let Some(memory) = set.memory_mib {
-        if memory < MIN_MEMORY_MIB {
-            return Err(format!("{memory} MiB of memory: at least {MIN_MEMORY_MIB} are needed"));
+        let least = *memory_of(request).start();
+        if memory < least {
+            return Err(format!("{memory} MiB of memory: at least {least} are needed"));
         }
         changed.spec.resources.memory_mib = memory;
     }
@@ -473,12 +479,22 @@ impl AgentRules {
         // A copy of a VM may do as much as that.
         let mut limits = VmLimits::default();
         let mut interfaces = BTreeMap::new();
+        if create.vm.has_guest() && !create.volumes.is_empty() {
+            return Err(Refusal::new("only a VM that runs a kernel of its own is made with volumes"));
+        }
         match vms(view).into_values().find(|vm| vm.id == id || vm.name() == name) {
             Some(vm) if vm.id == id && vm.name() == name => asked.authority.may_change(&vm)?,
             Some(vm) => return Err(Refusal::new(format!("there is a vm/{} already", vm.name()))),
             None => {
                 let source = match (&create.disk_of, &create.fork_of) {
-                    (None, None) => return self.deploy(&create.vm, run, asked, view),
+                    (None, None) => {
+                        let mut writes = self.deploy(&create.vm, run, asked, view)?;
+                        writes.extend(volume::rules::given(&create.volumes, (&id, name), &HostId::of(&asked.claim.author), view)?);
+                        return Ok(writes);
+                    }
+                    _ if !create.vm.has_guest() => {
+                        return Err(Refusal::new("a VM that runs a kernel of its own is no copy of another one"));
+                    }
                     (Some(source), None) => source,
                     (None, Some(fork)) if create.start => &fork.vm,
                     _ => return Err(Refusal::new("a VM is a copy of a disk or goes on from a snapshot, and what goes on is started")),
@@ -509,6 +525,9 @@ impl AgentRules {
         let new_id = &VmId::derive(signer, key, name.as_str());
         let text = serde_json::to_string(deploy).map_err(|error| Refusal::new(error.to_string()))?;
         if let Some(vm) = vm_named(view, name) {
+            if vm.request.has_guest() != deploy.has_guest() {
+                return Err(Refusal::new(format!("vm/{name} runs a kernel of its own, or is to: that is decided when a VM is made")));
+            }
             let mut writes = vec![
                 Write::put(Table::Vms, vm.id, "request", text),
                 Write::put(Table::Vms, vm.id, "run", run.as_str()),

@@ -125,8 +125,12 @@ pub fn previous(agent: &Agent, vm: &DesiredVm) -> Option<Previous> {
 
 /// Remembers that the VM became healthy by `request`, and what it was before.
 pub fn keep(agent: &Agent, vm: &VmId, request: &SignedRequest, boot: Digest) {
+    if Wanted::read(request).is_some_and(|wanted| !wanted.request.has_guest()) {
+        // Nothing can be deployed over it.
+        return;
+    }
     let previous = Previous { request: request.clone(), boot, changes: Vec::new() };
-    let image = Wanted::read(request).and_then(|wanted| reference(agent, &wanted.request.image));
+    let image = Wanted::read(request).and_then(|wanted| reference(agent, wanted.request.image()?));
     let now = Timestamp::now();
     let kept = match read(agent, vm) {
         Some(kept) => kept.followed_by(previous, image, now),
@@ -154,7 +158,7 @@ fn reference(agent: &Agent, image: &Digest) -> Option<ImageReference> {
 pub fn versions(agent: &Agent, vm: &DesiredVm) -> Vec<VmVersion> {
     let all = read(agent, &vm.id).map(|kept| kept.all(vm.name())).unwrap_or_default();
     let version = |one: Earlier| {
-        let there = reference(agent, &one.request.image);
+        let there = one.request.image().and_then(|image| reference(agent, image));
         VmVersion {
             is_there: there.is_some() && agent.store.kernel(&one.request.kernel).is_ok(),
             image: there.or(one.image),
@@ -170,8 +174,10 @@ pub fn images(agent: &Agent) -> BTreeMap<Digest, Vec<Name>> {
     let mut images: BTreeMap<Digest, Vec<Name>> = BTreeMap::new();
     for vm in desired::vms(&agent.view()).into_values().filter(|vm| vm.host == agent.host_id()) {
         let all = read(agent, &vm.id).map(|kept| kept.all(vm.name())).unwrap_or_default();
-        for one in without(all, &vm.request).into_iter().filter(|one| one.request.image != vm.request.image) {
-            let names = images.entry(one.request.image).or_default();
+        for image in
+            without(all, &vm.request).iter().filter_map(|one| one.request.image()).filter(|image| Some(*image) != vm.request.image())
+        {
+            let names = images.entry(*image).or_default();
             if !names.contains(vm.name()) {
                 names.push(vm.name().clone());
             }
@@ -182,7 +188,7 @@ pub fn images(agent: &Agent) -> BTreeMap<Digest, Vec<Name>> {
 
 #[cfg(test)]
 mod tests {
-    use form_api::deploy::RollbackRequest;
+    use form_api::deploy::{Boot, RollbackRequest};
     use serde_json::json;
 
     use super::*;
@@ -193,7 +199,7 @@ mod tests {
     }
 
     fn version(number: u32) -> DeployRequest {
-        DeployRequest { image: Digest::of(&number.to_le_bytes()), ..request("web") }
+        DeployRequest { boot: Boot::Image(Digest::of(&number.to_le_bytes())), ..request("web") }
     }
 
     fn previous(request: &DeployRequest) -> Previous {
@@ -205,7 +211,7 @@ mod tests {
     }
 
     fn names(all: &[Earlier]) -> Vec<Digest> {
-        all.iter().map(|one| one.request.image).collect()
+        all.iter().filter_map(|one| one.request.image().copied()).collect()
     }
 
     fn offered(kept: &Kept, present: &DeployRequest) -> Vec<Digest> {
@@ -213,7 +219,7 @@ mod tests {
     }
 
     fn images(numbers: &[u32]) -> Vec<Digest> {
-        numbers.iter().map(|number| version(*number).image).collect()
+        numbers.iter().filter_map(|number| version(*number).image().copied()).collect()
     }
 
     #[test]
@@ -244,7 +250,7 @@ mod tests {
         let app: Name = "app".parse().unwrap();
         let all = kept.all(&app);
         assert_eq!((all[1].request.spec.resources.memory_mib, &all[1].request.spec.name), (1024, &app));
-        assert_eq!(all[1].request.image, version(1).image);
+        assert_eq!(all[1].request.image(), version(1).image());
     }
 
     #[test]

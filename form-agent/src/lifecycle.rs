@@ -167,7 +167,7 @@ fn is_known(agent: &Agent, caller: &Caller) -> bool {
 /// Whether there is something to do.
 fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<bool, ApiError> {
     let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
-    let needed = action::check(change.action(), state, vm.name())?;
+    let needed = action::check_vm(change.action(), state, vm)?;
     match change {
         Change::Rename(new) if new == vm.name() => return Ok(false),
         Change::Rename(new) if desired::vm_named(&agent.view(), new).is_some() => {
@@ -179,6 +179,9 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<bool, ApiErro
                     .hint("say what: labels, restart policy, vcpus, memory, limits"));
             }
             let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
+            if (set.disk_iops.is_some() || set.disk_bytes_per_second.is_some()) && !vm.request.has_guest() {
+                return Err(action::no_guest(vm.name(), "and has no root disk to limit").hint("limit its volumes with `form volume set`"));
+            }
             may_start(agent, vm, &changed, state, set.restart)?;
             return Ok(changed != vm.request || with_limits(vm, set)? != vm.limits);
         }
@@ -194,6 +197,9 @@ fn needs_start(agent: &Agent, vm: &DesiredVm, changed: &DeployRequest, state: Vm
     match state {
         _ if new == old => None,
         VmState::Starting => Some("vCPUs and memory change with a start until its guest is ready".to_owned()),
+        VmState::Running if !vm.request.has_guest() => {
+            Some("it runs a kernel of its own without Formation's guest, so that vCPUs and memory change with a start".to_owned())
+        }
         VmState::Running => {
             let vcpus = if new.vcpus == old.vcpus { Ok(()) } else { vcpus::check(agent, vm, new.vcpus) };
             let memory = |()| if new.memory_mib == old.memory_mib { Ok(()) } else { memory::check(agent, vm, new.memory_mib) };
@@ -347,7 +353,8 @@ fn is_reached(progress: &Progress, desired: Option<&DesiredVm>, observed: Option
             let fault = observed.fault.clone().unwrap_or_else(|| "it has ended".to_owned());
             return Err(ApiError::new(ErrorCode::Failed, fault).hint("see `form logs`"));
         }
-        Ok(observed.boot == Some(boot) && observed.state == VmState::Running && observed.ready)
+        let is_up = observed.ready || !desired.request.has_guest();
+        Ok(observed.boot == Some(boot) && observed.state == VmState::Running && is_up)
     };
     match &progress.change {
         Change::Destroy => Ok(false),
@@ -368,7 +375,7 @@ fn is_reached(progress: &Progress, desired: Option<&DesiredVm>, observed: Option
 
 /// What has changed in a running VM. A guest that does not take it has it from its next start on.
 async fn tell_guest(agent: &Agent, vm: &VmId) {
-    let Some(desired) = agent.desired(vm) else { return };
+    let Some(desired) = agent.desired(vm).filter(|vm| vm.request.has_guest()) else { return };
     if agent.fleet.observed(vm).is_some_and(|observed| observed.state == VmState::Running) {
         let control = RuntimeDirectory::new(&agent.paths().vm_runtime(), vm).control();
         if let Err(error) = live::settings(&control, agent, &desired).await {

@@ -18,8 +18,10 @@ use crate::{
 /// When it does not take them; it has them from its next start on.
 pub fn of_vm_itself(agent: &Agent, vm: &DesiredVm) -> Result<(), ApiError> {
     let Some(client) = reach(agent, &vm.id) else { return Ok(()) };
-    let told = client.limit_disk(vm::ROOT_DISK, vm::disk_limits(vm.limits.disk));
-    taken(told, &format!("vm/{}", vm.name()))?;
+    if vm.request.has_guest() {
+        let told = client.limit_disk(vm::ROOT_DISK, vm::disk_limits(vm.limits.disk));
+        taken(told, &format!("vm/{}", vm.name()))?;
+    }
     let rate = vm::rate(vm.limits.net_bytes_per_second);
     let of_interface = |link: &vm::Link| taken(client.limit_network(&link.name, rate), &format!("vm/{}", vm.name()));
     agent.links(vm).iter().try_for_each(of_interface)

@@ -32,7 +32,7 @@ pub fn try_again(plan: &mut Plan) {
 
 /// Whether the root disk is made anew from its image.
 pub fn replaces_disk(before: &DeployRequest, after: &DeployRequest, root: &impl Fn(&Digest) -> Digest) -> bool {
-    root(&before.image) != root(&after.image) || after.spec.resources.disk_gib < before.spec.resources.disk_gib
+    before.image().map(root) != after.image().map(root) || after.spec.resources.disk_gib < before.spec.resources.disk_gib
 }
 
 fn created(after: &DeployRequest, root: &impl Fn(&Digest) -> Digest) -> Vec<FieldChange> {
@@ -67,11 +67,12 @@ fn described(request: &DeployRequest, root: &impl Fn(&Digest) -> Digest) -> Vec<
     let spec = &request.spec;
     let json = |value: serde_json::Result<String>| value.unwrap_or_default();
     vec![
-        ("image", root(&request.image).short()),
+        ("image", request.image().map(|image| root(image).short()).unwrap_or_default()),
         ("kernel", request.kernel.short()),
+        ("cmdline", request.cmdline().unwrap_or_default().to_owned()),
         ("vcpus", spec.resources.vcpus.to_string()),
         ("memory", format!("{} MiB", spec.resources.memory_mib)),
-        ("disk", format!("{} GiB", spec.resources.disk_gib)),
+        ("disk", request.image().map(|_| format!("{} GiB", spec.resources.disk_gib)).unwrap_or_default()),
         ("ports", ports(spec)),
         ("entrypoint", words(&spec.entrypoint)),
         ("cmd", words(&spec.cmd)),
@@ -130,6 +131,8 @@ fn ports(spec: &Spec) -> String {
 
 #[cfg(test)]
 mod tests {
+    use form_api::deploy::Boot;
+
     use super::*;
     use crate::testing::request;
 
@@ -153,7 +156,7 @@ mod tests {
         assert_eq!((change.field.as_str(), change.from.as_deref(), change.to.as_deref()), ("memory", Some("512 MiB"), Some("1024 MiB")));
 
         let mut rebuilt = web.clone();
-        rebuilt.image = form_types::Digest::of(b"another");
+        rebuilt.boot = Boot::Image(Digest::of(b"another"));
         assert_eq!(plan(Some(&web), &rebuilt, &own).vms[0].loses, ["everything written to its root disk"]);
     }
 
@@ -163,7 +166,7 @@ mod tests {
         let mut larger = web.clone();
         larger.spec.resources.memory_mib = 1024;
         // The manifest holds the Formfile's meaning, so its digest changes too.
-        larger.image = Digest::of(b"another manifest");
+        larger.boot = Boot::Image(Digest::of(b"another manifest"));
         let one_root = |_: &Digest| Digest::of(b"root");
         let planned = &plan(Some(&web), &larger, &one_root).vms[0];
         assert_eq!(planned.changes.iter().map(|change| change.field.as_str()).collect::<Vec<_>>(), ["memory"]);

@@ -97,7 +97,7 @@ fn process_cpu_us(pid: i32) -> Option<u64> {
 }
 
 async fn ask_guest(agent: &Agent, vm: &DesiredVm) -> Option<GuestMetrics> {
-    agent.fleet.observed(&vm.id).filter(|observed| observed.state == VmState::Running)?;
+    agent.fleet.observed(&vm.id).filter(|observed| observed.state == VmState::Running && vm.request.has_guest())?;
     let control = RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm.id).control();
     match guest::ask(&control, &Request::Metrics, LIMIT).await {
         Ok(Reply::Metrics(metrics)) => Some(metrics),

@@ -1,6 +1,6 @@
 //! Values that several unit tests need.
 
-use form_api::deploy::DeployRequest;
+use form_api::deploy::{Boot, DeployRequest};
 use form_types::{Digest, HostId, SecretKey, VmId, VmLimits, spec};
 use jiff::Timestamp;
 
@@ -29,10 +29,17 @@ pub fn request(name: &str) -> DeployRequest {
         labels: Default::default(),
         model: None,
     };
-    DeployRequest { spec, passwd_hashes: Default::default(), image: Digest::of(b"image"), kernel: Digest::of(b"kernel") }
+    DeployRequest { spec, passwd_hashes: Default::default(), boot: Boot::Image(Digest::of(b"image")), kernel: Digest::of(b"kernel") }
 }
 
 /// A VM that should run, started once.
+/// Of a VM that runs a kernel of its own.
+pub fn own_kernel(name: &str) -> DeployRequest {
+    let spec = spec::Spec::of_own_kernel(name.parse().unwrap(), 1, 512);
+    let boot = Boot::Own { cmdline: "console=ttyS0".to_owned() };
+    DeployRequest { spec, passwd_hashes: Default::default(), boot, kernel: Digest::of(b"own kernel") }
+}
+
 pub fn vm(name: &str) -> DesiredVm {
     DesiredVm {
         id: VmId::from_bytes([1; 16]),

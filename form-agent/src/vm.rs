@@ -208,9 +208,9 @@ impl VolumeDisk {
     }
 }
 
-/// The root disk at descriptor `first`, its backing files behind it, then the volumes.
-fn disks(id: &VmId, first: u16, disk: Disk, volumes: &[VolumeDisk], limits: DiskLimits) -> Vec<DiskConfig> {
-    let root = DiskConfig {
+/// The root disk, if there is one, at descriptor `first`, its backing files behind it, then the volumes.
+fn disks(id: &VmId, first: u16, disk: Option<Disk>, volumes: &[VolumeDisk], limits: DiskLimits) -> Vec<DiskConfig> {
+    let root = disk.map(|disk| DiskConfig {
         id: ROOT_DISK.to_owned(),
         serial: root_serial(id),
         format: disk.format,
@@ -218,9 +218,10 @@ fn disks(id: &VmId, first: u16, disk: Disk, volumes: &[VolumeDisk], limits: Disk
         backing: (0..disk.backing).map(|index| BackingFile { file: Fd(first + 1 + index), format: DiskFormat::Raw }).collect(),
         read_only: false,
         limits: disk_limits(limits),
-    };
-    let of_volumes = (first + 1 + disk.backing..).zip(volumes).map(|(file, volume)| volume.config(Fd(file)));
-    std::iter::once(root).chain(of_volumes).collect()
+    });
+    let behind = first + disk.map_or(0, |disk| 1 + disk.backing);
+    let of_volumes = (behind..).zip(volumes).map(|(file, volume)| volume.config(Fd(file)));
+    root.into_iter().chain(of_volumes).collect()
 }
 
 /// The first interface, whose tap is the descriptor `first`, and the others, whose taps come from `others` on.
@@ -234,35 +235,43 @@ pub fn most_vcpus(vcpus: u32) -> u8 {
     u8::try_from(most.max(vcpus)).unwrap_or(u8::MAX)
 }
 
-/// Descriptors are passed as: kvm, kernel, initramfs, settings, log ring, exit record, the first interface's tap, root disk, its
+/// The descriptor of the first segment of an initramfs.
+const FIRST_SEGMENT: u16 = 5;
+
+/// Nobody would listen behind the vsock of a VM without our guest.
+fn vsock_cid(request: &DeployRequest) -> Option<u64> {
+    request.has_guest().then_some(GUEST_CID)
+}
+
+/// Descriptors are passed as: kvm, kernel, log ring, exit record, the first interface's tap, the segments of the initramfs, root disk, its
 /// backing files, volumes, the other interfaces' taps.
 pub fn config(
     id: &VmId,
     request: &DeployRequest,
     links: &[Link],
-    disk: Disk,
+    (segments, disk): (u16, Option<Disk>),
     volumes: &[VolumeDisk],
     limits: VmLimits,
     jail: JailConfig,
 ) -> VmConfig {
     let resources = &request.spec.resources;
-    let disks = disks(id, 7, disk, volumes, limits.disk);
-    let behind = 8 + disk.backing + volumes.len() as u16;
+    let disks = disks(id, FIRST_SEGMENT + segments, disk, volumes, limits.disk);
+    let behind = FIRST_SEGMENT + segments + disk.map_or(0, |disk| 1 + disk.backing) + volumes.len() as u16;
     VmConfig {
         vcpus: u8::try_from(resources.vcpus).unwrap_or(u8::MAX),
         most_vcpus: Some(most_vcpus(resources.vcpus)),
         memory_mib: resources.memory_mib,
         kvm: Fd(0),
         kernel: Fd(1),
-        initramfs: vec![Fd(2), Fd(3)],
-        cmdline: CMDLINE.to_owned(),
+        initramfs: (FIRST_SEGMENT..FIRST_SEGMENT + segments).map(Fd).collect(),
+        cmdline: request.cmdline().unwrap_or(CMDLINE).to_owned(),
         disks,
-        networks: networks(links, 6, behind, limits),
-        vsock_cid: Some(GUEST_CID),
+        networks: networks(links, 4, behind, limits),
+        vsock_cid: vsock_cid(request),
         rng: true,
         balloon: true,
-        console_log: Some(Fd(4)),
-        exit_record: Some(Fd(5)),
+        console_log: Some(Fd(2)),
+        exit_record: Some(Fd(3)),
         jail,
     }
 }
@@ -271,23 +280,23 @@ pub fn config(
 /// the first interface's tap, root disk, its backing files, volumes, the other interfaces' taps. With `track` its next snapshot can build
 /// upon the one that it goes on from.
 pub fn restore_config(
-    id: &VmId,
+    (id, request): (&VmId, &DeployRequest),
     links: &[Link],
-    disk: Disk,
+    disk: Option<Disk>,
     volumes: &[VolumeDisk],
     limits: VmLimits,
     jail: JailConfig,
     track: bool,
 ) -> RestoreConfig {
     let disks = disks(id, 6, disk, volumes, limits.disk);
-    let behind = 7 + disk.backing + volumes.len() as u16;
+    let behind = 6 + disk.map_or(0, |disk| 1 + disk.backing) + volumes.len() as u16;
     RestoreConfig {
         kvm: Fd(0),
         state: Fd(1),
         memory: Fd(2),
         disks,
         networks: networks(links, 5, behind, limits),
-        vsock_cid: Some(GUEST_CID),
+        vsock_cid: vsock_cid(request),
         rng: true,
         balloon: true,
         console_log: Some(Fd(3)),
@@ -355,23 +364,43 @@ mod tests {
         assert_eq!((told.hosts.len(), told.nameservers.len()), (1, 1));
     }
 
+    /// Every descriptor that a configuration means, in their order.
+    fn used(config: &VmConfig) -> Vec<u16> {
+        let mut used = vec![config.kvm.0, config.kernel.0, config.console_log.unwrap().0, config.exit_record.unwrap().0];
+        used.push(config.networks[0].tap.0);
+        used.extend(config.initramfs.iter().map(|fd| fd.0));
+        used.extend(
+            config.disks.iter().flat_map(|disk| std::iter::once(disk.file.0).chain(disk.backing.iter().map(|backing| backing.file.0))),
+        );
+        used.extend(config.networks.iter().skip(1).map(|network| network.tap.0));
+        used
+    }
+
     #[test]
     fn descriptors_are_all_different() {
         let id = VmId::from_bytes([7; 16]);
-        let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
-        let config = config(&id, &request("web"), &links(), disk, &[volume("data"), volume("other")], LIMITS, JailConfig::default());
+        let disk = Some(Disk { format: DiskFormat::Qcow2, backing: 1 });
+        let config = config(&id, &request("web"), &links(), (2, disk), &[volume("data"), volume("other")], LIMITS, JailConfig::default());
         let iops: Vec<Option<u64>> = config.disks.iter().map(|disk| disk.limits.iops.map(NonZeroU64::get)).collect();
         assert_eq!(iops, [Some(7), Some(100), Some(100)]);
         assert_eq!(config.networks[0].bytes_per_second.map(NonZeroU64::get), LIMITS.net_bytes_per_second);
         assert!(root_serial(&id).len() <= 20);
-        let mut used = vec![config.kvm.0, config.kernel.0];
-        used.extend(config.initramfs.iter().map(|fd| fd.0));
-        used.extend([config.console_log.unwrap().0, config.exit_record.unwrap().0, config.networks[0].tap.0]);
-        used.push(config.disks[0].file.0);
-        used.extend(config.disks[0].backing.iter().map(|backing| backing.file.0));
-        used.extend(config.disks[1..].iter().map(|disk| disk.file.0));
-        used.push(config.networks[1].tap.0);
-        assert_eq!(used, (0..12).collect::<Vec<_>>());
+        assert_eq!(used(&config), (0..12).collect::<Vec<_>>());
+        assert_eq!((config.cmdline.as_str(), config.vsock_cid), (CMDLINE, Some(GUEST_CID)));
+    }
+
+    #[test]
+    fn nothing_of_ours_is_in_a_vm_with_a_kernel_of_its_own() {
+        let id = VmId::from_bytes([7; 16]);
+        let own = crate::testing::own_kernel("web");
+        for segments in 0..2 {
+            let config = config(&id, &own, &links(), (segments, None), &[volume("data")], LIMITS, JailConfig::default());
+            assert_eq!(used(&config), (0..7 + segments).collect::<Vec<_>>());
+            assert_eq!((config.cmdline.as_str(), config.vsock_cid, config.initramfs.len()), ("console=ttyS0", None, segments.into()));
+            assert_eq!(config.disks.iter().map(|disk| disk.id.as_str()).collect::<Vec<_>>(), ["volume/data"]);
+        }
+        let restored = restore_config((&id, &own), &links(), None, &[volume("data")], LIMITS, JailConfig::default(), false);
+        assert_eq!((restored.disks.len(), restored.disks[0].file.0, restored.vsock_cid), (1, 6, None));
     }
 
     fn volume(name: &str) -> VolumeDisk {
@@ -387,10 +416,10 @@ mod tests {
     #[test]
     fn a_restored_vm_has_the_devices_of_a_booted_one() {
         let id = VmId::from_bytes([7; 16]);
-        let disk = Disk { format: DiskFormat::Qcow2, backing: 1 };
+        let disk = Some(Disk { format: DiskFormat::Qcow2, backing: 1 });
         let volumes = [volume("data"), volume("other")];
-        let booted = config(&id, &request("web"), &links(), disk, &volumes, LIMITS, JailConfig::default());
-        let restored = restore_config(&id, &links(), disk, &volumes, LIMITS, JailConfig::default(), true);
+        let booted = config(&id, &request("web"), &links(), (2, disk), &volumes, LIMITS, JailConfig::default());
+        let restored = restore_config((&id, &request("web")), &links(), disk, &volumes, LIMITS, JailConfig::default(), true);
         let disks = |disks: &[DiskConfig]| {
             disks.iter().map(|disk| (disk.id.clone(), disk.serial.clone(), disk.format, disk.limits)).collect::<Vec<_>>()
         };

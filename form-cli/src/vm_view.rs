@@ -9,10 +9,13 @@ use crate::{
     ui::{Record, Table, age, bytes},
 };
 
+/// Where the image would be named.
+const OWN_KERNEL: &str = "(own kernel)";
+
 /// `running (healthy)`, `running (not ready)`, `failed`.
 pub fn status(vm: &Vm) -> String {
     let detail = match (vm.state, vm.ready, vm.health) {
-        (VmState::Running, false, _) => "not ready",
+        (VmState::Running, false, _) if vm.image.is_some() => "not ready",
         (VmState::Running, true, Health::Starting) => "health unknown",
         (VmState::Running, true, health @ (Health::Healthy | Health::Unhealthy)) => health.as_str(),
         _ => return vm.state.as_str().to_owned(),
@@ -48,7 +51,7 @@ pub fn table(vms: &[Vm]) -> Table {
         table.row([
             vm.name.to_string(),
             status(vm),
-            vm.image.to_string(),
+            vm.image.as_ref().map_or_else(|| OWN_KERNEL.to_owned(), ToString::to_string),
             text(vm.ipv4),
             ports(vm),
             age(vm.created_at, now),
@@ -56,7 +59,7 @@ pub fn table(vms: &[Vm]) -> Table {
             vm.host_name.clone(),
             vm.vcpus.to_string(),
             bytes(vm.memory_mib * MIB),
-            bytes(vm.disk_gib * GIB),
+            text(vm.image.as_ref().map(|_| bytes(vm.disk_gib * GIB))),
             vm.restarts.to_string(),
             vm.id.short(),
             text(vm.fault.as_ref()),
@@ -76,20 +79,24 @@ fn memory(detail: &VmDetail) -> String {
 
 pub fn record(detail: &VmDetail) -> Record {
     let vm = &detail.vm;
+    let own = detail.desired.cmdline();
     let labels: Vec<String> = vm.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
     let record = Record::new(vm.name.to_string())
         .field("name", &vm.name)
         .field("status", status(vm))
         .optional("fault", vm.fault.as_ref())
         .optional("description", detail.desired.spec.description.as_ref())
-        .field("image", &vm.image)
+        .optional("image", vm.image.as_ref())
+        .optional("kernel", own.map(|_| detail.desired.kernel.short()))
+        .optional("command line", own)
         .optional("address", vm.ipv4)
         .optional("ipv6", vm.ipv6)
+        .optional("mac", own.and(detail.interfaces.first()).map(|interface| &interface.mac))
         .field("dns", &vm.dns_name)
         .field("ports", ports(vm))
         .field("vcpus", vm.vcpus)
         .field("memory", memory(detail))
-        .field("disk", bytes(vm.disk_gib * GIB))
+        .optional("disk", vm.image.as_ref().map(|_| bytes(vm.disk_gib * GIB)))
         .optional("disk limits", limits_text(detail.limits.disk))
         .optional("net limit", detail.limits.net_bytes_per_second.map(|bytes| format!("{} each way", BitRate::of_bytes(bytes))))
         .field("labels", labels.join(", "))
@@ -98,7 +105,7 @@ pub fn record(detail: &VmDetail) -> Record {
         .field("restarts", vm.restarts)
         .field("host", &vm.host_name)
         .field("id", vm.id)
-        .wide("image digest", vm.image_digest)
+        .wide("image digest", text(vm.image_digest))
         .wide("kernel digest", detail.desired.kernel)
         .wide("host id", vm.host);
     let further = detail.interfaces.iter().skip(1).map(|interface| format!("{} {} {}", interface.name, interface.ipv4, interface.ipv6));

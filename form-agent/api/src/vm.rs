@@ -24,10 +24,11 @@ pub struct Vm {
     pub name: Name,
     pub host: HostId,
     pub host_name: String,
-    pub image: ImageReference,
-    pub image_digest: Digest,
+    /// None of a VM that runs a kernel of its own.
+    pub image: Option<ImageReference>,
+    pub image_digest: Option<Digest>,
     pub state: VmState,
-    /// The guest has finished its boot and started its service.
+    /// The guest has finished its boot and started its service. Never known of a VM that runs a kernel of its own.
     pub ready: bool,
     pub health: Health,
     #[schema(value_type = Option<String>, format = Ipv4, example = "10.83.7.12")]
@@ -39,6 +40,7 @@ pub struct Vm {
     pub ports: Vec<PublishedPort>,
     pub vcpus: u32,
     pub memory_mib: u64,
+    /// Of the root disk; 0 when there is none.
     pub disk_gib: u64,
     pub labels: BTreeMap<String, String>,
     pub created_at: Timestamp,

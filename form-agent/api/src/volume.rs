@@ -72,7 +72,7 @@ pub enum AttachmentState {
     NeedsRestart,
     /// The VM runs with it, and its guest has not reported yet.
     Starting,
-    /// The guest has found it.
+    /// The guest has found it. Of a VM that runs a kernel of its own: it runs with it, and more is not known.
     Attached,
 }
 

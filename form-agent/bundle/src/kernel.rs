@@ -15,6 +15,7 @@ pub const MEDIA_TYPE: &str = "application/vnd.formation.kernel.v1+json";
 pub const MANIFEST_FILE: &str = "kernel.json";
 pub const VMLINUX_FILE: &str = "vmlinux";
 pub const MODULES_DIR: &str = "modules";
+pub const INITRD_FILE: &str = "initrd";
 
 const MAX_MANIFEST_BYTES: usize = 16 << 20;
 const MAX_MODULES: usize = 1000;
@@ -110,6 +111,9 @@ pub struct KernelManifest {
     /// Version of the package it came from.
     pub package_version: String,
     pub vmlinux: BlockMap,
+    /// Of a kernel that somebody brought along for a VM of his own: what it is started with. Bundles for images have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<BlockMap>,
     /// By name, `-` written as `_`.
     pub modules: BTreeMap<String, Module>,
     /// Load order of each set.
@@ -125,6 +129,12 @@ pub struct Module {
 }
 
 impl KernelManifest {
+    /// Of a kernel that somebody brought along: no modules, and nothing of a package is known.
+    pub fn own(release: String, vmlinux: BlockMap, initrd: Option<BlockMap>) -> Self {
+        let (modules, sets) = (BTreeMap::new(), BTreeMap::new());
+        Self { media_type: MEDIA_TYPE.to_owned(), release, package_version: String::new(), vmlinux, initrd, modules, sets }
+    }
+
     /// The canonical bytes: what is stored, sent and hashed.
     ///
     /// # Errors
@@ -174,7 +184,8 @@ impl KernelManifest {
     /// Every file of the directory form with its blocks: path and map.
     pub fn files(&self) -> impl Iterator<Item = (String, &BlockMap)> {
         let modules = self.modules.iter().map(|(name, module)| (module_path(name), &module.file));
-        std::iter::once((VMLINUX_FILE.to_owned(), &self.vmlinux)).chain(modules)
+        let initrd = self.initrd.iter().map(|initrd| (INITRD_FILE.to_owned(), initrd));
+        std::iter::once((VMLINUX_FILE.to_owned(), &self.vmlinux)).chain(initrd).chain(modules)
     }
 
     /// Checks what [`KernelManifest::decode`] promises.
@@ -331,6 +342,7 @@ mod tests {
             release: "6.1".to_owned(),
             package_version: "6.1-1".to_owned(),
             vmlinux: file.clone(),
+            initrd: None,
             modules: [("a".to_owned(), module(&[])), ("b".to_owned(), module(&["a"]))].into(),
             sets: [(ModuleSet::Guest, vec!["a".to_owned(), "b".to_owned()])].into(),
         }
@@ -343,6 +355,18 @@ mod tests {
         assert_eq!(KernelManifest::decode_verified(&bytes, &manifest.digest().unwrap()).unwrap(), manifest);
         assert_eq!(manifest.load_order(ModuleSet::Guest), ["a", "b"]);
         assert_eq!(manifest.files().map(|(path, _)| path).collect::<Vec<_>>(), ["vmlinux", "modules/a.ko", "modules/b.ko"]);
+    }
+
+    #[test]
+    fn an_own_kernel_has_an_initrd_and_no_modules() {
+        // The digests of bundles without one are of a text that does not name it.
+        assert!(!String::from_utf8(manifest().encode().unwrap()).unwrap().contains("initrd"));
+        let file = manifest().vmlinux;
+        let own = KernelManifest::own("6.1".to_owned(), file.clone(), Some(file.clone()));
+        assert_eq!(KernelManifest::decode(&own.encode().unwrap()).unwrap(), own);
+        assert_eq!(own.files().map(|(path, _)| path).collect::<Vec<_>>(), ["vmlinux", "initrd"]);
+        let empty = KernelManifest::own("6.1".to_owned(), file, Some(BlockMap::new(0)));
+        assert!(matches!(KernelManifest::decode(&empty.encode().unwrap()), Err(KernelError::Size(path)) if path == "initrd"));
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod blocks;
 pub mod initramfs;
 pub mod kernel;
 pub mod manifest;
+pub mod pvh;
 pub mod travel;
 
 pub use blocks::{BLOCK_SIZE, BlockMap};

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use form_api::{
     bench::{BenchRow, Unit},
-    deploy::DeployRequest,
+    deploy::{Boot, DeployRequest},
     sign::{self, ToSign},
 };
 use form_state::{Replica, SignedRequest};
@@ -100,5 +100,5 @@ fn request(name: &str) -> Result<DeployRequest, BenchError> {
         labels: Default::default(),
         model: None,
     };
-    Ok(DeployRequest { spec, passwd_hashes: Default::default(), image: Digest::of(b"image"), kernel: Digest::of(b"kernel") })
+    Ok(DeployRequest { spec, passwd_hashes: Default::default(), boot: Boot::Image(Digest::of(b"image")), kernel: Digest::of(b"kernel") })
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use form_api::{
-    deploy::{ForkOf, RollbackRequest},
+    deploy::{Boot, ForkOf, RollbackRequest},
     sign::{ToSign, sign_request},
 };
 use form_state::{Replica, StateError};
@@ -116,7 +116,8 @@ fn every_interface_has_an_address_of_its_own_and_copies_get_as_many() {
     host.deploy(OWNER, "web", 14).unwrap();
     assert_eq!((web().interfaces.len(), web().boot_digest()), (6, boot));
 
-    let create = CreateVmRequest { vm: request("copy"), start: false, disk_of: Some("web".parse().unwrap()), fork_of: None };
+    let create =
+        CreateVmRequest { vm: request("copy"), start: false, disk_of: Some("web".parse().unwrap()), fork_of: None, volumes: Vec::new() };
     host.ask(OWNER, "POST", "/v1/vms", &serde_json::to_vec(&create).unwrap(), 15).unwrap();
     let copy = || vm_named(&host.replica.view(), &"copy".parse().unwrap()).unwrap();
     assert_eq!(copy().interfaces.keys().collect::<Vec<_>>(), web().interfaces.keys().collect::<Vec<_>>());
@@ -239,7 +240,7 @@ fn a_vm_is_created_once_and_its_request_leads_back_to_it() {
     host.own(OWNER).unwrap();
     let create = |name: &str, start: bool, disk_of: Option<&str>| {
         let disk_of = disk_of.map(|name| name.parse().unwrap());
-        serde_json::to_vec(&CreateVmRequest { vm: request(name), start, disk_of, fork_of: None }).unwrap()
+        serde_json::to_vec(&CreateVmRequest { vm: request(name), start, disk_of, fork_of: None, volumes: Vec::new() }).unwrap()
     };
     let ask = |body: &[u8], number: u32| host.ask(OWNER, "POST", "/v1/vms", body, number);
     let web = create("web", true, None);
@@ -269,8 +270,9 @@ fn a_rollback_is_a_deploy_of_the_vm_that_is_named() {
     let host = Host::new(FOUNDER);
     host.own(OWNER).unwrap();
     let vm = || vm_named(&host.replica.view(), &"web".parse().unwrap());
-    let to =
-        |name: &str| serde_json::to_vec(&RollbackRequest { to: DeployRequest { image: Digest::of(b"old"), ..request(name) } }).unwrap();
+    let to = |name: &str| {
+        serde_json::to_vec(&RollbackRequest { to: DeployRequest { boot: Boot::Image(Digest::of(b"old")), ..request(name) } }).unwrap()
+    };
     let ask = |signer: u8, body: &[u8], number: u32| host.ask(signer, "POST", "/v1/vms/web/rollback", body, number);
     is_refused(ask(OWNER, &to("web"), 1), "there is no vm/web");
     host.deploy(OWNER, "web", 2).unwrap();
@@ -281,7 +283,7 @@ fn a_rollback_is_a_deploy_of_the_vm_that_is_named() {
     assert_eq!(vm(), Some(before.clone()));
     ask(OWNER, &to("web"), 6).unwrap();
     let after = vm().unwrap();
-    assert_eq!((after.id, after.request.image, after.run), (before.id, Digest::of(b"old"), Run::Running));
+    assert_eq!((after.id, after.request.image(), after.run), (before.id, Some(&Digest::of(b"old")), Run::Running));
     // A later deploy that fails is taken back with it.
     host.deploy(OWNER, "web", 7).unwrap();
     ask(OWNER, &to("web"), 6).unwrap();
@@ -296,11 +298,11 @@ fn a_fork_goes_on_from_a_snapshot_once() {
     let fork = |name: &str, of: &str, start: bool, disk_of: Option<&str>| {
         let fork_of = Some(ForkOf { vm: of.parse().unwrap(), snapshot: "one".parse().unwrap() });
         let disk_of = disk_of.map(|name| name.parse().unwrap());
-        serde_json::to_vec(&CreateVmRequest { vm: request(name), start, disk_of, fork_of }).unwrap()
+        serde_json::to_vec(&CreateVmRequest { vm: request(name), start, disk_of, fork_of, volumes: Vec::new() }).unwrap()
     };
     let ask = |body: &[u8], number: u32| host.ask(OWNER, "POST", "/v1/vms", body, number);
     is_refused(ask(&fork("web-1", "web", true, None), 1), "there is no vm/web");
-    let web = CreateVmRequest { vm: request("web"), start: true, disk_of: None, fork_of: None };
+    let web = CreateVmRequest { vm: request("web"), start: true, disk_of: None, fork_of: None, volumes: Vec::new() };
     ask(&serde_json::to_vec(&web).unwrap(), 2).unwrap();
     is_refused(ask(&fork("web-1", "web", false, None), 3), "is started");
     is_refused(ask(&fork("web-1", "web", true, Some("web")), 4), "a copy of a disk or");

@@ -10,8 +10,8 @@ use std::{
 
 use form_bundle::initramfs;
 use form_net::NetError;
-use form_store::{DiskFormat as StoredFormat, StoreError};
-use form_types::{Failpoint, VmId, VolumeId, failpoint::reach};
+use form_store::{DiskFiles, DiskFormat as StoredFormat, StoreError};
+use form_types::{Digest, Failpoint, VmId, VolumeId, failpoint::reach};
 use form_vmm::{config::DiskFormat, log_ring};
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -59,13 +59,42 @@ pub fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> LaunchError {
 struct Files {
     kvm: OwnedFd,
     kernel: OwnedFd,
-    initramfs: OwnedFd,
-    settings: OwnedFd,
-    disk: fs::File,
-    disk_is_qcow2: bool,
-    backing: Vec<fs::File>,
+    /// Segments that the guest's kernel reads as one.
+    initramfs: Vec<OwnedFd>,
+    /// None of a VM that runs a kernel of its own.
+    root: Option<Root>,
     /// Locked for this VM as long as they, or the copies that the VM process gets, are open.
     volumes: Vec<Ready>,
+}
+
+/// A root disk that is open.
+pub struct Root {
+    pub disk: fs::File,
+    pub is_qcow2: bool,
+    pub backing: Vec<fs::File>,
+}
+
+impl Root {
+    /// # Errors
+    /// When a file cannot be opened.
+    pub fn open(files: &DiskFiles) -> Result<Self, LaunchError> {
+        Ok(Self {
+            disk: fs::File::options().read(true).write(true).open(&files.path).map_err(io_error("its root disk"))?,
+            is_qcow2: files.format == StoredFormat::Qcow2,
+            backing: files.backing.iter().map(fs::File::open).collect::<io::Result<_>>().map_err(io_error("its image"))?,
+        })
+    }
+
+    /// What the VM process is told.
+    pub fn config(&self) -> Disk {
+        let format = if self.is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
+        Disk { format, backing: self.backing.len() as u16 }
+    }
+
+    /// In the order in which they are passed.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(&self.disk).chain(&self.backing).map(AsFd::as_fd)
+    }
 }
 
 /// Makes what is missing, and boots.
@@ -121,36 +150,51 @@ async fn start(
 
 fn prepare_files(agent: &Agent, desired: &DesiredVm) -> Result<Files, LaunchError> {
     let request = &desired.request;
-    let size = request.spec.resources.disk_gib << 30;
-    {
-        // Somebody may be copying it.
-        let turn = agent.disk_turn(&desired.id);
-        let _held = turn.lock().unwrap_or_else(PoisonError::into_inner);
-        prepare_disk(agent, desired, size)?;
-    }
-    let disk = agent.store.open_disk(&desired.id)?;
+    let root = match request.image() {
+        Some(image) => Some(open_root(agent, desired, image)?),
+        None => {
+            // What is noted of a VM is beside its disk.
+            fs::create_dir_all(agent.vm_directory(&desired.id)).map_err(io_error("the VM's directory"))?;
+            None
+        }
+    };
     agent.store.check_kernel_sealed(&request.kernel)?;
-    let kernel = fs::File::open(agent.store.kernel(&request.kernel)?.vmlinux).map_err(io_error("the kernel"))?;
-    let static_segment = agent.store.initramfs(&request.kernel, &agent.programs.guest)?;
+    let entry = agent.store.kernel(&request.kernel)?;
+    let kernel = fs::File::open(&entry.vmlinux).map_err(io_error("the kernel"))?;
     let volumes = attach::open(agent, desired)?;
-    let mounts = volumes.iter().map(Ready::mount).collect();
-    let settings = vm::settings(&desired.id, request, &agent.links(desired), mounts, create::is_new_clone(agent, &desired.id));
-    let segment = initramfs::settings_segment(&settings).map_err(|error| LaunchError::Settings(error.to_string()))?;
+    let open = |path: &PathBuf| fs::File::open(path).map(OwnedFd::from).map_err(io_error("the initramfs"));
+    let initramfs = if request.has_guest() {
+        let mounts = volumes.iter().map(Ready::mount).collect();
+        let settings = vm::settings(&desired.id, request, &agent.links(desired), mounts, create::is_new_clone(agent, &desired.id));
+        let segment = initramfs::settings_segment(&settings).map_err(|error| LaunchError::Settings(error.to_string()))?;
+        let settings = in_memory("form-settings", &segment).map_err(io_error("the settings in memory"))?;
+        vec![open(&agent.store.initramfs(&request.kernel, &agent.programs.guest)?)?, settings]
+    } else {
+        entry.initrd.iter().map(open).collect::<Result<_, _>>()?
+    };
     Ok(Files {
         kvm: fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("/dev/kvm"))?.into(),
         kernel: kernel.into(),
-        initramfs: fs::File::open(static_segment).map_err(io_error("the initramfs"))?.into(),
-        settings: in_memory("form-settings", &segment).map_err(io_error("the settings in memory"))?,
-        disk: fs::File::options().read(true).write(true).open(&disk.path).map_err(io_error("its root disk"))?,
-        disk_is_qcow2: disk.format == StoredFormat::Qcow2,
-        backing: disk.backing.iter().map(fs::File::open).collect::<io::Result<_>>().map_err(io_error("its image"))?,
+        initramfs,
+        root,
         volumes,
     })
 }
 
+fn open_root(agent: &Agent, desired: &DesiredVm, image: &Digest) -> Result<Root, LaunchError> {
+    {
+        // Somebody may be copying it.
+        let turn = agent.disk_turn(&desired.id);
+        let _held = turn.lock().unwrap_or_else(PoisonError::into_inner);
+        prepare_disk(agent, desired, image)?;
+    }
+    Root::open(&agent.store.open_disk(&desired.id)?)
+}
+
 /// The root disk: made from the image when there is none, or when another image or a smaller disk is asked for. Whatever else keeps
 /// it from being opened is an error: what a VM has written is removed only when the plan said so.
-fn prepare_disk(agent: &Agent, desired: &DesiredVm, size: u64) -> Result<(), LaunchError> {
+fn prepare_disk(agent: &Agent, desired: &DesiredVm, image: &Digest) -> Result<(), LaunchError> {
+    let size = desired.request.spec.resources.disk_gib << 30;
     let made_from = made_from(agent, &desired.id);
     match agent.store.open_disk(&desired.id) {
         Ok(_) => {
@@ -159,7 +203,7 @@ fn prepare_disk(agent: &Agent, desired: &DesiredVm, size: u64) -> Result<(), Lau
             if plan::replaces_disk(&before, &desired.request, &|image| agent.root_of(image)) {
                 agent.store.remove_disk(&desired.id)?;
                 reach(Failpoint::DiskRetired);
-                agent.store.create_disk(&desired.id, &desired.request.image, size)?;
+                agent.store.create_disk(&desired.id, image, size)?;
             } else {
                 agent.store.grow_disk(&desired.id, size)?;
             }
@@ -169,7 +213,7 @@ fn prepare_disk(agent: &Agent, desired: &DesiredVm, size: u64) -> Result<(), Lau
             fs::create_dir_all(agent.vm_directory(&desired.id)).map_err(io_error("the VM's directory"))?;
             record_disk(&made_from, desired)?;
             reach(Failpoint::DiskRecorded);
-            agent.store.create_disk(&desired.id, &desired.request.image, size)?;
+            agent.store.create_disk(&desired.id, image, size)?;
         }
         Err(error) => return Err(error.into()),
     }
@@ -231,15 +275,13 @@ pub fn records(process: &Process) -> Result<(fs::File, fs::File), LaunchError> {
 
 fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, taps: &[OwnedFd], uid: u32, process: &mut Process) -> Result<(), LaunchError> {
     let (ring, exit_record) = records(process)?;
-    let format = if files.disk_is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
-    let disk = Disk { format, backing: files.backing.len() as u16 };
     let volumes: Vec<VolumeDisk> = files.volumes.iter().map(Ready::disk).collect();
-    let config = vm::config(&desired.id, &desired.request, &agent.links(desired), disk, &volumes, desired.limits, vm::jail(uid));
-    let mut descriptors: Vec<BorrowedFd<'_>> =
-        vec![files.kvm.as_fd(), files.kernel.as_fd(), files.initramfs.as_fd(), files.settings.as_fd(), ring.as_fd(), exit_record.as_fd()];
+    let parts = (files.initramfs.len() as u16, files.root.as_ref().map(Root::config));
+    let config = vm::config(&desired.id, &desired.request, &agent.links(desired), parts, &volumes, desired.limits, vm::jail(uid));
+    let mut descriptors: Vec<BorrowedFd<'_>> = vec![files.kvm.as_fd(), files.kernel.as_fd(), ring.as_fd(), exit_record.as_fd()];
     descriptors.extend(taps.first().map(AsFd::as_fd));
-    descriptors.push(files.disk.as_fd());
-    descriptors.extend(files.backing.iter().map(AsFd::as_fd));
+    descriptors.extend(files.initramfs.iter().map(AsFd::as_fd));
+    descriptors.extend(files.root.iter().flat_map(Root::descriptors));
     descriptors.extend(files.volumes.iter().map(|ready| ready.open.file.as_fd()));
     descriptors.extend(taps.iter().skip(1).map(AsFd::as_fd));
     Ok(process.boot(&config, &descriptors)?)

@@ -51,6 +51,9 @@ const LAST_BACKOFF: Duration = Duration::from_secs(60);
 /// A guest that answers within this many tries to start is left alone; after that the driver gives up until it is asked again.
 const MAX_FAILED_STARTS: u32 = 5;
 
+/// What runs a kernel of its own for so long has started: nobody reports that it has.
+const STEADY: Duration = Duration::from_secs(10);
+
 /// How long a guest that is asked to stop while it boots may take.
 const BOOTING_LIMIT: Duration = Duration::from_secs(1);
 
@@ -69,6 +72,20 @@ struct Running {
     pause_again: Option<Instant>,
     /// The service has ended for good: when the guest then powers off, that was the end.
     service_ended: Option<Ending>,
+    /// When this run of the agent saw it first.
+    since: Instant,
+}
+
+impl Running {
+    /// Whether our guest is in it.
+    const fn has_guest(&self) -> bool {
+        self.process.record.request.has_guest()
+    }
+
+    /// Whether its start counts as one that went well.
+    fn has_started(&self) -> bool {
+        if self.has_guest() { self.deadline.is_none() } else { self.since.elapsed() >= STEADY }
+    }
 }
 
 /// How a service ended for good.
@@ -253,7 +270,7 @@ impl Driver {
         tokio::select! {
             () = self.wake.notified() => {}
             () = running.process.exited() => self.process_exited().await,
-            update = running.updates.recv() => if let Some(update) = update { self.guest_said(update) },
+            Some(update) = running.updates.recv() => self.guest_said(update),
             () = timer(running.pause_again) => running.pause_again = None,
             () = timer(running.deadline) => {
                 let seconds = self.agent.config().boot_timeout_seconds;
@@ -287,7 +304,11 @@ impl Driver {
         match adopted {
             Some(process) => {
                 let record = &process.record;
-                let state = if process.paused { VmState::Paused } else { VmState::Starting };
+                let state = match process.paused {
+                    true => VmState::Paused,
+                    false if !record.request.has_guest() => VmState::Running,
+                    false => VmState::Starting,
+                };
                 tracing::info!(vm = %self.id, pid = record.pid, paused = process.paused, "adopted a running VM");
                 let (boot, started_at, is_paused) = (record.boot, record.started_at, process.paused);
                 self.agent.fleet.update(&self.id, |observed| {
@@ -308,11 +329,23 @@ impl Driver {
     /// Begins the conversation with the guest of a process that has booted.
     fn attend(&mut self, process: Process) {
         let paused = watch::Sender::new(process.paused);
-        let (session, updates) = Session::open(&self.agent, self.id, &process, paused.subscribe());
+        let has_guest = process.record.request.has_guest();
+        let (session, updates) = match has_guest {
+            true => Session::open(&self.agent, self.id, &process, paused.subscribe()),
+            false => Session::with_nobody(),
+        };
         // One that stands still says nothing.
-        let deadline = (!process.paused).then(|| self.boot_deadline());
-        let (was_ready, pause_again, service_ended) = (false, None, None);
-        self.running = Some(Running { process, session, updates, deadline, paused, was_ready, pause_again, service_ended });
+        let deadline = (has_guest && !process.paused).then(|| self.boot_deadline());
+        let (was_ready, pause_again, service_ended, since) = (false, None, None, Instant::now());
+        let state = if process.paused { VmState::Paused } else { VmState::Running };
+        self.running = Some(Running { process, session, updates, deadline, paused, was_ready, pause_again, service_ended, since });
+        if !has_guest {
+            // That its process runs is all that can be known.
+            self.agent.fleet.update(&self.id, |observed| {
+                observed.state = state;
+                observed.fault = None;
+            });
+        }
     }
 
     fn boot_deadline(&self) -> Instant {
@@ -485,7 +518,7 @@ impl Driver {
         let desired = self.agent.desired(&self.id);
         let restart = desired.as_ref().map_or(&running.process.record.request, |desired| &desired.request).spec.restart.clone();
         let policy = restart.policy;
-        let was_ready = running.deadline.is_none();
+        let has_started = running.has_started();
         self.clean_up().await;
         let reason = match exit.as_ref().map(|exit| (exit.reason, exit.message.clone().unwrap_or_default())) {
             None => {
@@ -509,7 +542,7 @@ impl Driver {
             RestartPolicy::OnFailure => !clean,
             RestartPolicy::Never => matches!(exit.as_ref().map(|exit| exit.reason), Some(ExitReason::Reset)),
         };
-        if again && was_ready {
+        if again && has_started {
             self.failed_starts = 0;
             self.not_before = None;
             self.emit(EventKind::VmExited, format!("{reason}; starting it again"));
@@ -549,8 +582,8 @@ impl Driver {
         {
             tracing::warn!(vm = %self.id, "it does not go on to shut down: {error}");
         }
-        let asked = guest::ask(&control, &Request::Shutdown { reboot: false }, Duration::from_secs(3)).await;
-        let listens = matches!(asked, Ok(Reply::Done));
+        let shutdown = Request::Shutdown { reboot: false };
+        let listens = running.has_guest() && matches!(guest::ask(&control, &shutdown, Duration::from_secs(3)).await, Ok(Reply::Done));
         if !listens {
             // A guest that does not listen may still know a power button.
             let _ = tokio::task::spawn_blocking(move || Client::connect(&control)?.power_button()).await;

@@ -69,6 +69,7 @@ impl Driver {
         running.paused.send_replace(false);
         let (known, was_ready, control) = (!running.process.paused, running.was_ready, running.process.control());
         running.process.paused = false;
+        let known = known || !running.has_guest();
         if !known {
             // It was paused when this run of the agent found it: its guest has yet to say how it is.
             running.deadline = Some(deadline);
@@ -78,6 +79,9 @@ impl Driver {
             observed.ready = known && was_ready;
         });
         self.emit(EventKind::VmResumed, "resumed");
+        if !self.running.as_ref().is_some_and(Running::has_guest) {
+            return;
+        }
         let (agent, id) = (std::sync::Arc::clone(&self.agent), self.id);
         tokio::spawn(async move {
             if let Err(error) = live::resumed(&control, &agent, &id).await {

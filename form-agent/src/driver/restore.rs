@@ -3,19 +3,18 @@
 //! from the start.
 
 use std::{
-    fs, io,
+    fs,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
 };
 
 use form_api::{event::EventKind, vm::VmState};
-use form_store::{DiskFormat as StoredFormat, RestoredDisk};
+use form_store::RestoredDisk;
 use form_types::{Failpoint, Name, failpoint::reach};
-use form_vmm::config::DiskFormat;
 
 use super::{
     Driver,
-    launch::{self, LaunchError, io_error},
+    launch::{self, LaunchError, Root, io_error},
     process::Process,
 };
 use crate::{
@@ -27,7 +26,7 @@ use crate::{
         restore,
         volumes::{Held, Restored},
     },
-    vm::{self, Disk, VolumeDisk},
+    vm::{self, VolumeDisk},
     volume::attach::Ready,
 };
 
@@ -36,10 +35,8 @@ pub struct Prepared {
     kvm: OwnedFd,
     state: fs::File,
     memory: fs::File,
-    disk: fs::File,
-    is_qcow2: bool,
-    backing: Vec<fs::File>,
-    restored: RestoredDisk,
+    /// None of a VM that runs a kernel of its own.
+    disk: Option<(Root, RestoredDisk)>,
     pub volumes: Restored,
     log_from: u64,
     /// Its next snapshot may build upon this one.
@@ -51,7 +48,7 @@ enum Plan {
     /// Memory, devices and disk.
     GoOn(Box<Prepared>),
     /// The disk and the volumes alone: the VM did not run when the snapshot was made, and is started from them.
-    Start(Box<(RestoredDisk, Restored)>),
+    Start(Box<(Option<RestoredDisk>, Restored)>),
 }
 
 fn prepare(agent: &Agent, desired: &DesiredVm, name: &Name) -> Result<Plan, LaunchError> {
@@ -60,17 +57,17 @@ fn prepare(agent: &Agent, desired: &DesiredVm, name: &Name) -> Result<Plan, Laun
     let restored = agent.store.restore_disk(&desired.id, name)?;
     let volumes = Restored::draft(agent, name, details.operation, details.volumes).map_err(refused)?;
     let Some(saved) = saved else { return Ok(Plan::Start(Box::new((restored, volumes)))) };
-    let files = &restored.files;
+    let disk = match restored {
+        Some(restored) => Some((Root::open(&restored.files)?, restored)),
+        None => None,
+    };
     Ok(Plan::GoOn(Box::new(Prepared {
         kvm: fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("/dev/kvm"))?.into(),
         state: fs::File::open(&saved.state).map_err(io_error("the saved state"))?,
         memory: fs::File::open(&saved.memory).map_err(io_error("the saved memory"))?,
-        disk: fs::File::options().read(true).write(true).open(&files.path).map_err(io_error("its root disk"))?,
-        is_qcow2: files.format == StoredFormat::Qcow2,
-        // A disk of this kind is where files can share blocks; what was made for a fork is removed at once.
-        track: files.format == StoredFormat::Raw && !details.is_shared,
-        backing: files.backing.iter().map(fs::File::open).collect::<io::Result<_>>().map_err(io_error("its image"))?,
-        restored,
+        // Such a disk, or none, is where files can share blocks; what was made for a fork is removed at once.
+        track: disk.as_ref().is_none_or(|(root, _)| !root.is_qcow2) && !details.is_shared,
+        disk,
         volumes,
         log_from: details.next_log_sequence,
     })))
@@ -150,10 +147,10 @@ impl Driver {
 }
 
 /// Of a snapshot without memory.
-fn place(agent: &Agent, desired: &DesiredVm, (disk, volumes): (RestoredDisk, Restored)) -> Result<(), LaunchError> {
+fn place(agent: &Agent, desired: &DesiredVm, (disk, volumes): (Option<RestoredDisk>, Restored)) -> Result<(), LaunchError> {
     let _turn = agent.volume_turn();
     let mut held = hold_volumes(agent, desired, &volumes)?;
-    disk.publish(&agent.store, &desired.id)?;
+    disk.map_or(Ok(()), |disk| disk.publish(&agent.store, &desired.id))?;
     reach(Failpoint::RestoreSwapped);
     volumes.settle(&mut held)?;
     restore::note(agent, &desired.id, desired.starts, None).map_err(io_error("the note of its restore"))
@@ -173,24 +170,25 @@ pub fn hold(
     process: &mut Process,
 ) -> Result<(), LaunchError> {
     let (ring, exit_record) = launch::records(process)?;
-    let format = if prepared.is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
-    let disk = Disk { format, backing: prepared.backing.len() as u16 };
+    let disk = prepared.disk.as_ref().map(|(root, _)| root.config());
     // Until the volumes are what they were then, nobody else opens them.
     let _turn = agent.volume_turn();
     let mut held = hold_volumes(agent, desired, &prepared.volumes)?;
     let volumes: Vec<VolumeDisk> = held.ready.iter().map(Ready::disk).collect();
-    let config = vm::restore_config(&desired.id, &agent.links(desired), disk, &volumes, desired.limits, vm::jail(uid), prepared.track);
+    let (request, links) = (&desired.request, agent.links(desired));
+    let config = vm::restore_config((&desired.id, request), &links, disk, &volumes, desired.limits, vm::jail(uid), prepared.track);
     let mut descriptors: Vec<BorrowedFd<'_>> =
         vec![prepared.kvm.as_fd(), prepared.state.as_fd(), prepared.memory.as_fd(), ring.as_fd(), exit_record.as_fd()];
     descriptors.extend(taps.first().map(AsFd::as_fd));
-    descriptors.push(prepared.disk.as_fd());
-    descriptors.extend(prepared.backing.iter().map(AsFd::as_fd));
+    descriptors.extend(prepared.disk.iter().flat_map(|(root, _)| root.descriptors()));
     descriptors.extend(held.ready.iter().map(|ready| ready.open.file.as_fd()));
     descriptors.extend(taps.iter().skip(1).map(AsFd::as_fd));
     process.restore(&config, &descriptors)?;
     memory::restored(agent, &desired.id).map_err(io_error("its limit of memory"))?;
     reach(Failpoint::RestoreHeld);
-    prepared.restored.publish(&agent.store, &desired.id)?;
+    if let Some((_, restored)) = prepared.disk {
+        restored.publish(&agent.store, &desired.id)?;
+    }
     reach(Failpoint::RestoreSwapped);
     prepared.volumes.settle(&mut held)?;
     process.record_restored(desired.starts, prepared.log_from)?;

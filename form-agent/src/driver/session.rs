@@ -90,6 +90,13 @@ impl Session {
         (Self { watch, logs, ended }, updates)
     }
 
+    /// Of a VM without our guest: nobody says anything.
+    pub fn with_nobody() -> (Self, mpsc::Receiver<Update>) {
+        let (_, updates) = mpsc::channel(1);
+        let (watch, logs) = (tokio::spawn(std::future::ready(())), tokio::spawn(std::future::ready(())));
+        (Self { watch, logs, ended: Arc::default() }, updates)
+    }
+
     /// Lets the log end when the VM process has, and stops listening.
     pub async fn drain(&mut self) {
         self.ended.store(true, Ordering::Release);

@@ -90,7 +90,11 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<(), ApiError>
         return Err(ApiError::new(ErrorCode::Conflict, text).hint("ask that host"));
     }
     let state = state(agent, vm);
-    action::check(Action::Plug, state, vm.name())?;
+    action::check_vm(Action::Plug, state, vm)?;
+    if !vm.request.has_guest() && state != VmState::Stopped {
+        let refused = action::no_guest(vm.name(), "which takes interfaces and gives them back while it runs");
+        return Err(refused.hint(format!("stop it before: `form vm stop {}`", vm.name())));
+    }
     if state == VmState::Running && !is_possible(agent, &vm.id) {
         let text = format!("vm/{} runs, and its guest has not said that it is ready", vm.name());
         return Err(ApiError::new(ErrorCode::Conflict, text).hint(format!("wait for it with `form wait vm/{} --for=ready`", vm.name())));

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use form_api::{
     ApiError, ErrorCode,
-    deploy::{CreateVmRequest, DeployRequest, FieldChange, Plan, PlanAction, PlannedVm, RollbackRequest, VmVersion},
+    deploy::{Boot, CreateVmRequest, DeployRequest, FieldChange, Plan, PlanAction, PlannedVm, RollbackRequest, VmVersion},
     error::ErrorBody,
     event::{Event, EventKind},
     exec::{ExecRequest, Terminal},
@@ -70,7 +70,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         image: Some(ImageReference { name: name.clone(), version: Some(1) }),
         is_there: true,
         deployed_at: Some(at(-86_400)),
-        request: DeployRequest { image: digest("earlier image"), ..deploy.clone() },
+        request: DeployRequest { boot: Boot::Image(digest("earlier image")), ..deploy.clone() },
     };
     let vm = vm(&name);
     let limits = DiskLimits { iops: Some(500), bytes_per_second: Some(50 << 20) };
@@ -116,7 +116,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("CloneRequest", json!(CloneRequest { name: copy, snapshot: None, size_bytes: None })),
         ("CreateRequest", json!(create)),
         ("ClaimRequest", json!(ClaimRequest { secret: "5d".repeat(32) })),
-        ("CreateVmRequest", json!(CreateVmRequest { vm: deploy.clone(), start: true, disk_of: None, fork_of: None })),
+        ("CreateVmRequest", json!(CreateVmRequest { vm: deploy.clone(), start: true, disk_of: None, fork_of: None, volumes: Vec::new() })),
         ("DeployRequest", json!(deploy)),
         ("ImageConfig", json!(image_config(&name))),
         ("DoctorReport", json!(doctor())),
@@ -226,7 +226,7 @@ fn spec(name: &Name) -> Spec {
 }
 
 fn deploy(name: &Name) -> DeployRequest {
-    DeployRequest { spec: spec(name), passwd_hashes: [].into(), image: digest("image"), kernel: digest("kernel") }
+    DeployRequest { spec: spec(name), passwd_hashes: [].into(), boot: Boot::Image(digest("image")), kernel: digest("kernel") }
 }
 
 fn image_config(name: &Name) -> ImageConfig {
@@ -252,8 +252,8 @@ fn vm(name: &Name) -> Vm {
         name: name.clone(),
         host: HostId::of(&host_key().public()),
         host_name: "den".to_owned(),
-        image: ImageReference { name: name.clone(), version: Some(2) },
-        image_digest: digest("image"),
+        image: Some(ImageReference { name: name.clone(), version: Some(2) }),
+        image_digest: Some(digest("image")),
         state: VmState::Running,
         ready: true,
         health: Health::Healthy,
@@ -417,7 +417,7 @@ fn snapshot(name: &Name, volume: &Name, vm: &Vm) -> Snapshot {
         written_bytes: Some(11_534_336),
         volumes: vec![volume.clone()],
         pause_ms: Some(310),
-        image_digest: Some(vm.image_digest),
+        image_digest: vm.image_digest,
         fault: None,
     }
 }

@@ -70,7 +70,7 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
 }
 
 fn users(agent: &Agent, digest: &Digest) -> Vec<Name> {
-    desired::vms(&agent.view()).into_values().filter(|vm| vm.request.image == *digest).map(|vm| vm.name().clone()).collect()
+    desired::vms(&agent.view()).into_values().filter(|vm| vm.request.image() == Some(digest)).map(|vm| vm.name().clone()).collect()
 }
 
 /// What VMs can go back to, read once for many images.

@@ -63,7 +63,7 @@ pub async fn show(State(agent): State<Shared>, Segment(name): Segment, request: 
     let (parts, _) = reading(&agent, request).await?;
     let vm = agent.vm_named(&parsed(&name)?)?;
     let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
-    action::check(Action::Stats, state, vm.name())?;
+    action::check_vm(Action::Stats, state, &vm)?;
     let interval = interval(&query(&parts.uri)?)?;
     let found = stats::of(&agent, vec![vm], interval).await.pop();
     found.map(Json).ok_or_else(|| ApiError::new(ErrorCode::Internal, "nothing was found out"))

@@ -37,7 +37,7 @@ use crate::{
 pub(super) fn control_of(agent: &Agent, name: &Name, action: Action) -> Result<std::path::PathBuf, ApiError> {
     let vm = agent.vm_named(name)?;
     let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
-    action::check(action, state, name)?;
+    action::check_vm(action, state, &vm)?;
     let control = RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm.id).control();
     if control.exists() {
         Ok(control)

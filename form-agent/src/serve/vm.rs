@@ -262,8 +262,10 @@ pub async fn logs(State(agent): State<Shared>, Segment(name): Segment, request: 
     let name: Name = parsed(&name)?;
     let vm = agent.vm_named(&name)?;
     let state = agent.fleet.observed(&vm.id).map_or(VmState::Pending, |observed| observed.state);
-    action::check(Action::Logs, state, &name)?;
     let wanted: LogsQuery = query(&parts.uri)?;
+    if !wanted.console {
+        action::check_vm(Action::Logs, state, &vm)?;
+    }
     if wanted.console {
         let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm.id);
         let kept = agent.log_directory(&vm.id).join("console.log");

@@ -117,7 +117,7 @@ fn described(agent: &Agent, vm: &DesiredVm, name: &Name) -> Snapshot {
                 snapshot.based_on = memory.base;
                 snapshot.written_bytes = memory.written_bytes;
             }
-            snapshot.image_digest = Some(details.request.image);
+            snapshot.image_digest = details.request.image().copied();
             snapshot.fault = volumes::fault(agent, &vm.id, name, &details.volumes).map(|error| error.message);
             snapshot.volumes = details.volumes.into_iter().filter(KeptVolume::is_kept).map(|volume| volume.name).collect();
             snapshot.volumes.sort();

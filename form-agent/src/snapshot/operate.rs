@@ -92,7 +92,7 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<Name, ApiErro
         Change::Create(wanted) => wanted,
     };
     let state = state_of(agent, &vm.id);
-    action::check(Action::Snapshot, state, vm.name())?;
+    action::check_vm(Action::Snapshot, state, vm)?;
     let name = match wanted {
         Some(name) => name.clone(),
         None => name_of(Timestamp::now())?,

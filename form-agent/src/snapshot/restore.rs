@@ -84,6 +84,10 @@ pub fn check_fork(agent: &Agent, source: &DesiredVm, name: &Name, request: &Depl
     if !request.spec.volumes.is_empty() {
         return conflict("a VM that goes on from a snapshot has no volumes".to_owned(), "attach volumes to it later");
     }
+    if !source.request.has_guest() {
+        return Err(crate::action::no_guest(source.name(), "and a copy of it would not learn that it is another machine")
+            .hint("make another one with `form vm create --kernel`"));
+    }
     let (entry, details) = find(agent, &source.id, name)?;
     if let Some(had) = details.volumes.first() {
         let text = format!("vm/{} had volume/{} when the snapshot `{name}` was made, and a fork has no volumes", source.name(), had.name);
@@ -158,7 +162,7 @@ pub fn verify(saved: &SavedMemory, name: &Name) -> Result<(), ApiError> {
 /// fit its image and size.
 fn fits(then: &DeployRequest, now: &DeployRequest, has_memory: bool, root: &impl Fn(&Digest) -> Digest) -> Result<(), String> {
     let (old, new) = (&then.spec.resources, &now.spec.resources);
-    if root(&then.image) != root(&now.image) {
+    if then.image().map(root) != now.image().map(root) {
         return Err("it runs another image".to_owned());
     }
     if new.disk_gib < old.disk_gib {
@@ -183,6 +187,8 @@ fn fits(then: &DeployRequest, now: &DeployRequest, has_memory: bool, root: &impl
 
 #[cfg(test)]
 mod tests {
+    use form_api::deploy::Boot;
+
     use super::*;
     use crate::testing::request;
 
@@ -221,7 +227,7 @@ mod tests {
         };
         assert_eq!(refusal(|_| {}, true), "");
         for has_memory in [true, false] {
-            assert!(refusal(|now| now.image = Digest::of(b"other"), has_memory).contains("another image"));
+            assert!(refusal(|now| now.boot = Boot::Image(Digest::of(b"other")), has_memory).contains("another image"));
             assert!(refusal(|now| now.spec.resources.disk_gib = 4, has_memory).contains("5 GiB and has 4"));
         }
         assert!(refusal(|now| now.spec.resources.vcpus = 2, true).contains("1 vCPUs and has 2"));

@@ -30,6 +30,7 @@ pub struct Still {
 pub fn while_still(agent: &Arc<Agent>, vm: &VmId, runs: bool, work: impl FnOnce() -> Result<(), ApiError>) -> Result<Still, ApiError> {
     let running = Running { agent, vm, directory: RuntimeDirectory::new(&agent.paths().vm_runtime(), vm) };
     let runtime = tokio::runtime::Handle::current();
+    let runs = runs && agent.desired(vm).is_none_or(|vm| vm.request.has_guest());
     let frozen = runs && runtime.block_on(running.freeze());
     let stood = stand(agent, vm, &running.directory, work);
     if runs {

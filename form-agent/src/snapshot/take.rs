@@ -60,6 +60,9 @@ pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Na
 async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, state: VmState) -> Result<(), ApiError> {
     let (vm_id, of) = (vm.id, name.clone());
     let mut draft = on_disk(agent, move |agent| agent.store.draft_snapshot(&vm_id, &of)).await?;
+    if !vm.request.has_guest() {
+        draft.has_no_disk();
+    }
     let mut details = Details {
         operation: id,
         created_at: Timestamp::now(),
@@ -76,16 +79,17 @@ async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, 
         let running = Running { agent, vm: &vm_id, directory: RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm_id) };
         details.request = running.started_from().unwrap_or(details.request);
         let runs = state == VmState::Running;
-        if runs {
+        let can_quiesce = runs && vm.request.has_guest();
+        if can_quiesce {
             agent.operations.step(id, "quiescing the guest's file systems");
             details.next_log_sequence = running.next_log_sequence().await;
         }
-        let frozen = runs && running.freeze().await;
+        let frozen = can_quiesce && running.freeze().await;
         details.consistency = if frozen { Consistency::Quiesced } else { Consistency::Crash };
         agent.operations.step(id, "saving memory, devices and disks");
         let part = part(&details, vm_id);
         let saved = running.save(draft, details.request.spec.resources.memory_mib, vm.clone(), name.clone(), part).await;
-        if runs {
+        if can_quiesce {
             running.thaw(frozen).await;
         }
         let saved = saved?;

@@ -60,7 +60,9 @@ fn attachment(agent: &Agent, id: &VolumeId, attached: &Attached) -> Option<Attac
     let state = match (is_running, held_by(agent, &attached.vm).contains(id), &device) {
         (false, ..) => AttachmentState::Waiting,
         (true, false, _) => AttachmentState::NeedsRestart,
-        (true, true, None) => AttachmentState::Starting,
+        (true, true, None) if vm.request.has_guest() => AttachmentState::Starting,
+        // That its process has it is all that can be known of a VM without our guest.
+        (true, true, None) => AttachmentState::Attached,
         (true, true, Some(_)) => AttachmentState::Attached,
     };
     Some(Attachment {

@@ -7,7 +7,9 @@ use std::{
 
 use form_api::{
     ApiError, ErrorCode,
+    deploy::GivenVolume,
     operation::{Operation, OperationKind},
+    vm::VmState,
     volume::{
         AttachRequest, CloneRequest, CreateRequest, DetachRequest, ExportRequest, MoveRequest, ResizeRequest, SetVolumeRequest,
         VolumeRestoreRequest,
@@ -216,6 +218,7 @@ fn check_of(agent: &Agent, volume: &DesiredVolume, view: &form_state::View, chan
         },
         Change::Attach(request) => {
             let vm = rules::check_attach(volume, request, view).map_err(fault)?;
+            can_be_given(agent, &vm, request)?;
             not_exported(agent, volume, "be attached", Whatever)?;
             if describe::held_by(agent, &vm).contains(&volume.id) { Ok(()) } else { not_held(agent, volume, "be attached") }
         }
@@ -307,6 +310,22 @@ pub(super) fn not_held(agent: &Agent, volume: &DesiredVolume, what: &str) -> Res
         }
         None => Ok(()),
     }
+}
+
+/// A guest says what became of a volume that it gets while it runs, and mounts it; without ours there is nobody to say it.
+fn can_be_given(agent: &Agent, vm: &VmId, request: &AttachRequest) -> Result<(), ApiError> {
+    let Some(vm) = agent.desired(vm).filter(|vm| !vm.request.has_guest()) else { return Ok(()) };
+    let name = vm.name();
+    if request.path.is_some() {
+        let refused = crate::action::no_guest(name, "which mounts volumes");
+        return Err(refused.hint("attach it without a path: the VM sees a disk with the serial that `form volume show` says"));
+    }
+    let is_off = agent.fleet.observed(&vm.id).is_some_and(|observed| observed.state == VmState::Stopped);
+    if is_off {
+        return Ok(());
+    }
+    let refused = crate::action::no_guest(name, "which says that a volume has arrived");
+    Err(refused.hint(format!("attach it while the VM is off: `form vm stop {name}`")))
 }
 
 /// Nobody has it open but a VM that runs, whose guest can be asked for it.
@@ -626,6 +645,18 @@ fn can_hold(agent: &Agent, deployed: &rules::Deployed) -> Result<(), ApiError> {
         pool::may_promise(agent, &pool, bytes)?;
     }
     Ok(())
+}
+
+/// Whether a new VM can have these volumes.
+///
+/// # Errors
+/// When one is not there, or somebody has it.
+pub fn of_create(agent: &Agent, given: &[GivenVolume], name: &Name) -> Result<(), ApiError> {
+    let volumes = rules::check_given(given, name, &agent.host_id(), &agent.view()).map_err(rules::VolumeFault::into_api)?;
+    volumes.iter().try_for_each(|volume| {
+        not_exported(agent, volume, "be attached", Whatever)?;
+        not_held(agent, volume, "be attached")
+    })
 }
 
 /// What a deploy would do to the volumes of its Formfile.

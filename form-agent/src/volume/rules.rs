@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use form_api::{
-    deploy::DeployRequest,
+    deploy::{DeployRequest, GivenVolume},
     volume::{AttachRequest, CloneRequest, CreateRequest, ImportQuery, MoveRequest, ResizeRequest, SetVolumeRequest, VolumeRestoreRequest},
 };
 use form_state::{Claim, Refusal, Scalar, Table, View, Write};
@@ -326,6 +326,40 @@ fn attached(id: &VolumeId, vm: &VmId, path: Option<&str>, read_only: bool, by_fo
 
 fn detached(id: &VolumeId) -> Write {
     Write::put(Table::Volumes, *id, "vm", "")
+}
+
+/// The volumes that a new VM, called `vm`, of `host` begins with.
+///
+/// # Errors
+/// When one is not there, elsewhere, another VM's or named twice, or there are too many.
+pub fn check_given(given: &[GivenVolume], vm: &Name, host: &HostId, view: &View) -> Result<Vec<DesiredVolume>, VolumeFault> {
+    if given.len() > MAX_ATTACHED {
+        return Err(VolumeFault::TooMany);
+    }
+    let one = |(index, given_volume): (usize, &GivenVolume)| {
+        let volume = existing(&given_volume.name, view)?;
+        if volume.host != *host {
+            return Err(VolumeFault::Elsewhere { volume: volume.name, vm: vm.clone() });
+        }
+        if let Some(attached) = &volume.attached {
+            return Err(VolumeFault::Held { holder: holder(view, &attached.vm), volume: volume.name });
+        }
+        if given[..index].iter().any(|other| other.name == volume.name) {
+            return Err(VolumeFault::Held { holder: vm.to_string(), volume: volume.name });
+        }
+        Ok(volume)
+    };
+    given.iter().enumerate().map(one).collect()
+}
+
+/// The writes that give them to it.
+///
+/// # Errors
+/// As [`check_given`].
+pub fn given(given: &[GivenVolume], (id, name): (&VmId, &Name), host: &HostId, view: &View) -> Result<Vec<Write>, VolumeFault> {
+    let volumes = check_given(given, name, host, view)?;
+    let attach = |(volume, given): (&DesiredVolume, &GivenVolume)| attached(&volume.id, id, None, given.read_only, false);
+    Ok(volumes.iter().zip(given).flat_map(attach).collect())
 }
 
 /// What a deploy does with the volumes of its Formfile.

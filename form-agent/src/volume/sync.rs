@@ -8,7 +8,7 @@ use form_store::{Pool, StoreError};
 use form_types::{Name, VmId, size::Bytes};
 
 use super::{DesiredVolume, describe, export, live};
-use crate::{agent::Agent, serve::store_error};
+use crate::{action, agent::Agent, serve::store_error};
 
 /// How long a guest may hold back writes while it writes everything out.
 const FLUSH_LIMIT_MS: u64 = 5000;
@@ -64,6 +64,10 @@ fn in_vm(agent: &Agent, vm: &VmId, volume: &DesiredVolume, done: &impl Fn(String
     let vm_name = describe::vm_name(agent, vm);
     if live::directory(agent, vm).read_record().is_none() {
         return Ok(());
+    }
+    if let Some(own) = agent.desired(vm).filter(|vm| !vm.request.has_guest()) {
+        let refused = action::no_guest(own.name(), "which says what it has of a volume");
+        return Err(refused.hint("stop it first: it starts with its volumes as they should be"));
     }
     if !live::is_possible(agent, vm) {
         let state = agent.fleet.observed(vm).map(|observed| observed.state);

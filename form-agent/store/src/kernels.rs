@@ -1,4 +1,4 @@
-//! Stored kernel bundles: `<root>/kernel/<digest>/{kernel.json,vmlinux,modules/*.ko,entry.json}`, all read-only, and the part
+//! Stored kernel bundles: `<root>/kernel/<digest>/{kernel.json,vmlinux,modules/*.ko or initrd,entry.json}`, all read-only, and the part
 //! of the initramfs that all VMs of a kernel share.
 
 use std::{
@@ -9,7 +9,7 @@ use std::{
 
 use form_bundle::{
     KernelManifest, ModuleSet, blocks, initramfs,
-    kernel::{MANIFEST_FILE, VMLINUX_FILE, module_path},
+    kernel::{INITRD_FILE, MANIFEST_FILE, VMLINUX_FILE, module_path},
 };
 use form_types::{Digest, Failpoint, failpoint::reach};
 use serde::{Deserialize, Serialize};
@@ -38,6 +38,8 @@ pub struct KernelEntry {
     pub size_bytes: u64,
     /// The uncompressed ELF kernel.
     pub vmlinux: PathBuf,
+    /// What somebody brought along with a kernel of his own.
+    pub initrd: Option<PathBuf>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -46,6 +48,8 @@ struct Record {
     release: String,
     size_bytes: u64,
     vmlinux: Seal,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    initrd: Option<Seal>,
 }
 
 impl Store {
@@ -78,6 +82,7 @@ impl Store {
             release: manifest.release.clone(),
             size_bytes: manifest.files().map(|(_, map)| map.size()).sum(),
             vmlinux: Seal::of(&draft.path().join(VMLINUX_FILE))?,
+            initrd: manifest.initrd.as_ref().map(|_| Seal::of(&draft.path().join(INITRD_FILE))).transpose()?,
         };
         let entry = draft.path().join(ENTRY);
         write_file(&entry, &to_json(&entry, &record)?, 0o444)?;
@@ -98,8 +103,10 @@ impl Store {
     /// # Errors
     /// [`StoreError::NoKernel`].
     pub fn kernel(&self, digest: &Digest) -> Result<KernelEntry> {
-        let Record { release, size_bytes, vmlinux: _ } = self.kernel_record(digest)?;
-        Ok(KernelEntry { digest: *digest, release, size_bytes, vmlinux: self.kernel_dir(digest).join(VMLINUX_FILE) })
+        let Record { release, size_bytes, vmlinux: _, initrd } = self.kernel_record(digest)?;
+        let directory = self.kernel_dir(digest);
+        let initrd = initrd.map(|_| directory.join(INITRD_FILE));
+        Ok(KernelEntry { digest: *digest, release, size_bytes, vmlinux: directory.join(VMLINUX_FILE), initrd })
     }
 
     /// Every kernel, by release.
@@ -129,7 +136,9 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`] with what is different.
     pub fn check_kernel_sealed(&self, digest: &Digest) -> Result<()> {
-        self.kernel_record(digest)?.vmlinux.check(&self.kernel_dir(digest).join(VMLINUX_FILE))
+        let (record, directory) = (self.kernel_record(digest)?, self.kernel_dir(digest));
+        record.vmlinux.check(&directory.join(VMLINUX_FILE))?;
+        record.initrd.map_or(Ok(()), |initrd| initrd.check(&directory.join(INITRD_FILE)))
     }
 
     /// Removes a kernel and its initramfs; that it is not there is fine. A VM that runs has long read it.

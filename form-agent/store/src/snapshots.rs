@@ -36,7 +36,8 @@ const PART: &str = ".part";
 
 #[derive(Serialize, Deserialize)]
 struct Record {
-    disk: disks::Record,
+    /// None of a VM without a root disk.
+    disk: Option<disks::Record>,
     /// Of the disk's file, in bytes.
     disk_length: u64,
     /// Of the files of state and memory, in bytes; none when the VM did not run.
@@ -71,9 +72,8 @@ pub struct SavedMemory {
 #[derive(Clone, Debug, PartialEq)]
 pub struct SnapshotEntry {
     pub name: Name,
-    pub format: DiskFormat,
-    /// The image that the disk was made from.
-    pub image: Digest,
+    /// How the disk is kept, and the image that it was made from. None of a VM without a root disk.
+    pub disk: Option<(DiskFormat, Digest)>,
     /// Of the disk, as the guest sees it.
     pub disk_bytes: u64,
     /// Of a VM that ran.
@@ -87,7 +87,7 @@ pub struct SnapshotEntry {
 impl SnapshotEntry {
     /// Whether its disk is worth nothing without this image.
     pub(crate) fn overlays(&self, image: &Digest) -> bool {
-        self.format == DiskFormat::Qcow2 && self.image == *image
+        self.disk == Some((DiskFormat::Qcow2, *image))
     }
 }
 
@@ -97,6 +97,7 @@ pub struct SnapshotDraft {
     target: PathBuf,
     drafts: Drafts,
     disk: Option<(disks::Record, File)>,
+    is_without_disk: bool,
     saved: Option<(File, File)>,
 }
 
@@ -140,11 +141,15 @@ impl SnapshotDraft {
         self.saved.as_ref().map(|(state, memory)| (state, memory))
     }
 
-    /// Copies the root disk of `vm`, which nobody may write to meanwhile. It is not flushed yet: [`SnapshotDraft::publish`] does that.
+    /// Copies the root disk of `vm`, which nobody may write to meanwhile, if it has one. It is not flushed yet: [`SnapshotDraft::publish`]
+    /// does that.
     ///
     /// # Errors
     /// [`StoreError::NoDisk`], [`StoreError::NoRoom`].
     pub fn copy_disk(&mut self, store: &Store, vm: &VmId) -> Result<()> {
+        if self.is_without_disk {
+            return Ok(());
+        }
         let record = store.disk_record(vm)?;
         let (source, path) = (store.disk_dir(vm).join(file_name(record.format)), self.path.join(file_name(record.format)));
         let file = File::open(&source).map_err(StoreError::io("read", &source))?;
@@ -152,6 +157,11 @@ impl SnapshotDraft {
         share_or_copy(&file, &copy).map_err(StoreError::io("write", &path))?;
         self.disk = Some((record, copy));
         Ok(())
+    }
+
+    /// The VM has no root disk.
+    pub const fn has_no_disk(&mut self) {
+        self.is_without_disk = true;
     }
 
     /// Flushes everything, and gives the snapshot its name, durably.
@@ -163,16 +173,17 @@ impl SnapshotDraft {
             let flushed = file.sync_all().and_then(|()| file.metadata());
             flushed.map(|metadata| metadata.len()).map_err(StoreError::io("flush", self.path.join(name)))
         };
-        let Some((disk, file)) = &self.disk else {
+        if self.disk.is_none() && !self.is_without_disk {
             return Err(damaged(&self.target, "it has no disk"));
-        };
+        }
         let saved = match &self.saved {
             Some((state, memory)) => Some((length(state, STATE)?, length(memory, MEMORY)?)),
             None => None,
         };
         let memory_seal = saved.map(|_| Seal::of(&self.path.join(MEMORY))).transpose()?;
-        let disk_length = length(file, file_name(disk.format))?;
-        let record = Record { disk: disk.clone(), disk_length, saved, memory_seal, details };
+        let disk_length = self.disk.as_ref().map_or(Ok(0), |(disk, file)| length(file, file_name(disk.format)))?;
+        let disk = self.disk.as_ref().map(|(disk, _)| disk.clone());
+        let record = Record { disk, disk_length, saved, memory_seal, details };
         self.name(&record)
     }
 
@@ -262,7 +273,7 @@ impl Store {
         if target.exists() || !self.drafts.lock().insert(path.clone()) {
             return Err(StoreError::SnapshotExists(name.clone()));
         }
-        let draft = SnapshotDraft { path, target, drafts: self.drafts.clone(), disk: None, saved: None };
+        let draft = SnapshotDraft { path, target, drafts: self.drafts.clone(), disk: None, is_without_disk: false, saved: None };
         // What an earlier try left.
         remove_tree(&draft.path)?;
         make_dir(&draft.path)?;
@@ -311,7 +322,9 @@ impl Store {
             allocated_bytes += metadata.blocks().saturating_mul(512);
             Ok(path)
         };
-        check(file_name(record.disk.format), record.disk_length)?;
+        if let Some(disk) = &record.disk {
+            check(file_name(disk.format), record.disk_length)?;
+        }
         let saved = match record.saved {
             Some((state, memory)) => {
                 let (state, memory) = (check(STATE, state)?, check(MEMORY, memory)?);
@@ -322,23 +335,22 @@ impl Store {
         };
         Ok(SnapshotEntry {
             name: name.clone(),
-            format: record.disk.format,
-            image: record.disk.image,
-            disk_bytes: record.disk.size_bytes,
+            disk: record.disk.as_ref().map(|disk| (disk.format, disk.image)),
+            disk_bytes: record.disk.as_ref().map_or(0, |disk| disk.size_bytes),
             saved,
             allocated_bytes,
             details: record.details,
         })
     }
 
-    /// Makes a copy of a snapshot's disk, for [`RestoredDisk::publish`].
+    /// Makes a copy of a snapshot's disk, for [`RestoredDisk::publish`]. None when it has none.
     ///
     /// # Errors
     /// Those of [`Store::snapshot`], [`StoreError::NoRoom`], [`StoreError::Damaged`] when the image below the disk is not as it was sealed.
-    pub fn restore_disk(&self, vm: &VmId, name: &Name) -> Result<RestoredDisk> {
+    pub fn restore_disk(&self, vm: &VmId, name: &Name) -> Result<Option<RestoredDisk>> {
         self.snapshot(vm, name)?;
         let directory = self.snapshots_of(vm).join(name.as_str());
-        let record = read_record(&directory, name)?.disk;
+        let Some(record) = read_record(&directory, name)?.disk else { return Ok(None) };
         if record.format == DiskFormat::Qcow2 {
             self.check_sealed(&record.image)?;
         }
@@ -350,7 +362,7 @@ impl Store {
         let entry = draft.path().join(DISK);
         write_file(&entry, &to_json(&entry, &record)?, 0o600)?;
         let files = self.disk_files_in(draft.path(), record);
-        Ok(RestoredDisk { draft, files })
+        Ok(Some(RestoredDisk { draft, files }))
     }
 
     /// Gives `to` the snapshot `name` of `from` under the same name, with details of its own. Its files are one and the same, and are
@@ -363,7 +375,7 @@ impl Store {
         let source = self.snapshots_of(from).join(name.as_str());
         let record = Record { details, ..read_record(&source, name)? };
         let draft = self.draft_snapshot(to, name)?;
-        let files = [Some(file_name(record.disk.format)), record.saved.map(|_| STATE), record.saved.map(|_| MEMORY)];
+        let files = [record.disk.as_ref().map(|disk| file_name(disk.format)), record.saved.map(|_| STATE), record.saved.map(|_| MEMORY)];
         for file in files.into_iter().flatten() {
             // The snapshot may be removed just now.
             fs::hard_link(source.join(file), draft.path.join(file)).map_err(StoreError::io("share", source.join(file)))?;

@@ -83,14 +83,17 @@ fn a_snapshot_is_a_copy_and_a_disk_goes_back_to_it_twice() {
         make(&store, "stopped", false);
         write(b"later");
         let entry = store.snapshot(&VM, &name("before")).unwrap();
-        assert_eq!((entry.format, entry.disk_bytes, &entry.details), (format, SIZE, &json!({"made": "before"})));
+        assert_eq!(
+            (entry.disk.map(|(format, _)| format), entry.disk_bytes, &entry.details),
+            (Some(format), SIZE, &json!({"made": "before"}))
+        );
         let saved = entry.saved.unwrap();
         assert_eq!((fs::read(saved.state).unwrap(), fs::read(saved.memory).unwrap()), (b"state".to_vec(), b"memory".to_vec()));
         assert_eq!(store.snapshot(&VM, &name("stopped")).unwrap().saved, None);
         assert_eq!(store.snapshots(&VM).unwrap(), [name("before"), name("stopped")]);
 
         for _ in 0..2 {
-            let restored = store.restore_disk(&VM, &name("before")).unwrap();
+            let restored = store.restore_disk(&VM, &name("before")).unwrap().unwrap();
             assert_eq!((at(&restored.files.path), at(&disk)), (*b"first", *b"later"), "nothing is changed yet");
             // A VM process has it open before it has its name.
             let open = fs::File::open(&restored.files.path).unwrap();
@@ -108,7 +111,7 @@ fn a_snapshot_is_a_copy_and_a_disk_goes_back_to_it_twice() {
 
         // A VM that has lost its disk gets it, too.
         store.remove_disk(&VM).unwrap();
-        store.restore_disk(&VM, &name("stopped")).unwrap().publish(&store, &VM).unwrap();
+        store.restore_disk(&VM, &name("stopped")).unwrap().unwrap().publish(&store, &VM).unwrap();
         assert_eq!(at(&disk), *b"first");
 
         store.remove_snapshot(&VM, &name("before")).unwrap();
@@ -116,6 +119,24 @@ fn a_snapshot_is_a_copy_and_a_disk_goes_back_to_it_twice() {
         store.remove_snapshot(&VM, &name("stopped")).unwrap();
         assert!(!directory(&mount).exists());
     }
+}
+
+#[test]
+fn a_vm_without_a_disk_has_snapshots() {
+    let mount = Mount::tmpfs(64 << 20);
+    let store = Store::open(mount.path()).unwrap();
+    let mut draft = store.draft_snapshot(&VM, &name("forgotten")).unwrap();
+    assert!(matches!(draft.copy_disk(&store, &VM), Err(StoreError::NoDisk(_))));
+    assert!(matches!(draft.publish(json!(null)), Err(StoreError::SnapshotDamaged { .. })), "that it has none has to be said");
+    let mut draft = store.draft_snapshot(&VM, &name("one")).unwrap();
+    draft.has_no_disk();
+    draft.copy_disk(&store, &VM).unwrap();
+    let (mut state, _) = draft.create_saved().unwrap();
+    state.write_all(b"state").unwrap();
+    draft.publish(json!({"made": "one"})).unwrap();
+    let entry = store.snapshot(&VM, &name("one")).unwrap();
+    assert_eq!((entry.disk, entry.disk_bytes, entry.saved.is_some()), (None, 0, true));
+    assert!(store.restore_disk(&VM, &name("one")).unwrap().is_none());
 }
 
 #[test]
@@ -144,7 +165,7 @@ fn another_vm_gets_a_snapshot_without_a_copy_of_it() {
     assert_eq!(fs::read(&memory).unwrap(), b"memory");
     fs::OpenOptions::new().write(true).open(&memory).unwrap().write_all_at(b"memory", 0).unwrap();
     assert!(is_touched(&OTHER), "somebody wrote to it, be it the same");
-    store.restore_disk(&OTHER, &name("one")).unwrap().publish(&store, &OTHER).unwrap();
+    store.restore_disk(&OTHER, &name("one")).unwrap().unwrap().publish(&store, &OTHER).unwrap();
     assert!(store.open_disk(&OTHER).is_ok());
     store.remove_snapshots(&OTHER).unwrap();
     assert_eq!(store.vms_with_snapshots().unwrap(), []);

@@ -105,11 +105,11 @@ pub struct Resources {
     /// 1 to 128.
     #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 128))]
     pub vcpus: u32,
-    /// 128 to 262144.
-    #[cfg_attr(feature = "openapi", schema(minimum = 128, maximum = 262144))]
+    /// 128 to 262144; from 16 on in a VM that runs a kernel of its own.
+    #[cfg_attr(feature = "openapi", schema(minimum = 16, maximum = 262144))]
     pub memory_mib: u64,
-    /// 5 to 65536.
-    #[cfg_attr(feature = "openapi", schema(minimum = 5, maximum = 65536))]
+    /// 5 to 65536; 0 in a VM that runs a kernel of its own, which has no root disk.
+    #[cfg_attr(feature = "openapi", schema(minimum = 0, maximum = 65536))]
     pub disk_gib: u64,
     pub gpus: Vec<Gpu>,
 }
@@ -287,10 +287,38 @@ impl Resources {
     /// What a VM may have of each.
     pub const VCPUS: RangeInclusive<u32> = 1..=128;
     pub const MEMORY_MIB: RangeInclusive<u64> = 128..=262_144;
+    /// Of a VM that runs a kernel of its own.
+    pub const OWN_KERNEL_MEMORY_MIB: RangeInclusive<u64> = 16..=262_144;
     pub const DISK_GIB: RangeInclusive<u64> = 5..=65_536;
 }
 
 impl Spec {
+    /// Of a VM that runs a kernel of its own. What a Formfile says beside this is for Formation's guest.
+    pub fn of_own_kernel(name: Name, vcpus: u32, memory_mib: u64) -> Self {
+        Self {
+            name,
+            description: None,
+            from: "scratch".to_owned(),
+            args: BTreeMap::new(),
+            steps: Vec::new(),
+            resources: Resources { vcpus, memory_mib, disk_gib: 0, gpus: Vec::new() },
+            users: Vec::new(),
+            run_as: None,
+            env: Vec::new(),
+            workdir: None,
+            entrypoint: Vec::new(),
+            cmd: Vec::new(),
+            ports: Vec::new(),
+            volumes: Vec::new(),
+            networks: Vec::new(),
+            replicas: 1,
+            restart: Restart { policy: RestartPolicy::Always, max_retries: None },
+            healthcheck: None,
+            labels: BTreeMap::new(),
+            model: None,
+        }
+    }
+
     /// The same under another name, with what refers to the old one.
     #[must_use]
     pub fn renamed(mut self, name: &Name) -> Self {

@@ -218,6 +218,7 @@ pub(crate) fn assemble(unpacked: &Path, package_version: &str, wanted: &[ModuleS
         release,
         package_version: package_version.to_owned(),
         vmlinux: write_file(&target.join(VMLINUX_FILE), &vmlinux)?,
+        initrd: None,
         modules,
         sets,
     };

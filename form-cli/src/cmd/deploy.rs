@@ -87,7 +87,11 @@ async fn ready(session: &Session, client: &Client, request: &DeployRequest) -> R
     if session.global.no_wait || has_done_its_work(&detail) {
         return Ok(detail.vm);
     }
-    let condition = if request.spec.healthcheck.is_some() { Condition::Healthy } else { Condition::Ready };
+    let condition = match request.spec.healthcheck {
+        _ if !request.has_guest() => Condition::Running,
+        Some(_) => Condition::Healthy,
+        None => Condition::Ready,
+    };
     let step = session.terminal.step(format!("waiting until {name} is {}", condition.as_str()));
     let deadline = session.deadline().unwrap_or_else(|| Instant::now() + PATIENCE);
     let vm = wait::wait(client, name, condition, Some(deadline)).await?;

@@ -89,6 +89,13 @@ pub async fn wait(client: &Client, name: &Name, condition: Condition, deadline: 
                     .hint(format!("`form logs {name} --console` shows its boot, `form vm show {name}` its state"));
                 return Err(with_log(client, name, failure).await);
             }
+            Judgement::Unknowable => {
+                let text = format!(
+                    "vm/{name} runs a kernel of its own without Formation's guest, which would say when it is {}",
+                    condition.as_str()
+                );
+                return Err(Failure::new(ErrorCode::Conflict, text).hint(format!("`form wait vm/{name} --for=running`")));
+            }
             Judgement::NotYet => {}
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -104,12 +111,15 @@ enum Judgement {
     Met(Box<Vm>),
     NotYet,
     Never(String),
+    /// Nobody in the VM would say so.
+    Unknowable,
 }
 
 fn judge(detail: &VmDetail, condition: Condition) -> Judgement {
     let vm = &detail.vm;
     let fault = || vm.fault.clone().unwrap_or_else(|| format!("it is {}", vm.state.as_str()));
     let met = match (condition, vm.state) {
+        (Condition::Ready | Condition::Healthy, _) if !detail.desired.has_guest() => return Judgement::Unknowable,
         (Condition::Stopped, VmState::Stopped) => true,
         (Condition::Running, VmState::Running) => true,
         (Condition::Ready, VmState::Running) => vm.ready,
@@ -157,6 +167,7 @@ mod tests {
             Judgement::Met(_) => "met",
             Judgement::NotYet => "not yet",
             Judgement::Never(_) => "never",
+            Judgement::Unknowable => "unknowable",
         }
     }
 
@@ -173,6 +184,15 @@ mod tests {
         assert_eq!(judged("stopping", true, "none", Condition::Stopped), "not yet");
         assert_eq!(judged("stopped", false, "none", Condition::Stopped), "met");
         assert_eq!(judged("failed", false, "none", Condition::Stopped), "never");
+    }
+
+    #[test]
+    fn without_a_guest_only_what_the_host_sees_is_known() {
+        let mut own = detail("running", false, "none", false);
+        own.desired.boot = form_api::deploy::Boot::Own { cmdline: String::new() };
+        assert!(matches!(judge(&own, Condition::Ready), Judgement::Unknowable));
+        assert!(matches!(judge(&own, Condition::Healthy), Judgement::Unknowable));
+        assert!(matches!(judge(&own, Condition::Running), Judgement::Met(_)));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! From a Formfile to a running VM: what `plan` and `deploy` share.
 
 pub mod build;
+pub mod own_kernel;
 mod passwords;
 pub mod plan_view;
 mod refuse;
@@ -9,7 +10,7 @@ mod upload;
 use form_api::{
     ErrorCode,
     client::{Client, ClientError},
-    deploy::DeployRequest,
+    deploy::{Boot, DeployRequest},
     vm::VmDetail,
 };
 use form_image::{BuiltImage, KernelBundle};
@@ -42,7 +43,7 @@ pub async fn prepare(session: &Session, args: &build::BuildArgs) -> Result<(Clie
     let old = before.map(|detail| detail.desired.passwd_hashes).unwrap_or_default();
     let passwd_hashes = passwords::hashes(&spec, &old)?;
     // On a base from a registry a Formfile means what that leaves open too.
-    let request = DeployRequest { spec: image.spec.clone(), passwd_hashes, image: image.digest, kernel: kernel.digest };
+    let request = DeployRequest { spec: image.spec.clone(), passwd_hashes, boot: Boot::Image(image.digest), kernel: kernel.digest };
     Ok((client, Prepared { image, kernel, request }))
 }
 

@@ -16,7 +16,7 @@ use form_api::{
     client::{Client, ClientError},
     image::{BlockFrame, ImportRequest, MissingRequest},
 };
-use form_bundle::{BLOCK_SIZE, BlockMap, Manifest, blocks, travel};
+use form_bundle::{BLOCK_SIZE, BlockMap, KernelManifest, Manifest, blocks, travel};
 use form_image::{BuiltImage, ImageStore, KernelBundle};
 use form_types::Digest;
 use futures_util::{Stream, stream};
@@ -70,11 +70,11 @@ impl Blocks for ImageStore {
 struct KernelBlocks(BTreeMap<Digest, (PathBuf, u64, usize)>);
 
 impl KernelBlocks {
-    fn new(bundle: &KernelBundle) -> Self {
+    fn new<'a>(files: impl Iterator<Item = (PathBuf, &'a BlockMap)>) -> Self {
         let of = |(path, map): (PathBuf, &BlockMap)| -> Vec<(Digest, (PathBuf, u64, usize))> {
             map.iter().map(|(index, digest)| (*digest, (path.clone(), index, map.block_len(index)))).collect()
         };
-        Self(bundle.files().flat_map(of).collect())
+        Self(files.flat_map(of).collect())
     }
 }
 
@@ -102,14 +102,27 @@ pub async fn upload(session: &Session, client: &Client, prepared: &Prepared) -> 
 /// # Errors
 /// As [`upload`].
 pub async fn upload_kernel(session: &Session, client: &Client, kernel: &KernelBundle) -> Result<(), Failure> {
-    match client.kernel(&kernel.digest).await {
+    upload_kernel_files(session, client, (&kernel.digest, &kernel.manifest), kernel.files()).await
+}
+
+/// The same of files that lie anywhere: with their blocks, as the manifest has them.
+///
+/// # Errors
+/// As [`upload`]; also when a file has changed meanwhile.
+pub async fn upload_kernel_files<'a>(
+    session: &Session,
+    client: &Client,
+    (digest, kernel): (&Digest, &KernelManifest),
+    files: impl Iterator<Item = (PathBuf, &'a BlockMap)>,
+) -> Result<(), Failure> {
+    match client.kernel(digest).await {
         Ok(_) => Ok(()),
         Err(ClientError::Api(error)) if error.code == ErrorCode::NotFound => {
-            let source = KernelBlocks::new(kernel);
+            let source = KernelBlocks::new(files);
             let digests = source.0.keys().copied().collect();
-            send(session, client, &format!("kernel {}", kernel.manifest.release), digests, Arc::new(source)).await?;
-            manifest(client, &kernel.digest, kernel.manifest.encode()).await?;
-            client.import_kernel(&ImportRequest { manifest: kernel.digest }).await?;
+            send(session, client, &format!("kernel {}", kernel.release), digests, Arc::new(source)).await?;
+            manifest(client, digest, kernel.encode()).await?;
+            client.import_kernel(&ImportRequest { manifest: *digest }).await?;
             Ok(())
         }
         Err(error) => Err(error.into()),

@@ -1,6 +1,9 @@
 //! The rules on a real replica: signed requests in, the view out.
 
-use form_api::sign::{self, ToSign};
+use form_api::{
+    deploy::Boot,
+    sign::{self, ToSign},
+};
 use form_state::Replica;
 use form_types::{ClusterId, Digest, SecretKey, spec};
 use jiff::Timestamp;
@@ -102,7 +105,7 @@ fn a_deploy_makes_keeps_grows_and_leaves_volumes() {
 
     // Another image, the same volumes: nothing changes for them, and they are the same ones.
     let mut rebuilt = wanted("web", &[("data", "/data", Some(20)), ("logs", "/logs", None)]);
-    rebuilt.image = Digest::of(b"another image");
+    rebuilt.boot = Boot::Image(Digest::of(b"another image"));
     let view = host.replica.view();
     let vm = desired::vm_named(&view, &"web".parse().unwrap()).unwrap();
     assert!(deployed(&rebuilt, Some(&vm.id), &vm.host, &view).unwrap().is_nothing());
@@ -260,7 +263,7 @@ fn limits_of_a_vm_outlive_deploys_and_need_no_start() {
     let limits = form_types::VmLimits { disk, net_bytes_per_second: Some(12_500_000) };
     assert_eq!((web().limits, web().boot_digest()), (limits, before.boot_digest()));
     let mut rebuilt = wanted("web", &[]);
-    rebuilt.image = Digest::of(b"another image");
+    rebuilt.boot = Boot::Image(Digest::of(b"another image"));
     host.ask("POST", "/v1/deploy", &rebuilt).unwrap();
     assert_eq!(web().limits, limits);
     for bad in [json!({"net_bytes_per_second": 1}), json!({"disk_iops": 0}), json!({"disk_bytes_per_second": u64::MAX})] {

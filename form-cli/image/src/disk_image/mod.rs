@@ -1,13 +1,12 @@
 //! Images made of the disks of others: a cloud image as a distribution publishes it, or any disk with Linux on it.
 //!
 //! `partition` and `file_system` say what is on the disk, the files are read by [`crate::ext4::read`] and become the one layer of an image
-//! of ours, `own_kernel` makes a kernel bundle of the kernel among them, `pvh` says whether it can be started, and `settle` takes out what ties
+//! of ours, `own_kernel` makes a kernel bundle of the kernel among them, and `settle` takes out what ties
 //! the files to their disk.
 
 mod file_system;
 mod own_kernel;
 mod partition;
-mod pvh;
 mod settle;
 
 use std::fs::File;

@@ -15,7 +15,6 @@ use form_bundle::{
 };
 use form_types::Digest;
 
-use super::pvh;
 use crate::{
     BuildError, BuildObserver, Builder, Cancel, KernelBundle,
     block_store::BlockStore,
@@ -94,7 +93,7 @@ pub(super) fn bundle(
         error => error,
     })?;
     let vmlinux = made.join(VMLINUX_FILE);
-    if !pvh::has_entry(&fs::read(&vmlinux).during("read", &vmlinux)?) {
+    if !form_bundle::pvh::has_entry(&fs::read(&vmlinux).during("read", &vmlinux)?) {
         return Err(refuse(format!("{release} was made without CONFIG_PVH, and cannot be started here")));
     }
     let target = place.join(digest.to_string());

@@ -32,5 +32,6 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
         spec.volumes.clear();
     }
     let vm = DeployRequest { spec, ..source };
-    create::make(session, &client, CreateVmRequest { vm, start: !args.wishes.no_start, disk_of: Some(args.source), fork_of: None }).await
+    let request = CreateVmRequest { vm, start: !args.wishes.no_start, disk_of: Some(args.source), fork_of: None, volumes: Vec::new() };
+    create::make(session, &client, request).await
 }

@@ -1,10 +1,13 @@
-use std::sync::Arc;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use clap_complete::engine::ArgValueCompleter;
 use form_api::{
     ErrorCode,
     client::{Client, ClientError},
-    deploy::{CreateVmRequest, DeployRequest},
+    deploy::{Boot, CreateVmRequest, DeployRequest, GivenVolume},
 };
 use form_bundle::Manifest;
 use form_image::{ImageStore, KernelBundle, StoreError};
@@ -14,28 +17,37 @@ use form_types::{
 };
 
 use crate::{
-    args::{gibibytes, label, mebibytes, published, restart_policy, vm_name},
+    args::{gibibytes, label, mebibytes, published, restart_policy, vm_name, volume_name},
     cmd::{deploy, image},
     complete,
-    deploy::{build, plan_view, upload_image, upload_kernel},
+    deploy::{build, own_kernel::OwnKernel, plan_view, upload_image, upload_kernel},
     failure::{Failure, Outcome},
     operation::settle,
     session::Session,
 };
 
-/// Make a VM from an image, without a Formfile, and start it
+/// Make a VM without a Formfile, from an image or from a kernel, and start it
 ///
-/// It runs as the Formfile of the image says, but for what is given here. Ports of that Formfile are open to other VMs; on the host only
-/// what --publish names is published. Passwords are no part of an image.
+/// Of an image it runs as the Formfile of the image says, but for what is given here. Ports of that Formfile are open to other VMs; on the
+/// host only what --publish names is published. Passwords are no part of an image.
+///
+/// With --kernel the VM runs that kernel and nothing of Formation's: it has a serial console, a network interface whose address and MAC `form
+/// vm show` says, entropy, and the volumes that --volume names. It is running when its process runs. What needs Formation's guest in it (exec,
+/// cp, ssh, logs, port-forward) is refused.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "An image that the host does not have is taken from the build cache of this machine.")]
+#[command(
+    after_help = "An image that the host does not have is taken from the build cache of this machine. A kernel is an uncompressed ELF \
+    file with a PVH entry (CONFIG_PVH): Linux's scripts/extract-vmlinux takes it out of a bzImage."
+)]
 pub struct Args {
     /// The new VM
     #[arg(value_parser = vm_name)]
     name: Name,
     /// NAME or NAME:VERSION
-    #[arg(long, add = ArgValueCompleter::new(complete::images))]
-    image: ImageReference,
+    #[arg(long, required_unless_present = "kernel", add = ArgValueCompleter::new(complete::images))]
+    image: Option<ImageReference>,
+    #[command(flatten)]
+    own: Own,
     #[command(flatten)]
     wishes: Wishes,
     /// An environment variable of every process in it
@@ -47,6 +59,35 @@ pub struct Args {
     /// Leave out the volumes of the image's Formfile
     #[arg(long)]
     no_volumes: bool,
+}
+
+/// A VM without an image.
+#[derive(Debug, clap::Args)]
+struct Own {
+    /// In place of an image: an uncompressed ELF kernel with a PVH entry (vmlinux)
+    #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath, conflicts_with_all = ["image", "env", "disk", "no_volumes"])]
+    kernel: Option<PathBuf>,
+    /// The initial RAM disk of that kernel, passed on as it is
+    #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath, requires = "kernel", conflicts_with = "image")]
+    initrd: Option<PathBuf>,
+    /// The command line of that kernel [default: console=ttyS0 panic=-1 reboot=t]
+    #[arg(long, value_name = "TEXT", requires = "kernel", conflicts_with = "image", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// A volume of the host that no VM has, as a disk, `:ro` if the VM cannot write to it; may be given several times
+    #[arg(long = "volume", value_name = "NAME[:ro]", requires = "kernel", conflicts_with = "image", value_parser = given_volume, add = ArgValueCompleter::new(complete::volumes))]
+    volumes: Vec<GivenVolume>,
+}
+
+/// The console is the serial port; a panic or a reboot ends the VM, so that the host sees it.
+const CMDLINE: &str = "console=ttyS0 panic=-1 reboot=t";
+/// As a Formfile that says nothing.
+const VCPUS: u32 = 1;
+const MEMORY_MIB: u64 = 512;
+
+/// `data`, `data:ro`.
+fn given_volume(text: &str) -> Result<GivenVolume, String> {
+    let (name, read_only) = text.strip_suffix(":ro").map_or((text, false), |name| (name, true));
+    Ok(GivenVolume { name: volume_name(name)?, read_only })
 }
 
 /// What a new VM may have that differs from what it is made of.
@@ -91,6 +132,16 @@ impl Wishes {
 }
 
 impl Args {
+    fn own_request(&self, kernel: Digest) -> DeployRequest {
+        let bare = Spec::of_own_kernel(self.name.clone(), VCPUS, MEMORY_MIB);
+        let mut spec = self.wishes.apply(bare, &self.name);
+        if let Some(restart) = &self.restart {
+            spec.restart = restart.clone();
+        }
+        let cmdline = self.own.cmdline.clone().unwrap_or_else(|| CMDLINE.to_owned());
+        DeployRequest { spec, passwd_hashes: [].into(), boot: Boot::Own { cmdline }, kernel }
+    }
+
     fn spec(&self, of_image: Spec) -> Spec {
         let mut spec = self.wishes.apply(of_image, &self.name);
         for (key, value) in &self.env {
@@ -118,16 +169,36 @@ struct Found {
 }
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
+    match (&args.image, &args.own.kernel) {
+        (_, Some(kernel)) => of_kernel(&args, kernel, session).await,
+        (Some(image), None) => of_image(&args, image, session).await,
+        (None, None) => Err(Failure::usage("there is nothing to make a VM of").hint("give --image or --kernel")),
+    }
+}
+
+async fn of_kernel(args: &Args, kernel: &Path, session: &Session) -> Outcome {
+    let own = OwnKernel::read(kernel.to_owned(), args.own.initrd.clone())?;
     let client = session.client()?;
     is_free(&client, &args.name).await?;
-    let found = find(&client, &args.image).await?;
+    let vm = args.own_request(own.digest);
+    let plan = client.plan(&vm).await?;
+    session.terminal.note(plan_view::text(&plan, &session.terminal).trim_end());
+    own.upload(session, &client).await?;
+    let volumes = args.own.volumes.clone();
+    make(session, &client, CreateVmRequest { vm, start: !args.wishes.no_start, disk_of: None, fork_of: None, volumes }).await
+}
+
+async fn of_image(args: &Args, image: &ImageReference, session: &Session) -> Outcome {
+    let client = session.client()?;
+    is_free(&client, &args.name).await?;
+    let found = find(&client, image).await?;
     let spec = args.spec(found.config.clone());
     let unknown: Vec<&str> = spec.users.iter().filter(|user| user.has_passwd).map(|user| user.name.as_str()).collect();
     if !unknown.is_empty() {
         session.terminal.warn(format!("no password is set for {}: passwords are no part of an image", unknown.join(", ")));
     }
     let kernel = kernel(session, &client, &found).await?;
-    let vm = DeployRequest { spec, passwd_hashes: [].into(), image: found.digest, kernel: kernel.digest() };
+    let vm = DeployRequest { spec, passwd_hashes: [].into(), boot: Boot::Image(found.digest), kernel: kernel.digest() };
     let plan = client.plan(&vm).await?;
     session.terminal.note(plan_view::text(&plan, &session.terminal).trim_end());
     if let Kernel::Here(bundle) = &kernel {
@@ -136,13 +207,14 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     if let Some((manifest, store)) = found.local {
         upload_image(session, &client, &found.digest, &manifest, Arc::new(store)).await?;
     }
-    make(session, &client, CreateVmRequest { vm, start: !args.wishes.no_start, disk_of: None, fork_of: None }).await
+    let request = CreateVmRequest { vm, start: !args.wishes.no_start, disk_of: None, fork_of: None, volumes: Vec::new() };
+    make(session, &client, request).await
 }
 
 /// What the VM is started with.
 enum Kernel {
     /// Of this machine, sent when the host does not have it.
-    Here(KernelBundle),
+    Here(Box<KernelBundle>),
     /// The image's own, which came to the host with it.
     There(Digest),
 }
@@ -158,8 +230,8 @@ impl Kernel {
 
 async fn kernel(session: &Session, client: &Client, found: &Found) -> Result<Kernel, Failure> {
     match (&found.local, found.kernel) {
-        (Some((manifest, _)), _) => build::kernel_of(session, manifest).await.map(Kernel::Here),
-        (None, None) => build::kernel(session).await.map(Kernel::Here),
+        (Some((manifest, _)), _) => build::kernel_of(session, manifest).await.map(|bundle| Kernel::Here(Box::new(bundle))),
+        (None, None) => build::kernel(session).await.map(|bundle| Kernel::Here(Box::new(bundle))),
         (None, Some(digest)) => match client.kernel(&digest).await {
             Ok(_) => Ok(Kernel::There(digest)),
             Err(ClientError::Api(error)) if error.code == ErrorCode::NotFound => {
@@ -244,6 +316,32 @@ mod tests {
         let text = "NAME web\nEXPOSE 8080:80\nEXPOSE 53/udp\nENTRYPOINT /app\nENV A=1\nENV --scope=service:web B=2\nVOLUME data:/data\n";
         let spec = formfile::check("Formfile", text, &formfile::LowerOptions { build_args: BTreeMap::new() }).spec.unwrap();
         Line::parse_from([&["create", "two", "--image", "web:3"], words].concat()).args.spec(spec)
+    }
+
+    fn own(words: &[&str]) -> Result<Args, clap::Error> {
+        Line::try_parse_from([&["create", "two", "--kernel", "vmlinux"], words].concat()).map(|line| line.args)
+    }
+
+    #[test]
+    fn a_kernel_of_its_own_comes_without_an_image() {
+        let request = own(&[]).unwrap().own_request(Digest::of(b"kernel"));
+        assert_eq!((request.cmdline(), request.spec.resources.vcpus, request.spec.resources.memory_mib), (Some(CMDLINE), 1, 512));
+        assert_eq!(request.spec, Spec::of_own_kernel("two".parse().unwrap(), 1, 512));
+
+        let words = ["--cmdline", "", "--memory", "16M", "--cpus", "2", "-p", "8080:80", "-l", "a=b", "--restart", "never"];
+        let request = own(&words).unwrap().own_request(Digest::of(b"kernel"));
+        assert_eq!((request.cmdline(), request.spec.resources.memory_mib, request.spec.ports.len()), (Some(""), 16, 1));
+        assert_eq!((request.spec.labels["a"].as_str(), request.spec.restart.policy), ("b", form_types::spec::RestartPolicy::Never));
+
+        let volumes = own(&["--volume", "data", "--volume", "volume/base:ro"]).unwrap().own.volumes;
+        assert_eq!(volumes.iter().map(|one| (one.name.as_str(), one.read_only)).collect::<Vec<_>>(), [("data", false), ("base", true)]);
+        for wrong in [["--image", "web"], ["--env", "A=1"], ["--disk", "5G"], ["--volume", "a:rw"]] {
+            assert!(own(&wrong).is_err(), "{wrong:?}");
+        }
+        for wrong in [["--initrd", "x"], ["--cmdline", "x"], ["--volume", "x"]] {
+            assert!(Line::try_parse_from([&["create", "two", "--image", "web"][..], &wrong].concat()).is_err(), "{wrong:?}");
+        }
+        assert!(Line::try_parse_from(["create", "two"]).is_err());
     }
 
     #[test]

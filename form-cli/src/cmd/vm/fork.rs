@@ -56,6 +56,14 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     }
     let client = session.client()?;
     let source = client.vm(&args.source).await?.desired;
+    if !source.has_guest() {
+        // Said before the VM stands still for it; the host looks again.
+        let text = format!(
+            "vm/{} runs a kernel of its own without Formation's guest, and a copy of it would not learn that it is another machine",
+            args.source
+        );
+        return Err(Failure::new(ErrorCode::Conflict, text).hint("make another one with `form vm create --kernel`"));
+    }
     let names = names(&client, &args).await?;
     let Some(snapshot) = &args.snapshot else {
         without_volumes(&client, &args.source).await?;
@@ -155,7 +163,8 @@ fn request(args: &Args, source: &DeployRequest, name: &Name, snapshot: &Name) ->
     }
     spec.labels.extend(args.labels.iter().cloned());
     let vm = DeployRequest { spec, ..source.clone() };
-    CreateVmRequest { vm, start: true, disk_of: None, fork_of: Some(ForkOf { vm: args.source.clone(), snapshot: snapshot.clone() }) }
+    let fork_of = Some(ForkOf { vm: args.source.clone(), snapshot: snapshot.clone() });
+    CreateVmRequest { vm, start: true, disk_of: None, fork_of, volumes: Vec::new() }
 }
 
 #[cfg(test)]

@@ -107,9 +107,13 @@ fn chosen(vm: &Name, wanted: Option<&Version>, versions: Vec<VmVersion>) -> Resu
         .hint(format!("{list}; or build it again and run `form deploy`")))
 }
 
+fn digest(version: &VmVersion) -> String {
+    version.request.image().map(form_types::Digest::short).unwrap_or_default()
+}
+
 /// The image that it ran from, as good as it is known.
 fn name(version: &VmVersion) -> String {
-    version.image.as_ref().map_or_else(|| version.request.image.short(), ToString::to_string)
+    version.image.as_ref().map_or_else(|| digest(version), ToString::to_string)
 }
 
 fn table(versions: &[VmVersion]) -> Table {
@@ -118,7 +122,7 @@ fn table(versions: &[VmVersion]) -> Table {
         let resources = &version.request.spec.resources;
         table.row([
             name(version),
-            version.request.image.short(),
+            digest(version),
             version.deployed_at.map(|at| format!("{} ago", age(at, Timestamp::now()))).unwrap_or_default(),
             if version.is_there { "kept" } else { "gone" }.to_owned(),
             resources.vcpus.to_string(),

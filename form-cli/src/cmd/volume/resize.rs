@@ -22,7 +22,7 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
     let client = session.client()?;
     let operation = settle(session, &client, client.resize_volume(&args.name, &ResizeRequest { size_bytes: args.size.0 }).await?).await?;
     let holder = if operation.status.is_final() { client.volume(&args.name).await?.attachment } else { None };
-    let when = match holder.map(|holder| (holder.state, holder.read_only, holder.vm)) {
+    let when = match holder.map(|holder| (holder.state, holder.read_only || holder.device.is_none(), holder.vm)) {
         Some((AttachmentState::Attached, false, vm)) => format!(", also in {vm}, which runs with it"),
         Some((AttachmentState::Attached | AttachmentState::Starting, _, vm)) => format!("; {vm} sees it after `form vm restart {vm}`"),
         _ => String::new(),

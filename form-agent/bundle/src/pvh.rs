@@ -1,9 +1,17 @@
 //! Whether a kernel can be entered as our VMM enters it: by the PVH entry, which a note in its ELF file names
 //! (Xen, `docs/misc/pvh.pandoc`; Linux, `arch/x86/platform/pvh`).
 
+use std::io::BufRead;
+
+/// For who has a kernel that cannot be started.
+pub const WHAT_TO_DO: &str =
+    "give an uncompressed vmlinux that was made with CONFIG_PVH=y; Linux's `scripts/extract-vmlinux` takes it out of a bzImage";
+
 /// `XEN_ELFNOTE_PHYS32_ENTRY`
 const PHYS32_ENTRY: u64 = 18;
 const PT_NOTE: u64 = 4;
+/// `__NEW_UTS_LEN` of Linux.
+const MAX_RELEASE: usize = 64;
 const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 
@@ -17,7 +25,7 @@ fn size<const N: usize>(bytes: &[u8], at: usize) -> Option<usize> {
 }
 
 /// Whether a 64-bit ELF kernel for x86 has a PVH entry.
-pub(super) fn has_entry(kernel: &[u8]) -> bool {
+pub fn has_entry(kernel: &[u8]) -> bool {
     // Class 64, little-endian, machine x86-64.
     if !kernel.starts_with(b"\x7fELF\x02\x01") || number::<2>(kernel, 18) != Some(62) || kernel.len() < HEADER {
         return false;
@@ -57,14 +65,26 @@ fn has_note(mut notes: &[u8]) -> bool {
     false
 }
 
-#[cfg(test)]
-pub(super) mod tests {
-    use proptest::prelude::*;
+/// As `uname -r` would print it, from the text that Linux has of itself; none of a kernel that is no Linux.
+pub fn release(kernel: &[u8]) -> Option<String> {
+    const AFTER_FIRST: &[u8] = b"inux version ";
+    let mut rest = kernel;
+    while rest.skip_until(b'L').ok()? > 0 {
+        let Some(text) = rest.strip_prefix(AFTER_FIRST) else { continue };
+        let length = text.iter().take(MAX_RELEASE + 1).take_while(|byte| byte.is_ascii_graphic()).count();
+        if (1..=MAX_RELEASE).contains(&length) && text[0].is_ascii_digit() {
+            return Some(String::from_utf8_lossy(&text[..length]).into_owned());
+        }
+    }
+    None
+}
 
+#[cfg(test)]
+mod tests {
     use super::*;
 
     /// The smallest kernel with notes: of this type.
-    pub fn kernel(note: u32) -> Vec<u8> {
+    fn kernel(note: u32) -> Vec<u8> {
         let mut bytes = vec![0; HEADER + PROGRAM_HEADER];
         bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
         bytes[18] = 62;
@@ -92,14 +112,23 @@ pub(super) mod tests {
         }
     }
 
-    proptest! {
-        #[test]
-        fn nothing_makes_it_panic(changes in proptest::collection::vec((0usize..160, any::<u8>()), 1..20)) {
-            let mut bytes = kernel(17);
-            for (at, byte) in changes {
-                bytes[at] = byte;
+    #[test]
+    fn a_linux_says_its_release() {
+        assert_eq!(release(b"..Linux version %s..Linux version 6.1.0-31-cloud-amd64 (debian)").as_deref(), Some("6.1.0-31-cloud-amd64"));
+        assert_eq!(release(b"Linux version 6").as_deref(), Some("6"));
+        for none in [b"".as_slice(), b"Linux version ", b"Linux version x", &[b"Linux version 6".as_slice(), &[b'1'; 65]].concat()] {
+            assert_eq!(release(none), None);
+        }
+    }
+
+    #[test]
+    fn nothing_makes_it_panic() {
+        for (one, other) in (0..160).flat_map(|one| (one..160).map(move |other| (one, other))) {
+            for value in [0, 1, 0x7F, 0x80, 0xFF] {
+                let mut bytes = kernel(17);
+                (bytes[one], bytes[other]) = (value, value);
+                let _ = has_entry(&bytes);
             }
-            let _ = has_entry(&bytes);
         }
     }
 }
