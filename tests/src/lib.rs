@@ -3,5 +3,6 @@
 pub mod disk;
 pub mod host;
 pub mod nfs;
+pub mod own_kernel;
 pub mod programs;
 pub mod wire;
