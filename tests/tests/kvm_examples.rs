@@ -59,9 +59,14 @@ fn system_every_example_is_checked_formatted_and_built() {
 }
 
 /// A disk of Debian as a cloud image is: its partitions, its kernel, and addresses asked for by DHCP. Made with Debian's own tools.
+/// The kernel is Debian's ordinary one, which knows the identifier of a VM's generation as its cloud kernel does not, without the
+/// drivers that are its largest.
 const CLOUD: &str = r#"
 export PATH="$PATH:/usr/sbin:/sbin"
-mmdebstrap --quiet --variant=minbase --include=systemd-sysv,udev,linux-image-cloud-amd64,iproute2 \
+LEFT_OUT="sound drivers/gpu drivers/media drivers/iio drivers/infiniband drivers/staging drivers/net/ethernet drivers/net/wireless"
+set -f # For dpkg, and not for the shell.
+mmdebstrap --quiet --variant=minbase --include=systemd-sysv,udev,linux-image-amd64,iproute2 \
+    $(printf -- '--dpkgopt=path-exclude=/lib/modules/*/kernel/%s/* ' $LEFT_OUT) \
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' bookworm tree.tar
 mkdir tree && tar -C tree -xf tree.tar --exclude='./dev/*'
 printf '[Match]\nName=en* eth*\n\n[Network]\nDHCP=yes\n' >tree/etc/systemd/network/10-all.network
@@ -85,7 +90,7 @@ fn system_a_cloud_image_is_taken_in() {
     let disk = disk.to_str().unwrap();
     let _ = form.form(["image", "rm", "--local", "cloud-disk", "-y"]);
     let image = form.form(["image", "import", disk, "cloud-disk", "-o", "json"]).ok();
-    assert!(image.stderr.contains("boots with its own kernel") && image.stderr.contains("-cloud-amd64"), "{}", image.stderr);
+    assert!(image.stderr.contains("boots with its own kernel") && !image.stderr.contains("-cloud-amd64"), "{}", image.stderr);
     let again = form.form(["image", "import", disk, "cloud-disk", "-o", "json"]).ok().json();
     assert_eq!(again["digest"], image.json()["digest"]);
     // Half of it: a download that broke off.
@@ -116,9 +121,31 @@ fn kvm_a_cloud_image_boots_with_its_own_kernel() {
     assert!(kernel("second").is_string());
     assert_eq!(kernel("second"), kernel("cloud"));
     let _ = host.form(&["destroy", "second", "-y"]).ok();
+    becomes_other_machines(&host);
     let _ = host.form(&["destroy", "cloud", "-y"]).ok();
     let _ = host.form(&["image", "rm", "cloud-disk:1", "-y"]).ok();
     host.is_clean();
+}
+
+/// A copy of it, and itself as it was a while ago: its kernel is told, and draws its random numbers anew.
+fn becomes_other_machines(host: &Host) {
+    let run = |vm: &str, command: &str| inside(host, vm, None, command);
+    let told = |vm: &str| run(vm, "dmesg | grep -c 'crng reseeded due to virtual machine fork' || true");
+    assert_eq!(told("cloud"), "0");
+    let _ = host.form(&["vm", "fork", "cloud", "copy", "--timeout", "300s"]).ok();
+    wait("the kernel of the copy is told", || told("copy") == "1");
+    assert_eq!((run("copy", "cat /proc/sys/kernel/hostname").as_str(), told("cloud").as_str()), ("copy", "0"));
+    assert_ne!(run("copy", "cat /etc/machine-id"), run("cloud", "cat /etc/machine-id"));
+    let address = host.vm("copy")["ipv4"].as_str().unwrap().to_owned();
+    assert!(run("copy", "ip -4 -o address show eth0").contains(&format!("inet {address}/32")));
+    let _ = host.form(&["destroy", "copy", "-y"]).ok();
+
+    let _ = host.form(&["vm", "snapshot", "create", "cloud", "--name", "before", "--timeout", "300s"]).ok();
+    assert_eq!(run("cloud", "touch /after && echo made"), "made");
+    let _ = host.form(&["vm", "snapshot", "restore", "cloud", "before", "-y", "--timeout", "300s"]).ok();
+    wait("the kernel is told that it went back", || told("cloud") == "1");
+    assert_eq!(run("cloud", "test ! -e /after && cat /proc/sys/kernel/hostname && systemctl is-active systemd-networkd"), "cloud\nactive");
+    let _ = host.form(&["vm", "snapshot", "rm", "cloud", "before", "-y"]).ok();
 }
 
 /// What a command in the VM prints.
