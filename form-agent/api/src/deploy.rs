@@ -168,7 +168,7 @@ pub struct CreateVmRequest {
     /// It goes on from a snapshot of another VM, with an identity of its own. Instead of `disk_of`, and always started.
     #[serde(default)]
     pub fork_of: Option<ForkOf>,
-    /// Volumes of the host that nobody has, as disks in this order. Only of a VM that runs a kernel of its own.
+    /// Volumes of the host that nobody has, as disks that are found by their serials. Only of a VM that runs a kernel of its own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<GivenVolume>,
 }
