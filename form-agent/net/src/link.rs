@@ -22,7 +22,8 @@ use crate::{
 /// Bytes of an Ethernet payload on a tap. VMs on one host and the world behind masquerade see the usual 1500.
 pub const MTU: u16 = 1500;
 
-/// Every interface of this host: index and name.
+/// Every interface of this host: index and name. A netlink socket gives one list at a time, and refuses a second one with `EBUSY`: the caller
+/// sees to it that there is none.
 pub async fn list(handle: &Handle) -> Result<Vec<(u32, String)>> {
     let mut links = handle.link().get().execute();
     let mut found = Vec::new();
@@ -36,8 +37,13 @@ pub async fn list(handle: &Handle) -> Result<Vec<(u32, String)>> {
     Ok(found)
 }
 
+/// Asked by name, for which no list is made.
 pub async fn index_of(handle: &Handle, name: &str) -> Result<Option<u32>> {
-    Ok(list(handle).await?.into_iter().find(|(_, found)| found == name).map(|(index, _)| index))
+    match handle.link().get().match_name(name.to_owned()).execute().try_next().await {
+        Ok(link) => Ok(link.map(|link| link.header.index)),
+        Err(error) if code_of(&error) == Some(libc::ENODEV) => Ok(None),
+        Err(error) => Err(NetError::netlink(format!("look for the interface `{name}`"))(error)),
+    }
 }
 
 /// Switches an interface on and changes nothing else of it. Gives its index.

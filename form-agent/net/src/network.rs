@@ -57,6 +57,8 @@ impl fmt::Display for Leftover {
 pub struct Network {
     config: NetworkConfig,
     handle: Handle,
+    /// Held while the socket gives a list.
+    listing: Mutex<()>,
     switches: HostSwitches,
     names: Names,
     /// Zero: DNS is not served.
@@ -78,6 +80,7 @@ impl Network {
         Ok(Self {
             config,
             handle,
+            listing: Mutex::new(()),
             switches,
             names: Names::default(),
             dns_port: AtomicU16::new(0),
@@ -153,9 +156,8 @@ impl Network {
     /// # Errors
     /// When the kernel refuses.
     pub async fn detach(&self, ids: &[VmId]) -> Result<()> {
-        let names: Vec<String> = ids.iter().map(|id| self.tap_name(id)).collect();
-        for (_, name) in link::list(&self.handle).await?.into_iter().filter(|(_, name)| names.contains(name)) {
-            link::remove(&self.handle, &name).await?;
+        for id in ids {
+            link::remove(&self.handle, &self.tap_name(id)).await?;
         }
         Ok(())
     }
@@ -185,8 +187,11 @@ impl Network {
     /// When the kernel or `nft` will not list what is there.
     pub async fn leftovers(&self, known: &[VmId]) -> Result<Vec<Leftover>> {
         let expected: Vec<String> = known.iter().map(|vm| self.tap_name(vm)).collect();
-        let mut found: Vec<Leftover> = link::list(&self.handle)
-            .await?
+        let listed = {
+            let _turn = self.listing.lock().await;
+            link::list(&self.handle).await?
+        };
+        let mut found: Vec<Leftover> = listed
             .into_iter()
             .map(|(_, name)| name)
             .filter(|name| self.config.mark.owns_interface(name) && !expected.contains(name))

@@ -3,7 +3,7 @@
 
 mod lab;
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use form_net::{
     Attachment, GATEWAY_V4, Ipv4Range, Ipv6Prefix, Leftover, Mac, Mark, NetError, Network, NetworkConfig, PublishedPort, dns::NameEntry,
@@ -218,6 +218,33 @@ fn netns_leftovers_are_found_and_removed() {
         assert!(lab.host_sh("ip -o link").contains("form0a1b2d00000"));
         assert_eq!(lab.host_sh("cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding"), before);
         assert_eq!(std::fs::read_dir(lab.root().join("formnet")).unwrap().count(), 0);
+    });
+}
+
+#[test]
+fn netns_many_vms_end_at_once() {
+    Lab::run(|lab| async move {
+        let network = Arc::new(network(lab.root()));
+        network.ensure_host().await.unwrap();
+        // More interfaces than the kernel lists in one message.
+        let all: Vec<Attachment> = (1..=60).map(|number| attachment(&format!("vm{number}"), number, "default", &[])).collect();
+        let mut taps = Vec::new();
+        for attachment in &all {
+            taps.push(network.attach(attachment).await.unwrap());
+        }
+        let mut tasks = tokio::task::JoinSet::new();
+        for id in all.iter().map(|attachment| attachment.vm) {
+            let network = Arc::clone(&network);
+            tasks.spawn(async move {
+                network.leftovers(&[]).await?;
+                network.detach(&[id]).await
+            });
+        }
+        while let Some(ended) = tasks.join_next().await {
+            ended.unwrap().unwrap();
+        }
+        assert!(network.leftovers(&[]).await.unwrap().iter().all(|left| !matches!(left, Leftover::Tap { .. })));
+        network.teardown().await.unwrap();
     });
 }
 
