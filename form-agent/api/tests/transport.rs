@@ -248,3 +248,50 @@ fn a_killed_agent_is_found_again_at_once() {
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     assert_eq!(agent.asked.load(Ordering::SeqCst), 2);
 }
+
+/// Says when it is dropped.
+struct Ends(Option<tokio::sync::oneshot::Sender<()>>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        let _ = self.0.take().map(|ended| ended.send(()));
+    }
+}
+
+#[tokio::test]
+async fn a_follower_that_has_left_is_noticed_although_nothing_happens() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("agent.sock");
+    let (sender, ended) = tokio::sync::oneshot::channel();
+    let ends = std::sync::Arc::new(std::sync::Mutex::new(Some(Ends(Some(sender)))));
+    let follow = move || {
+        let ends = ends.lock().unwrap().take();
+        let body = futures_util::stream::unfold(ends, |ends| async move {
+            let _kept = ends;
+            std::future::pending::<Option<(Result<axum::body::Bytes, std::convert::Infallible>, Option<Ends>)>>().await
+        });
+        std::future::ready(axum::body::Body::from_stream(body))
+    };
+    let stop = server::CancellationToken::new();
+    let router = axum::Router::new().route("/follow", axum::routing::get(follow));
+    let _serving = server::unix(&socket, router, Limits::default(), stop.clone()).unwrap();
+    let mut client = tokio::net::UnixStream::connect(&socket).await.unwrap();
+    client.write_all(b"GET /follow HTTP/1.1\r\nHost: agent\r\n\r\n").await.unwrap();
+    let mut answer = [0; 12];
+    client.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200");
+    drop(client);
+    tokio::time::timeout(std::time::Duration::from_secs(10), ended).await.expect("the connection is let go").unwrap();
+    stop.cancel();
+}
+
+#[tokio::test]
+async fn who_has_said_all_still_gets_an_answer() {
+    let running = Running::start(Limits::default());
+    let mut client = tokio::net::UnixStream::connect(&running.socket).await.unwrap();
+    client.write_all(b"GET /v1/doctor HTTP/1.1\r\nHost: agent\r\n\r\n").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("]}"), "{answer}");
+}

@@ -2,7 +2,11 @@
 
 use std::convert::Infallible;
 
-use axum::{Router, body::Body};
+use axum::{
+    Router,
+    body::{Body, HttpBody},
+};
+use futures_util::StreamExt;
 use hyper::{Request, body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -16,17 +20,26 @@ const MAX_HEADERS: usize = 64;
 /// A request line and its headers: an exec header may hold a long command.
 const MAX_HEADER_BYTES: usize = 256 * 1024;
 
-/// Serves one connection until it ends; after `shutdown` no further request is read from it.
-pub(super) async fn serve<S>(stream: S, peer: Peer, router: Router, limits: Limits, keep_alive: bool, shutdown: CancellationToken)
-where
+/// Serves one connection until it ends; after `shutdown` no further request is read from it. `left` is cancelled when the client has left,
+/// which ends an answer under way also while there is nothing to write. What was asked for is done nevertheless, up to its answer.
+pub(super) async fn serve<S>(
+    stream: S,
+    peer: Peer,
+    router: Router,
+    limits: Limits,
+    keep_alive: bool,
+    left: CancellationToken,
+    shutdown: CancellationToken,
+) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let service = service_fn(move |request: Request<Incoming>| {
-        let router = router.clone();
+        let (router, left) = (router.clone(), left.clone());
         async move {
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(peer);
-            router.oneshot(request).await.map_err(|never: Infallible| never)
+            let answer = router.oneshot(request).await.map_err(|never: Infallible| never)?;
+            Ok::<_, Infallible>(answer.map(|body| until(body, left)))
         }
     });
     let connection = hyper::server::conn::http1::Builder::new()
@@ -49,4 +62,9 @@ where
     if let Err(error) = ended {
         tracing::debug!(?peer, %error, "connection ended early");
     }
+}
+
+/// `body`, ended when `left` is cancelled. One whose length is known is written as soon as it is read, or fails at that.
+fn until(body: Body, left: CancellationToken) -> Body {
+    if body.size_hint().exact().is_some() { body } else { Body::from_stream(body.into_data_stream().take_until(left.cancelled_owned())) }
 }

@@ -164,7 +164,16 @@ async fn connection(incoming: Incoming, router: Router, limits: Limits, shutdown
         };
         let Ok((send, receive)) = stream else { break };
         while exchanges.try_join_next().is_some() {}
-        exchanges.spawn(http1::serve(tokio::io::join(receive, send), peer, router.clone(), limits, false, shutdown.clone()));
+        exchanges.spawn(http1::serve(
+            tokio::io::join(receive, send),
+            peer,
+            router.clone(),
+            limits,
+            false,
+            // It ends all exchanges of its connection.
+            CancellationToken::new(),
+            shutdown.clone(),
+        ));
     }
     // Streams end on their own when the connection is gone; upgraded ones were handed to tasks of their handlers.
     while exchanges.join_next().await.is_some() {}

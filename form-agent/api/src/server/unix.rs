@@ -6,13 +6,17 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use axum::Router;
+use rustix::{
+    event::{PollFd, PollFlags},
+    time::Timespec,
+};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf},
     net::{UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore},
 };
@@ -20,6 +24,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{GRACE, Limits, Peer, ServerError, Serving, http1, reply};
 use crate::{ApiError, ErrorCode};
+
+/// Between two looks at a client that has said all that it will say.
+const LISTENS: Duration = Duration::from_secs(1);
 
 /// Who may use the socket besides root.
 const GROUP: &str = "formation";
@@ -94,12 +101,22 @@ async fn accept(listener: UnixListener, path: PathBuf, router: Router, limits: L
         };
         let (router, shutdown) = (router.clone(), shutdown.clone());
         tokio::spawn(async move {
-            match stream.peer_cred() {
-                Ok(cred) => {
-                    let peer = Peer::Local { uid: cred.uid(), gid: cred.gid(), pid: cred.pid() };
-                    http1::serve(Counted { stream, _permit: permit }, peer, router, limits, true, shutdown).await;
-                }
-                Err(error) => tracing::warn!(%error, "a connection without credentials"),
+            let cred = match stream.peer_cred() {
+                Ok(cred) => cred,
+                Err(error) => return tracing::warn!(%error, "a connection without credentials"),
+            };
+            let peer = Peer::Local { uid: cred.uid(), gid: cred.gid(), pid: cred.pid() };
+            let (stream, has_left) = (Arc::new(stream), CancellationToken::new());
+            let counted = Counted { stream: Arc::clone(&stream), _permit: permit };
+            let served = http1::serve(counted, peer, router, limits, true, has_left.clone(), shutdown);
+            let watched = async {
+                left(&stream).await;
+                has_left.cancel();
+                std::future::pending().await
+            };
+            tokio::select! {
+                () = served => {}
+                () = watched => {}
             }
         });
     }
@@ -110,37 +127,70 @@ async fn accept(listener: UnixListener, path: PathBuf, router: Router, limits: L
     let _ = tokio::time::timeout(GRACE, room.acquire_many(everybody)).await;
 }
 
+/// Until the client has closed the connection. HTTP reads nothing while an answer is under way, and so does not notice before it writes. One
+/// that has only said all that it will say (shutdown(2)) still listens.
+async fn left(stream: &UnixStream) {
+    while stream.ready(Interest::READABLE).await.is_ok() {
+        let mut asked = [PollFd::new(stream, PollFlags::empty())];
+        let found = rustix::event::poll(&mut asked, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+        if found.is_err() || asked[0].revents().contains(PollFlags::HUP) {
+            return;
+        }
+        // It is ready for as long as nobody reads what is there, or for ever.
+        tokio::time::sleep(LISTENS).await;
+    }
+}
+
 /// A connection with its place among the [`Limits::connections`], which it keeps when an Upgrade takes it out of HTTP.
 struct Counted {
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl AsyncRead for Counted {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.stream.poll_read_ready(context))?;
+            match self.stream.try_read_buf(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return Poll::Ready(read.map(drop)),
+            }
+        }
+    }
+}
+
+impl Counted {
+    fn write_when_ready(&self, context: &mut Context<'_>, write: impl Fn(&UnixStream) -> io::Result<usize>) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.stream.poll_write_ready(context))?;
+            match write(&self.stream) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return Poll::Ready(written),
+            }
+        }
     }
 }
 
 impl AsyncWrite for Counted {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.write_when_ready(context, |stream| stream.try_write(bytes))
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    fn poll_write_vectored(self: Pin<&mut Self>, context: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        self.write_when_ready(context, |stream| stream.try_write_vectored(slices))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Nothing is kept back.
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(rustix::net::shutdown(&*self.stream, rustix::net::Shutdown::Write).map_err(io::Error::from))
     }
 }
 
