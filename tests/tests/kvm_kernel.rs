@@ -1,6 +1,10 @@
 //! VMs that run a kernel of their own, without Formation's guest. Runs as root where /dev/kvm runs guests: `tests/kvm-host` makes such a place.
 
-use std::{collections::BTreeSet, fs, time::Instant};
+use std::{
+    collections::BTreeSet,
+    fs,
+    time::{Duration, Instant},
+};
 
 use form_tests::{
     host::{Host, is_alive, wait},
@@ -159,9 +163,23 @@ fn goes_back_to_a_snapshot(host: &Host) {
 /// one processor each takes about a second to come and to go.
 const MANY: usize = 40;
 
-/// Descriptors that the agent has open.
+/// What the agent has open.
+fn open_files(host: &Host) -> Vec<String> {
+    let open = fs::read_dir(format!("/proc/{}/fd", host.agent_pid().unwrap())).unwrap().flatten();
+    let named = |link: String| -> String {
+        let Some(inode) = link.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) else { return link };
+        let find = |kind: &str| {
+            let table = fs::read_to_string(format!("/proc/{}/net/{kind}", host.agent_pid().unwrap())).ok()?;
+            let line = table.lines().find(|line| line.split_ascii_whitespace().any(|word| word == inode))?;
+            Some(format!("{kind}: {line}"))
+        };
+        ["unix", "netlink", "udp", "udp6", "tcp", "tcp6"].into_iter().find_map(find).unwrap_or(link)
+    };
+    open.filter_map(|entry| Some(named(fs::read_link(entry.path()).ok()?.display().to_string()))).collect()
+}
+
 fn descriptors(host: &Host) -> usize {
-    fs::read_dir(format!("/proc/{}/fd", host.agent_pid().unwrap())).unwrap().count()
+    open_files(host).len()
 }
 
 /// In KiB.
@@ -213,8 +231,17 @@ fn kvm_many_vms_on_one_host() {
     }
 
     let begun = Instant::now();
-    let all: Vec<&str> = ["destroy", "-y"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    // Each has twenty seconds to hear the power button, which it does not: not one after the other.
+    let all: Vec<&str> = ["destroy", "-y", "--no-wait"].into_iter().chain(names.iter().map(String::as_str)).collect();
     let _ = host.form(&all).ok();
+    // Of each this is removed after its process has ended.
+    let kept = host.root().join("var/lib/formation/vms");
+    for _ in 0..60 + many {
+        if fs::read_dir(&kept).unwrap().flatten().all(|entry| entry.file_name() == ".tmp") {
+            break;
+        }
+        std::thread::sleep(Duration::from_secs(2));
+    }
     said("destroyed", begun);
     host.is_clean();
 
@@ -226,7 +253,8 @@ fn kvm_many_vms_on_one_host() {
         let of = |kind: &str| events.iter().filter(|event| event["vm"] == name.as_str() && event["kind"] == kind).count();
         assert_eq!(of("vm-started"), 1, "{name}");
     }
-    wait("no descriptor is left", || descriptors(&host) <= before.0);
+    let left = open_files(&host);
+    assert!(left.len() <= before.0, "{} descriptors before, now {left:#?}", before.0);
     let doctor = host.form(&["doctor", "-o", "json"]).json();
     assert!(doctor.as_array().unwrap().iter().all(|check| check["status"] != "problem"), "{doctor:#}");
 }
