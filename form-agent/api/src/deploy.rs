@@ -73,13 +73,11 @@ struct WrittenRequest {
     passwd_hashes: BTreeMap<String, String>,
     /// Digest of the image's manifest. Absent in a VM that runs a kernel of its own.
     #[serde(default)]
-    #[schema(value_type = Digest, required = false)]
     image: Option<Digest>,
     /// Digest of the kernel bundle.
     kernel: Digest,
     /// Of a kernel of its own: nothing of Formation's is in the VM, which has no root disk. Absent when there is an image.
     #[serde(default)]
-    #[schema(value_type = String, required = false)]
     cmdline: Option<String>,
 }
 
