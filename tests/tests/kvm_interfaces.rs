@@ -70,7 +70,7 @@ fn kvm_interfaces_come_and_go_and_are_as_recorded() {
     assert_ne!(sh(&host, "web", "busybox cat /sys/class/net/eth1/statistics/tx_packets").trim(), "0");
 
     busy(&host, &all[1]);
-    two_at_once(&host);
+    one_at_a_time(&host);
     wherever_the_agent_dies(&mut host);
     assert_eq!(host.process(&host.vm("web")).1, pid, "it was never started again");
     saved_and_copied(&host);
@@ -115,17 +115,13 @@ fn busy(host: &Host, second: &Value) {
     let _ = host.form(&["net", "detach", "web", "eth1"]).ok();
 }
 
-fn two_at_once(host: &Host) {
-    for _ in 0..2 {
-        let _ = host.form(&["net", "attach", "web", "--no-wait"]).ok();
-    }
-    for operation in host.operations().iter().filter(|operation| operation["kind"] == "interface-attach") {
-        let _ = host.form(&["op", "wait", operation["id"].as_str().unwrap()]).ok();
-    }
-    all_reached(host, "web", &["eth0", "eth1", "eth2"]);
-    for interface in ["eth1", "eth2"] {
-        let _ = host.form(&["net", "detach", "web", interface]).ok();
-    }
+fn one_at_a_time(host: &Host) {
+    let _ = host.form(&["net", "attach", "web", "--no-wait"]).ok();
+    let refused = host.form(&["net", "attach", "web"]).exits(5);
+    let (_, id) = refused.stderr.split_once("form op wait ").unwrap();
+    let _ = host.form(&["op", "wait", &id[..32]]).ok();
+    all_reached(host, "web", &["eth0", "eth1"]);
+    let _ = host.form(&["net", "detach", "web", "eth1"]).ok();
 }
 
 fn wherever_the_agent_dies(host: &mut Host) {

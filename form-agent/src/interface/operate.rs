@@ -33,7 +33,7 @@ pub enum Change {
 struct Progress {
     vm: VmId,
     change: Change,
-    /// The numbers of the interfaces that it had when it was this change's turn.
+    /// The numbers of the interfaces that it had.
     before: Vec<u8>,
     request: SignedRequest,
 }
@@ -67,24 +67,20 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -
     };
     let remembered = agent.vm_named(name).and_then(|vm| {
         let progress = Progress { vm: vm.id, change, before: vm.interfaces.into_keys().collect(), request: caller.signed.clone() };
-        remember(agent, id, &progress)?;
+        agent.operations.remember(id, serde_json::to_value(&progress).map_err(|error| internal(&error))?)?;
         Ok(progress)
     });
     match remembered {
         Ok(progress) => {
             let task_agent = Arc::clone(agent);
             tokio::task::spawn_blocking(move || {
-                let result = perform(&task_agent, id, progress);
+                let result = perform(&task_agent, &progress);
                 task_agent.operations.finish(id, result);
             });
         }
         Err(error) => agent.operations.finish(id, Err(error)),
     }
     agent.operations.get(id)
-}
-
-fn remember(agent: &Agent, id: OperationId, progress: &Progress) -> Result<(), ApiError> {
-    agent.operations.remember(id, serde_json::to_value(progress).map_err(|error| internal(&error))?)
 }
 
 /// Whether it can be done now.
@@ -117,15 +113,11 @@ fn gone() -> ApiError {
     ApiError::new(ErrorCode::Conflict, "the VM was removed meanwhile")
 }
 
-fn perform(agent: &Arc<Agent>, id: OperationId, mut progress: Progress) -> Result<(), ApiError> {
+fn perform(agent: &Arc<Agent>, progress: &Progress) -> Result<(), ApiError> {
     let turn = agent.volumes_of(&progress.vm);
     let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
-    let vm = agent.desired(&progress.vm).ok_or_else(gone)?;
-    // Another one may have had its turn since this was asked for.
-    progress.before = vm.interfaces.keys().copied().collect();
-    remember(agent, id, &progress)?;
-    let progress = &progress;
     let desired = || agent.desired(&progress.vm).ok_or_else(gone);
+    let vm = desired()?;
     match &progress.change {
         Change::Attach => {
             submit(agent, progress)?;
