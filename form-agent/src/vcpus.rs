@@ -1,24 +1,18 @@
 //! vCPUs that a VM gets and gives back while it runs. Here the VM goes first and the state follows: what a guest does not take or let go
 //! is put back, and nothing has changed. An agent that dies between the two finds a VM that is not as it should be, and puts it back.
 
-use std::{
-    os::fd::AsFd,
-    path::Path,
-    sync::PoisonError,
-    time::{Duration, Instant},
-};
+use std::{path::Path, sync::PoisonError, time::Duration};
 
 use form_api::{ApiError, ErrorCode, deploy::DeployRequest};
 use form_guest::protocol::{Reply, Request};
 use form_types::{Failpoint, VmId, failpoint::reach};
 use form_vmm::control::{Client, ClientError};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{
     agent::{Agent, internal},
     cgroup,
     desired::DesiredVm,
-    driver::guest::ask,
+    driver::{guest::ask, let_go},
     volume::live::{directory, is_possible},
 };
 
@@ -108,7 +102,7 @@ fn bring(agent: &Agent, vm: &VmId, vcpus: u32) -> Result<(), String> {
         use_processors(&control, vcpus)?;
     } else {
         let gone = client.unplug_vcpus(count).map_err(process)?;
-        if !is_at_end(gone.as_fd(), GONE_LIMIT) {
+        if !let_go::within(&gone, GONE_LIMIT) {
             let left = client.vcpus().map_err(process)?.0;
             let (asked, given) = (has - count, has.saturating_sub(left));
             return Err(format!("the kernel of its guest gave back {given} of {asked} vCPUs within {} s", GONE_LIMIT.as_secs()));
@@ -136,21 +130,6 @@ fn put_back(agent: &Agent, vm: &VmId, vcpus: u32) -> Option<u32> {
         let _ = client.plug_vcpus(has);
     }
     room(agent, vm).map(|(has, _)| has.into())
-}
-
-/// Nothing is ever written to it: its other end is closed when they are gone, or the VM process is.
-fn is_at_end(gone: std::os::fd::BorrowedFd<'_>, limit: Duration) -> bool {
-    let until = Instant::now() + limit;
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(&gone, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) => return false,
-            Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => return true,
-            Err(_) => return false,
-        }
-    }
 }
 
 /// How many vCPUs a VM that runs has and should have, where these differ. Of one that is about to be started again nothing is said.

@@ -4,6 +4,7 @@ mod fork;
 pub mod guest;
 mod health;
 pub mod launch;
+pub mod let_go;
 pub mod live;
 mod pause;
 pub mod process;

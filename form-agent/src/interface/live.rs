@@ -1,10 +1,6 @@
 //! Interfaces that come to a VM that runs, and leave it. What should be is in the state; this makes it so without a restart.
 
-use std::{
-    os::fd::AsFd,
-    sync::PoisonError,
-    time::{Duration, Instant},
-};
+use std::{os::fd::AsFd, sync::PoisonError, time::Duration};
 
 use form_api::{ApiError, ErrorCode};
 use form_guest::protocol::{ErrorKind as GuestErrorKind, InterfaceReport, Reply, Request};
@@ -13,7 +9,6 @@ use form_vmm::{
     config::Fd,
     control::{Client, ClientError, ErrorKind},
 };
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::runtime::Handle;
 
 use super::{
@@ -23,7 +18,10 @@ use super::{
 use crate::{
     agent::{Agent, internal},
     desired::DesiredVm,
-    driver::guest::{GuestError, ask},
+    driver::{
+        guest::{GuestError, ask},
+        let_go,
+    },
     volume::live::{directory, is_possible},
 };
 
@@ -134,7 +132,7 @@ impl<'a> Plug<'a> {
             Err(error) => return Err(self.guest_fault("the guest does not let it go", error)),
         }
         match self.client.unplug(&name_of(self.number)) {
-            Ok(gone) if is_at_end(gone.as_fd()) => {}
+            Ok(gone) if let_go::within(&gone, GONE_LIMIT) => {}
             Ok(_) => {
                 let text = self.text(&format!("the kernel of its guest did not let it go within {} s", GONE_LIMIT.as_secs()));
                 let now = match self.set_up() {
@@ -164,21 +162,6 @@ impl<'a> Plug<'a> {
             let of_it = report.iter().flat_map(|report| report.addresses.iter().map(|address| format!("{} {address}", report.name)));
             guest.addresses.extend(of_it);
         });
-    }
-}
-
-/// Nothing is ever written to it: its other end is closed when the device is gone, or the VM process is.
-fn is_at_end(gone: std::os::fd::BorrowedFd<'_>) -> bool {
-    let until = Instant::now() + GONE_LIMIT;
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(&gone, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) => return false,
-            Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => return true,
-            Err(_) => return false,
-        }
     }
 }
 

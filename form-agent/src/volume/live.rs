@@ -13,13 +13,13 @@ use form_vmm::{
     control::{Client, ClientError, ErrorKind},
 };
 use jiff::Timestamp;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{DesiredVolume, attach, of_vm};
 use crate::{
     agent::{Agent, internal},
     driver::{
         guest::{GuestError, ask},
+        let_go,
         process::RuntimeDirectory,
     },
     limits,
@@ -130,7 +130,7 @@ fn let_go(agent: &Agent, vm: &VmId, volume: &DesiredVolume, client: &Client, for
         Err(error) => return Err(failed(volume, "the guest does not unmount it", &error)),
     }
     match client.unplug(&disk_id(volume)) {
-        Ok(gone) if is_at_end(gone.as_fd()) => {}
+        Ok(gone) if let_go::within(&gone, GONE_LIMIT) => {}
         Ok(_) => {
             let text = format!("the kernel of its guest did not let it go within {} s", GONE_LIMIT.as_secs());
             return Err(failed(volume, "it is unmounted, but", &text).hint("try again, or stop the VM"));
@@ -143,21 +143,6 @@ fn let_go(agent: &Agent, vm: &VmId, volume: &DesiredVolume, client: &Client, for
     directory.set_held_volumes(held).map_err(|error| internal(&error))?;
     note(agent, vm, &volume.id, None);
     Ok(())
-}
-
-/// Nothing is ever written to it: its other end is closed when the device is gone, or the VM process is.
-fn is_at_end(gone: std::os::fd::BorrowedFd<'_>) -> bool {
-    let until = std::time::Instant::now() + GONE_LIMIT;
-    loop {
-        let left = until.saturating_duration_since(std::time::Instant::now());
-        let timeout = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(&gone, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) => return false,
-            Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => return true,
-            Err(_) => return false,
-        }
-    }
 }
 
 /// Makes the disk that a VM has of a volume as large as the volume, and its file system. One that only reads, or does not have it, sees
