@@ -19,7 +19,8 @@ pub const INITRD_FILE: &str = "initrd";
 
 const MAX_MANIFEST_BYTES: usize = 16 << 20;
 const MAX_MODULES: usize = 1000;
-const MAX_KERNEL_BYTES: u64 = 1 << 30;
+/// The longest file of a bundle: 1 GiB.
+pub const MAX_KERNEL_BYTES: u64 = 1 << 30;
 
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {

@@ -7,7 +7,11 @@ use std::{
 };
 
 use form_api::client::Client;
-use form_bundle::{BlockMap, KernelManifest, kernel::KernelError, pvh};
+use form_bundle::{
+    BlockMap, KernelManifest,
+    kernel::{KernelError, MAX_KERNEL_BYTES},
+    pvh,
+};
 use form_types::Digest;
 
 use super::upload::upload_kernel_files;
@@ -61,10 +65,16 @@ impl OwnKernel {
     }
 }
 
-/// A pipe could be read once only, and a directory not at all.
+/// A pipe could be read once only, and a directory not at all. What is too long is not read: a kernel is held in memory.
 fn checked(path: &Path) -> Result<&Path, Failure> {
     let metadata = fs::metadata(path).map_err(|error| unreadable(path, &error))?;
-    if metadata.is_file() { Ok(path) } else { Err(Failure::usage(format!("{} is no file", path.display()))) }
+    if !metadata.is_file() {
+        return Err(Failure::usage(format!("{} is no file", path.display())));
+    }
+    if metadata.len() > MAX_KERNEL_BYTES {
+        return Err(Failure::usage(format!("{} is longer than 1 GiB, and no kernel or initrd", path.display())));
+    }
+    Ok(path)
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> Failure {
@@ -114,6 +124,12 @@ mod tests {
         assert_eq!(code(OwnKernel::read(path("bzImage"), None)), Some(ErrorCode::Invalid));
         assert_eq!(code(OwnKernel::read(path("empty"), None)), Some(ErrorCode::Invalid));
         assert_eq!(code(OwnKernel::read(path("vmlinux"), Some(path("empty")))), Some(ErrorCode::Invalid));
+        // Without a byte on the disk, and more than this machine should ever hold.
+        File::create(path("long")).unwrap().set_len(1 << 40).unwrap();
+        let long = |vmlinux: &str, initrd| OwnKernel::read(path(vmlinux), initrd).err().map(|failure| failure.error.message);
+        for refused in [long("long", None), long("vmlinux", Some(path("long")))] {
+            assert!(refused.is_some_and(|message| message.contains("longer than 1 GiB")));
+        }
         assert_eq!(code(OwnKernel::read(directory.path().to_owned(), None)), Some(ErrorCode::Invalid));
         assert_eq!(code(OwnKernel::read(path("vmlinux"), Some(path("nothing")))), Some(ErrorCode::NotFound));
     }
