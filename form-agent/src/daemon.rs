@@ -179,6 +179,7 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             OperationKind::InterfaceAttach | OperationKind::InterfaceDetach => interface::operate::resume(agent, &record),
             OperationKind::PoolCreate | OperationKind::PoolSet | OperationKind::PoolRemove => volume::pool::resume(agent, &record),
             OperationKind::ImageImport
+            | OperationKind::ImageSet
             | OperationKind::ImageRemove
             | OperationKind::Claim
             | OperationKind::DoctorFix

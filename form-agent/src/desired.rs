@@ -26,7 +26,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    interface,
+    interface, label,
     volume::{self, rules::Asked},
 };
 
@@ -35,9 +35,6 @@ const MAX_VCPUS: u32 = 128;
 
 /// [`DesiredVm::starts`] of a new VM.
 const FIRST_START: u64 = 1;
-
-/// The longest name of a label, in bytes.
-const MAX_LABEL: usize = 256;
 
 /// Stands for the name where a name must not matter.
 static BOOT_NAME: LazyLock<Name> = LazyLock::new(|| "vm".parse().expect("a constant that is a name"));
@@ -225,15 +222,8 @@ pub fn renamed(request: &DeployRequest, name: &Name) -> DeployRequest {
 /// In words, when a value makes no sense.
 pub fn with_set(request: &DeployRequest, set: &SetRequest) -> Result<DeployRequest, String> {
     let mut changed = request.clone();
-    for (label, value) in &set.labels {
-        if label.is_empty() || label.len() > MAX_LABEL || label.contains(|letter: char| letter.is_whitespace() || letter.is_control()) {
-            return Err(format!("`{label}` is no label: 1 to {MAX_LABEL} letters without blanks"));
-        }
-        match value {
-            Some(value) => changed.spec.labels.insert(label.clone(), value.clone()),
-            None => changed.spec.labels.remove(label),
-        };
-    }
+    label::check(set.labels.keys())?;
+    label::apply(&mut changed.spec.labels, &set.labels);
     if let Some(restart) = &set.restart_policy {
         changed.spec.restart = restart.clone();
     }

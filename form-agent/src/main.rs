@@ -24,6 +24,7 @@ mod heap;
 mod identity;
 mod interface;
 mod kept;
+mod label;
 mod lifecycle;
 mod limits;
 mod logs;

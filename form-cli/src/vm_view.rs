@@ -6,7 +6,7 @@ use jiff::Timestamp;
 
 use crate::{
     cmd::volume::limits_text,
-    ui::{Record, Table, age, bytes},
+    ui::{Record, Table, age, bytes, labels},
 };
 
 /// Where the image would be named.
@@ -80,7 +80,6 @@ fn memory(detail: &VmDetail) -> String {
 pub fn record(detail: &VmDetail) -> Record {
     let vm = &detail.vm;
     let own = detail.desired.cmdline();
-    let labels: Vec<String> = vm.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
     let record = Record::new(vm.name.to_string())
         .field("name", &vm.name)
         .field("status", status(vm))
@@ -99,7 +98,7 @@ pub fn record(detail: &VmDetail) -> Record {
         .optional("disk", vm.image.as_ref().map(|_| bytes(vm.disk_gib * GIB)))
         .optional("disk limits", limits_text(detail.limits.disk))
         .optional("net limit", detail.limits.net_bytes_per_second.map(|bytes| format!("{} each way", BitRate::of_bytes(bytes))))
-        .field("labels", labels.join(", "))
+        .field("labels", labels(&vm.labels))
         .field("created", vm.created_at)
         .optional("started", vm.started_at)
         .field("restarts", vm.restarts)

@@ -79,6 +79,7 @@ const COMMANDS: &[(&str, &[&str], Needs)] = &[
     ("vm wait", &["nope", "--for", "running"], Needs::Host),
     ("image ls", &[], Needs::Host),
     ("image show", &["nope"], Needs::Host),
+    ("image set", &["nope", "--keep"], Needs::Host),
     ("image rm", &["nope"], Needs::HostAndYes),
     ("image pull", &["nonsense"], Needs::Nothing),
     ("image push", &["nope", "registry.example/nope:1"], Needs::Nothing),

@@ -74,6 +74,17 @@ fn system_a_vm_goes_back_to_what_its_host_keeps_and_to_nothing_else() {
     let pruned = host.form(&["image", "prune", "-y"]).ok();
     assert!(pruned.stderr.contains("one to go back to: nothing to remove"), "{pruned:?}");
 
+    // So is one that its owner wants kept, by whatever name it is asked to go.
+    let _ = host.form(&["image", "set", "web:1", "--keep", "--label", "stage=production"]).ok();
+    let named = host.form(&["image", "ls", "-l", "stage=production", "-o", "json"]).ok().json();
+    assert_eq!((named.as_array().unwrap().len(), &named[0]["version"], &named[0]["keep"]), (1, &json!(1), &json!(true)), "{named}");
+    let refused = host.form(&["image", "rm", "web:1", "-y"]).exits(5);
+    assert!(refused.stderr.contains("form image set web:1 --no-keep"), "{refused:?}");
+    assert!(host.form(&["image", "prune", "--all", "-y"]).ok().stderr.contains("nothing to remove"));
+    let _ = host.form(&["image", "set", "web:1", "--no-keep", "--remove-label", "stage"]).ok();
+    assert_eq!(host.form(&["image", "ls", "-l", "stage=production", "-o", "json"]).ok().json(), json!([]));
+    let _ = host.form(&["image", "set", "web:9", "--keep"]).exits(3);
+
     // Nothing else is taken for a version of it.
     let mut forged = first.clone();
     forged["spec"]["resources"]["memory_mib"] = json!(256);

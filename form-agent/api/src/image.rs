@@ -24,6 +24,30 @@ pub struct Image {
     /// Names of the VMs that ran from it and can go back to it.
     #[serde(default)]
     pub kept_for: Vec<Name>,
+    /// Set by people for themselves: they are the host's own, and do not travel with the image.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// It is not to be removed, whoever asks.
+    #[serde(default)]
+    pub keep: bool,
+}
+
+/// `PATCH /v1/images/{reference}`: what is left out stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ImageSetRequest {
+    /// Whether the image is not to be removed.
+    #[serde(default)]
+    pub keep: Option<bool>,
+    /// Label to its new value; `null` removes it.
+    #[serde(default)]
+    pub labels: BTreeMap<String, Option<String>>,
+}
+
+impl ImageSetRequest {
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What an image is, besides its blocks.

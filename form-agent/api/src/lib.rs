@@ -56,6 +56,7 @@
 //! | `GET /v1/images/{reference}/verify` | | [`image::Verification`] |
 //! | `GET /v1/images/{reference}/manifest` | | the manifest's text |
 //! | `POST /v1/images/{reference}/blocks` | [`image::ReadBlocksRequest`] | [`image::BlockFrame`]s |
+//! | `PATCH /v1/images/{reference}` (signed) | [`image::ImageSetRequest`] | [`operation::Operation`] |
 //! | `DELETE /v1/images/{reference}` (signed) | | [`operation::Operation`] |
 //! | `POST /v1/images/missing` | [`image::MissingRequest`] | [`image::MissingReply`] |
 //! | `PUT /v1/blocks` | stream of [`image::BlockFrame`] | [`image::BlocksReply`] |

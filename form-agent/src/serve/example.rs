@@ -10,8 +10,8 @@ use form_api::{
     exec::{ExecRequest, Terminal},
     host::{Check, CheckStatus, ClaimRequest, DoctorReport, Host},
     image::{
-        BlocksReply, DamagedBlock, Image, ImageConfig, ImportRequest, Kernel, Layer, ManifestReply, MissingReply, MissingRequest,
-        ReadBlocksRequest, Verification,
+        BlocksReply, DamagedBlock, Image, ImageConfig, ImageSetRequest, ImportRequest, Kernel, Layer, ManifestReply, MissingReply,
+        MissingRequest, ReadBlocksRequest, Verification,
     },
     interface::{DetachInterfaceRequest, Interface, InterfaceState},
     operation::{Operation, OperationKind, OperationStatus},
@@ -127,6 +127,7 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
         ("HealthReport", json!(health())),
         ("Host", json!(host())),
         ("Image", json!(image(&name))),
+        ("ImageSetRequest", json!(image_set())),
         ("ImportRequest", json!(import)),
         ("Kernel", json!(kernel)),
         ("LogLine", json!(line)),
@@ -391,7 +392,13 @@ fn image(name: &Name) -> Image {
         created_at: at(0),
         used_by: vec![name.clone()],
         kept_for: Vec::new(),
+        labels: [("stage".to_owned(), "production".to_owned())].into(),
+        keep: true,
     }
+}
+
+fn image_set() -> ImageSetRequest {
+    ImageSetRequest { keep: Some(true), labels: [("stage".to_owned(), Some("production".to_owned())), ("old".to_owned(), None)].into() }
 }
 
 fn verification(name: &Name) -> Verification {

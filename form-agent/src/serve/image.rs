@@ -9,15 +9,15 @@ use form_api::{
     ApiError, ErrorCode,
     event::EventKind,
     image::{
-        BlockFrame, BlocksReply, DamagedBlock, Image, ImageConfig, ImportRequest, Kernel, Layer, ManifestReply, MissingReply,
-        MissingRequest, Verification,
+        BlockFrame, BlocksReply, DamagedBlock, Image, ImageConfig, ImageSetRequest, ImportRequest, Kernel, Layer, ManifestReply,
+        MissingReply, MissingRequest, Verification,
     },
     operation::{Operation, OperationKind},
     server::read_json,
 };
 use form_bundle::BLOCK_SIZE;
-use form_store::{ImageEntry, StoreError};
-use form_types::{Digest, ImageReference, Name};
+use form_store::{ImageEntry, ImageSettings, StoreError};
+use form_types::{Digest, ImageReference, Name, OperationId};
 use futures_util::StreamExt;
 
 use super::{
@@ -27,7 +27,8 @@ use super::{
 };
 use crate::{
     agent::Agent,
-    desired, heap, kept,
+    authorise::Caller,
+    desired, heap, kept, label,
     operation::{Begun, Opening},
 };
 
@@ -52,6 +53,7 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
         | StoreError::DiskTooSmall { .. } => ErrorCode::Invalid,
         StoreError::VolumeSize(_) | StoreError::VolumeShrinks { .. } | StoreError::VolumeTooLarge { .. } => ErrorCode::Invalid,
         StoreError::MissingBlocks(_) | StoreError::ImageInUse { .. } | StoreError::DiskExists(_) => ErrorCode::Conflict,
+        StoreError::ImageKept(_) => ErrorCode::Conflict,
         StoreError::VolumeExists(_) | StoreError::VolumeInUse { .. } => ErrorCode::Conflict,
         StoreError::PoolExists { .. } | StoreError::PoolTaken { .. } | StoreError::PoolFixed(_) => ErrorCode::Conflict,
         StoreError::PoolInUse { .. } => ErrorCode::Conflict,
@@ -86,6 +88,8 @@ fn described(agent: &Agent, entry: &ImageEntry, kept_for: &KeptFor) -> Image {
         created_at: entry.created_at,
         used_by: users(agent, &entry.digest),
         kept_for: kept_for.get(&entry.digest).cloned().unwrap_or_default(),
+        labels: entry.settings.labels.clone(),
+        keep: entry.settings.keep,
     }
 }
 
@@ -219,28 +223,74 @@ pub async fn remove(
     let reference: ImageReference = parsed(&reference)?;
     blocking(move || {
         agent.use_headroom();
-        let opening = Opening {
-            kind: OperationKind::ImageRemove,
-            vm: None,
-            subject: format!("image/{reference}"),
-            actor: caller.actor,
-            actor_key: caller.key,
-            idempotency_key: caller.idempotency_key,
-            request: caller.request.clone(),
-        };
-        let entry = found(&agent, &reference);
-        if let Err(error) = &entry
-            && agent.operations.get(form_types::OperationId::derive(&caller.key, &caller.idempotency_key)).is_err()
-        {
-            return Err(error.clone());
-        }
-        let id = match agent.operations.begin(opening)? {
-            Begun::Repeated(operation) => return Ok(*operation),
-            Begun::New(id) => id,
-        };
-        let result = entry.and_then(|entry| remove_entry(&agent, &entry));
-        agent.operations.finish(id, result);
-        agent.operations.get(id)
+        operate(&agent, &caller, OperationKind::ImageRemove, &reference, |entry| remove_entry(&agent, entry))
+    })
+    .await
+    .map(accepted)
+}
+
+/// Does something with an image and records it. Blocks until it is done.
+fn operate(
+    agent: &Agent,
+    caller: &Caller,
+    kind: OperationKind,
+    reference: &ImageReference,
+    act: impl FnOnce(&ImageEntry) -> Result<(), ApiError>,
+) -> Result<Operation, ApiError> {
+    let opening = Opening {
+        kind,
+        vm: None,
+        subject: format!("image/{reference}"),
+        actor: caller.actor.clone(),
+        actor_key: caller.key,
+        idempotency_key: caller.idempotency_key,
+        request: caller.request.clone(),
+    };
+    let entry = found(agent, reference);
+    // A repeated request is answered whatever has become of the image by now.
+    if let Err(error) = &entry
+        && agent.operations.get(OperationId::derive(&caller.key, &caller.idempotency_key)).is_err()
+    {
+        return Err(error.clone());
+    }
+    let id = match agent.operations.begin(opening)? {
+        Begun::Repeated(operation) => return Ok(*operation),
+        Begun::New(id) => id,
+    };
+    agent.operations.finish(id, entry.and_then(|entry| act(&entry)));
+    agent.operations.get(id)
+}
+
+/// Sets labels of an image, and whether it is to be kept.
+///
+/// Both are the host's own: they are no part of the image, and belong to this one version of it.
+#[utoipa::path(
+    patch,
+    path = "/v1/images/{reference}",
+    operation_id = "set_image",
+    tag = "images",
+    params(("reference" = ImageReference, Path, description = "The image"), ChangeHeaders),
+    request_body(content = ImageSetRequest, description = "What is to be changed"),
+    responses((status = 200, description = "The operation, which is final", body = Operation), Refused, Unreadable, Missing, InTheWay),
+    security((), ("key" = [], "signature" = []))
+)]
+pub async fn set(
+    State(agent): State<Shared>,
+    Segment(reference): Segment,
+    request: Request,
+) -> Result<(StatusCode, Json<Operation>), ApiError> {
+    let (caller, body) = changing(&agent, request).await?;
+    let reference: ImageReference = parsed(&reference)?;
+    let wanted: ImageSetRequest = read_json(&body)?;
+    label::check(wanted.labels.keys()).map_err(|text| ApiError::new(ErrorCode::Invalid, text))?;
+    blocking(move || {
+        operate(&agent, &caller, OperationKind::ImageSet, &reference, |entry| {
+            let change = |settings: &mut ImageSettings| {
+                label::apply(&mut settings.labels, &wanted.labels);
+                settings.keep = wanted.keep.unwrap_or(settings.keep);
+            };
+            agent.store.set_image(&entry.digest, change).map(drop).map_err(|error| store_error(&error))
+        })
     })
     .await
     .map(accepted)

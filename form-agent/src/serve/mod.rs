@@ -129,6 +129,7 @@ api! {
     image::missing,
     image::show,
     image::config,
+    image::set,
     image::remove,
     image::verify,
     image_contents::manifest,

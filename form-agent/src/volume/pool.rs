@@ -1,10 +1,7 @@
 //! Pools: made, changed and removed, and what may be promised in them. A pool is its host's own matter: what is known of it is on disk
 //! there, and not in the replicated state, which names for each volume the host and the pool.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use form_api::{
     ApiError, ErrorCode,
@@ -20,13 +17,10 @@ use super::{DesiredVolume, volumes};
 use crate::{
     agent::{Agent, internal},
     authorise::Caller,
-    headroom,
+    headroom, label,
     operation::{Begun, Opening, Record},
     serve::store_error,
 };
-
-/// The longest name of a label, in bytes.
-const MAX_LABEL: usize = 256;
 
 /// What is asked of a pool.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -129,7 +123,7 @@ fn own_directories(agent: &Agent) -> Vec<PathBuf> {
 fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
     match change {
         Change::Create(request) => {
-            check_labels(request.labels.keys())?;
+            label::check(request.labels.keys()).map_err(|text| ApiError::new(ErrorCode::Invalid, text))?;
             let checked = match place(request)? {
                 Place::Directory(path) => agent.store.check_pool(name, path, &agent.host_id(), &own_directories(agent)).map(drop),
                 Place::Export(export) => agent.store.check_nfs_pool(name, &export),
@@ -138,7 +132,7 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
         }
         Change::Set(request) => {
             agent.store.pool(name).map_err(|error| store_error(&error))?;
-            check_labels(request.labels.keys())
+            label::check(request.labels.keys()).map_err(|text| ApiError::new(ErrorCode::Invalid, text))
         }
         Change::Remove => {
             let pool = agent.store.pool(name).map_err(|error| store_error(&error))?;
@@ -147,19 +141,6 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
             }
             is_empty(agent, name)
         }
-    }
-}
-
-fn check_labels<'a>(labels: impl Iterator<Item = &'a String>) -> Result<(), ApiError> {
-    let is_none = |label: &&String| {
-        label.is_empty() || label.len() > MAX_LABEL || label.contains(|letter: char| letter.is_whitespace() || letter.is_control())
-    };
-    match { labels }.find(is_none) {
-        Some(label) => {
-            let text = format!("`{label}` is no label: 1 to {MAX_LABEL} letters without blanks");
-            Err(ApiError::new(ErrorCode::Invalid, text))
-        }
-        None => Ok(()),
     }
 }
 
@@ -214,13 +195,7 @@ fn with_set(mut settings: PoolSettings, set: &PoolSetRequest) -> PoolSettings {
     if let Some(limit) = set.limit_bytes {
         settings.limit_bytes = (limit > 0).then_some(limit);
     }
-    let change = |labels: &mut BTreeMap<String, String>, label: &String, value: &Option<String>| match value {
-        Some(value) => labels.insert(label.clone(), value.clone()),
-        None => labels.remove(label),
-    };
-    for (label, value) in &set.labels {
-        change(&mut settings.labels, label, value);
-    }
+    label::apply(&mut settings.labels, &set.labels);
     settings
 }
 
@@ -341,8 +316,5 @@ mod tests {
         assert_eq!(changed, PoolSettings { reserve_bytes: 5, limit_bytes: Some(7), labels });
         let none = with_set(changed, &PoolSetRequest { limit_bytes: Some(0), reserve_bytes: Some(0), ..Default::default() });
         assert_eq!((none.reserve_bytes, none.limit_bytes), (0, None));
-        for bad in ["", "a b", "a\n"] {
-            assert_eq!(check_labels([bad.to_owned()].iter()).unwrap_err().code, ErrorCode::Invalid, "{bad}");
-        }
     }
 }

@@ -88,6 +88,8 @@ pub enum StoreError {
     VolumeTooLarge { pool: PathBuf, size_bytes: u64 },
     #[error("image `{image}` is used by {}", list(.users))]
     ImageInUse { image: ImageReference, users: Vec<String> },
+    #[error("image `{0}` is to be kept: say `form image set {0} --no-keep` first")]
+    ImageKept(ImageReference),
     #[error("there is no snapshot `{0}` of this VM")]
     NoSnapshot(Name),
     #[error("there is a snapshot `{0}` of this VM already: choose another name, or remove it with `form vm snapshot rm`")]

@@ -17,6 +17,7 @@ use crate::{
     durable::{Draft, Seal, read_json, replace_file, retire, to_json, write_file},
     error::{Result, StoreError},
     hold,
+    image_settings::ImageSettings,
 };
 
 const MANIFEST: &str = "manifest.json";
@@ -36,6 +37,7 @@ pub struct ImageEntry {
     /// What of it is no hole.
     pub stored_bytes: u64,
     pub created_at: Timestamp,
+    pub settings: ImageSettings,
     /// The sealed root file system.
     pub rootfs: PathBuf,
 }
@@ -52,7 +54,7 @@ struct Record {
 }
 
 impl Store {
-    fn image_dir(&self, digest: &Digest) -> PathBuf {
+    pub(crate) fn image_dir(&self, digest: &Digest) -> PathBuf {
         self.images.join(digest.to_string())
     }
 
@@ -111,7 +113,9 @@ impl Store {
 
     fn entry(&self, digest: Digest, record: Record) -> ImageEntry {
         let Record { name, version, size_bytes, stored_bytes, created_at, seal: _ } = record;
-        ImageEntry { name, version, digest, size_bytes, stored_bytes, created_at, rootfs: self.image_dir(&digest).join(ROOTFS) }
+        let directory = self.image_dir(&digest);
+        let settings = ImageSettings::read(&directory);
+        ImageEntry { name, version, digest, size_bytes, stored_bytes, created_at, settings, rootfs: directory.join(ROOTFS) }
     }
 
     fn image_record(&self, digest: &Digest) -> Result<Record> {
@@ -203,7 +207,7 @@ impl Store {
     /// Removes an image.
     ///
     /// # Errors
-    /// [`StoreError::ImageInUse`] when `users` is not empty, or the disk of a VM lies over the image.
+    /// [`StoreError::ImageInUse`] when `users` is not empty, or the disk of a VM lies over the image; [`StoreError::ImageKept`].
     pub fn remove(&self, digest: &Digest, users: &[Name]) -> Result<()> {
         let _turn = hold(&self.locks.images);
         let _no_new_disks = hold(&self.locks.disks);
@@ -214,6 +218,9 @@ impl Store {
         }
         if !users.is_empty() {
             return Err(StoreError::in_use(&entry.name, entry.version, users));
+        }
+        if entry.settings.keep {
+            return Err(StoreError::ImageKept(ImageReference { name: entry.name, version: Some(entry.version) }));
         }
         retire(&self.image_dir(digest), &self.images)
     }

@@ -10,6 +10,7 @@ mod described;
 mod disks;
 mod durable;
 mod error;
+mod image_settings;
 mod images;
 mod kernels;
 mod lock;
@@ -39,6 +40,7 @@ pub use crate::{
     contents::{Contents, Extent},
     disks::{DiskFiles, DiskFormat},
     error::{Result, StoreError},
+    image_settings::ImageSettings,
     images::ImageEntry,
     kernels::KernelEntry,
     manifests::ManifestWriter,

@@ -12,7 +12,7 @@ use std::{
 
 use fixture::{Blocks, image, import, kernel, listing, noise, rootfs};
 use form_bundle::BLOCK_SIZE;
-use form_store::{Store, StoreError};
+use form_store::{ImageSettings, Store, StoreError};
 use form_types::{Digest, VmId};
 
 #[test]
@@ -237,4 +237,40 @@ fn a_kernel_and_its_initramfs() {
     store.remove_kernel(&entry.digest).unwrap();
     assert!(matches!(store.kernel(&entry.digest), Err(StoreError::NoKernel(_))));
     assert!(!second.exists());
+}
+
+#[test]
+fn what_is_to_be_kept_stays_until_it_is_not_and_labels_change_no_digest() {
+    let root = tempfile::tempdir().unwrap();
+    let open = || Store::open(root.path()).unwrap();
+    let store = open();
+    let bytes = rootfs(&[Some(1)]);
+    let entry = import(&store, "web", &bytes);
+    assert_eq!(entry.settings, ImageSettings::default());
+    let set = |change: fn(&mut ImageSettings)| open().set_image(&entry.digest, change).unwrap();
+    drop(store);
+    let changed = set(|settings| {
+        settings.keep = true;
+        settings.labels.insert("stage".to_owned(), "production".to_owned());
+    });
+    assert_eq!((changed.digest, changed.settings.keep), (entry.digest, true));
+
+    let store = open();
+    assert_eq!(store.images().unwrap(), [changed.clone()]);
+    let error = store.remove(&entry.digest, &[]).unwrap_err();
+    assert!(matches!(&error, StoreError::ImageKept(_)) && error.to_string().contains("form image set web:1 --no-keep"), "{error}");
+    // The same image once more is the one that is there, with what is set of it.
+    assert_eq!(import(&store, "web", &bytes), changed);
+    assert!(store.verify(&entry.digest).unwrap().damaged.is_empty());
+
+    // Nobody knows what was set: then it stays.
+    let settings = root.path().join("vm-images").join(entry.digest.to_string()).join("settings.json");
+    fs::write(&settings, b"{\"keep\":").unwrap();
+    assert!(matches!(store.remove(&entry.digest, &[]), Err(StoreError::ImageKept(_))));
+    drop(store);
+    assert_eq!(set(|settings| settings.keep = false).settings, ImageSettings::default());
+    open().remove(&entry.digest, &[]).unwrap();
+    assert!(!settings.exists());
+    let gone = open().set_image(&entry.digest, |_| ()).unwrap_err();
+    assert!(matches!(gone, StoreError::NoImageDigest(_)), "{gone}");
 }

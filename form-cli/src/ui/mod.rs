@@ -22,7 +22,7 @@ use serde::Serialize;
 
 pub use self::{
     duration::{age, span},
-    progress::{Bar, Step, bytes, count},
+    progress::{Bar, Step, bytes, count, labels},
     record::Record,
     table::Table,
 };

@@ -1,6 +1,9 @@
 //! Progress: moving on a terminal, one plain line a step elsewhere, nothing with `-q`.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use form_types::size::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -95,6 +98,11 @@ impl Drop for Bar {
 /// `1 block`, `3 blocks`.
 pub fn count(number: usize, noun: &str) -> String {
     if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
+}
+
+/// `stage=production, tier=front`.
+pub fn labels(labels: &BTreeMap<String, String>) -> String {
+    labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(", ")
 }
 
 /// A number of bytes in words.

@@ -17,8 +17,8 @@ use crate::{
     exec::{EXEC_HEADER, ExecRequest},
     host::{ClaimRequest, DoctorReport, Host},
     image::{
-        BlockFrame, BlocksReply, Image, ImageConfig, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest, ReadBlocksRequest,
-        Verification,
+        BlockFrame, BlocksReply, Image, ImageConfig, ImageSetRequest, ImportRequest, Kernel, ManifestReply, MissingReply, MissingRequest,
+        ReadBlocksRequest, Verification,
     },
     interface::{DetachInterfaceRequest, Interface},
     operation::{Operation, OperationsQuery, WaitQuery},
@@ -455,6 +455,10 @@ impl Client {
         let answer = self.bytes(&Call::post(format!("/v1/images/{reference}/blocks")).json(request)?, most, IMPORT).await?;
         let frames = BlockFrame::split(&answer).filter(|frames| frames.len() == request.blocks.len());
         frames.ok_or_else(|| self.protocol("what it sent is not the blocks that were asked for".to_owned()))
+    }
+
+    pub async fn set_image(&self, reference: &ImageReference, request: &ImageSetRequest) -> Result<Operation, ClientError> {
+        self.read(&Call::patch(format!("/v1/images/{reference}")).json(request)?.signed(fresh_key()?)).await
     }
 
     pub async fn remove_image(&self, reference: &ImageReference) -> Result<Operation, ClientError> {

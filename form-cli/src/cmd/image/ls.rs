@@ -5,9 +5,10 @@ use serde::Serialize;
 
 use super::{failure, store};
 use crate::{
+    args::label,
     failure::Outcome,
     session::Session,
-    ui::{Table, age, bytes},
+    ui::{Table, age, bytes, labels},
 };
 
 /// List images on the host
@@ -16,6 +17,9 @@ pub struct Args {
     /// Those built on this machine instead
     #[arg(long)]
     local: bool,
+    /// Those alone that have this label; several must all be there
+    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = label, conflicts_with = "local")]
+    labels: Vec<(String, String)>,
 }
 
 #[derive(Serialize)]
@@ -32,13 +36,14 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
     if args.local {
         return local(session);
     }
-    let images = session.client()?.images().await?;
+    let mut images = session.client()?.images().await?;
+    images.retain(|image| args.labels.iter().all(|(key, value)| image.labels.get(key) == Some(value)));
     session.terminal.list(&images, &table(&images))?;
     Ok(0)
 }
 
 pub fn table(images: &[Image]) -> Table {
-    let mut table = Table::new(&["IMAGE", "DIGEST", "STORED", "AGE", "USED BY"], &["SIZE", "BACK FOR"]);
+    let mut table = Table::new(&["IMAGE", "DIGEST", "STORED", "AGE", "USED BY"], &["SIZE", "BACK FOR", "KEEP", "LABELS"]);
     for image in images {
         let users: Vec<&str> = image.used_by.iter().map(Name::as_str).collect();
         table.row([
@@ -49,6 +54,8 @@ pub fn table(images: &[Image]) -> Table {
             users.join(", "),
             bytes(image.size_bytes),
             image.kept_for.iter().map(Name::as_str).collect::<Vec<_>>().join(", "),
+            if image.keep { "yes" } else { "" }.to_owned(),
+            labels(&image.labels),
         ]);
     }
     table

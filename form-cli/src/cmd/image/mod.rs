@@ -9,6 +9,7 @@ pub mod prune;
 pub mod pull;
 pub mod push;
 pub mod rm;
+pub mod set;
 pub mod show;
 pub mod verify;
 
@@ -26,6 +27,7 @@ pub enum Verb {
     Ls(ls::Args),
     Show(show::Args),
     History(history::Args),
+    Set(set::Args),
     Rm(rm::Args),
     Prune(prune::Args),
     Pull(pull::Args),
@@ -41,6 +43,7 @@ impl Verb {
             Self::Ls(args) => ls::run(&args, session).await,
             Self::Show(args) => show::run(&args, session).await,
             Self::History(args) => history::run(&args, session).await,
+            Self::Set(args) => set::run(args, session).await,
             Self::Rm(args) => rm::run(args, session).await,
             Self::Prune(args) => prune::run(args, session).await,
             Self::Pull(args) => pull::run(args, session).await,

@@ -12,7 +12,7 @@ use crate::{
 /// Remove versions of images that no VM uses from the host
 ///
 /// The newest version of each image stays, so that the next build sends only what is new, and so do those that `form rollback` can put
-/// back; --all removes them too. An image that a VM or a snapshot needs stays in any case.
+/// back; --all removes them too. An image that a VM or a snapshot needs, or that is to be kept (`form image set --keep`), stays in any case.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Also the newest version of an image that no VM uses, and those that a VM can go back to
@@ -34,7 +34,7 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
         return Ok(0);
     }
     if images.is_empty() {
-        session.terminal.note("Every image is used, the newest of its name, or one to go back to: nothing to remove.");
+        session.terminal.note("Every image is used, the newest of its name, to be kept, or one to go back to: nothing to remove.");
         return Ok(0);
     }
     let references: Vec<ImageReference> =
@@ -69,6 +69,7 @@ fn unused(images: Vec<Image>, args: &Args) -> Vec<Image> {
     let newest = |image: &Image| images.iter().all(|other| other.name != image.name || other.version <= image.version);
     let meant = |image: &&Image| {
         image.used_by.is_empty()
+            && !image.keep
             && (args.all || (!newest(image) && image.kept_for.is_empty()))
             && args.image.as_ref().is_none_or(|name| *name == image.name)
     };
@@ -92,6 +93,8 @@ mod tests {
             created_at: jiff::Timestamp::UNIX_EPOCH,
             used_by,
             kept_for: Vec::new(),
+            labels: [].into(),
+            keep: false,
         }
     }
 
@@ -112,6 +115,8 @@ mod tests {
         kept[0].kept_for.push("vm".parse().unwrap());
         let args = |all| Args { all, image: None, dry_run: false };
         assert!(unused(kept.clone(), &args(false)).is_empty());
-        assert_eq!(unused(kept, &args(true)).len(), 3);
+        assert_eq!(unused(kept.clone(), &args(true)).len(), 3);
+        kept[2].keep = true;
+        assert_eq!(unused(kept, &args(true)).len(), 2);
     }
 }

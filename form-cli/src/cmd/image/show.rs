@@ -9,7 +9,7 @@ use crate::{
     complete,
     failure::Outcome,
     session::Session,
-    ui::{Record, bytes},
+    ui::{Record, bytes, labels},
 };
 
 /// Show an image on the host
@@ -54,7 +54,10 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .field("created", image.created_at)
         .field("used by", users.join(", "));
     let kept_for: Vec<&str> = image.kept_for.iter().map(|name| name.as_str()).collect();
-    let record = if kept_for.is_empty() { record } else { record.field("back for", kept_for.join(", ")) };
+    let record = record
+        .optional("back for", (!kept_for.is_empty()).then(|| kept_for.join(", ")))
+        .optional("keep", image.keep.then_some("yes"))
+        .optional("labels", (!image.labels.is_empty()).then(|| labels(&image.labels)));
     session.terminal.show(&image, &record)?;
     Ok(0)
 }

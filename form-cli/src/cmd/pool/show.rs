@@ -6,7 +6,7 @@ use crate::{
     complete,
     failure::Outcome,
     session::Session,
-    ui::{Record, bytes},
+    ui::{Record, bytes, labels},
 };
 
 /// Show a pool
@@ -19,7 +19,6 @@ pub struct Args {
 
 pub async fn run(args: &Args, session: &Session) -> Outcome {
     let pool = session.client()?.pool(&args.name).await?;
-    let labels = pool.labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(", ");
     let record = Record::new(pool.name.to_string())
         .field("name", &pool.name)
         .field("kind", pool.kind.as_str())
@@ -36,7 +35,7 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .field("total", bytes(pool.total_bytes))
         .optional("reserve", (pool.reserve_bytes > 0).then(|| bytes(pool.reserve_bytes)))
         .optional("limit", pool.limit_bytes.map(bytes))
-        .optional("labels", (!pool.labels.is_empty()).then_some(labels))
+        .optional("labels", (!pool.labels.is_empty()).then(|| labels(&pool.labels)))
         .field("host", &pool.host_name)
         .wide("host id", pool.host);
     session.terminal.show(&pool, &record)?;
