@@ -13,19 +13,19 @@ use std::{
     time::Instant,
 };
 
-use form_types::measure::{Disk, TO_GUEST, word};
+use form_types::measure::{Direction, Disk, TO_GUEST, word};
 
 /// What `O_DIRECT` wants memory and places aligned to.
 const ALIGNMENT: usize = 4096;
 /// Moved at once over the network.
 const PIECE: usize = 128 << 10;
 
-/// Does what the arguments say: `disk SERIAL ACCESS REQUEST DEPTH COUNT`, or `network PORT`, which ends when nobody is there any more.
+/// Does what the arguments say: `disk DIRECTION SERIAL SIZE ACCESS REQUEST DEPTH COUNT`, or `network PORT`, which ends when nobody is there any more.
 pub fn run(arguments: impl Iterator<Item = String>) -> ExitCode {
     let arguments: Vec<String> = arguments.collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
-        ["disk", rest @ ..] => Disk::parse(rest).ok_or_else(|| ErrorKind::InvalidInput.into()).and_then(|disk| read_disk(&disk)),
+        ["disk", rest @ ..] => Disk::parse(rest).ok_or_else(|| ErrorKind::InvalidInput.into()).and_then(|disk| use_disk(&disk)),
         ["network", port] => port.parse().map_err(|_| ErrorKind::InvalidInput.into()).and_then(serve),
         _ => Err(ErrorKind::InvalidInput.into()),
     };
@@ -38,10 +38,15 @@ pub fn run(arguments: impl Iterator<Item = String>) -> ExitCode {
     }
 }
 
-fn read_disk(disk: &Disk) -> io::Result<()> {
+fn use_disk(disk: &Disk) -> io::Result<()> {
     let device = device(Path::new("/sys/block"), &disk.serial)?;
-    let file = File::options().read(true).custom_flags(libc::O_DIRECT).open(Path::new("/dev").join(device))?;
-    let nanoseconds = read_all(&file, disk)?;
+    let writes = disk.direction == Direction::Write;
+    let file = File::options().read(true).write(writes).custom_flags(libc::O_DIRECT).open(Path::new("/dev").join(device))?;
+    let nanoseconds = timed(&file, disk)?;
+    if writes {
+        // What was written is there: that is no part of the time.
+        all_requests(&file, &Disk { direction: Direction::Read, ..disk.clone() })?;
+    }
     println!("{disk} {nanoseconds}");
     Ok(())
 }
@@ -57,18 +62,26 @@ fn device(block: &Path, serial: &str) -> io::Result<PathBuf> {
     Err(io::Error::new(ErrorKind::NotFound, "no disk has this serial"))
 }
 
-/// As many threads as there shall be requests at once; each takes the next one when its own is done.
-fn read_all(file: &File, disk: &Disk) -> io::Result<u128> {
-    let next = AtomicU64::new(0);
+/// In nanoseconds. What is written is flushed.
+fn timed(file: &File, disk: &Disk) -> io::Result<u128> {
     let begun = Instant::now();
-    thread::scope(|scope| {
-        let readers: Vec<_> = (0..disk.depth).map(|_| scope.spawn(|| read_some(file, disk, &next))).collect();
-        readers.into_iter().try_for_each(|reader| reader.join().unwrap_or_else(|_| Err(ErrorKind::Other.into())))
-    })?;
+    all_requests(file, disk)?;
+    if disk.direction == Direction::Write {
+        file.sync_data()?;
+    }
     Ok(begun.elapsed().as_nanos())
 }
 
-fn read_some(file: &File, disk: &Disk, next: &AtomicU64) -> io::Result<()> {
+/// As many threads as there shall be requests at once; each takes the next one when its own is done.
+fn all_requests(file: &File, disk: &Disk) -> io::Result<()> {
+    let next = AtomicU64::new(0);
+    thread::scope(|scope| {
+        let all: Vec<_> = (0..disk.depth).map(|_| scope.spawn(|| some_requests(file, disk, &next))).collect();
+        all.into_iter().try_for_each(|one| one.join().unwrap_or_else(|_| Err(ErrorKind::Other.into())))
+    })
+}
+
+fn some_requests(file: &File, disk: &Disk, next: &AtomicU64) -> io::Result<()> {
     let mut memory = vec![0_u8; disk.request + ALIGNMENT];
     let start = memory.as_ptr().align_offset(ALIGNMENT);
     let buffer = &mut memory[start..start + disk.request];
@@ -78,6 +91,11 @@ fn read_some(file: &File, disk: &Disk, next: &AtomicU64) -> io::Result<()> {
             return Ok(());
         }
         let offset = disk.offset(number);
+        if disk.direction == Direction::Write {
+            buffer[..8].copy_from_slice(&word(offset).to_le_bytes());
+            file.write_all_at(buffer, offset)?;
+            continue;
+        }
         file.read_exact_at(buffer, offset)?;
         if buffer[..8] != word(offset).to_le_bytes() {
             return Err(io::Error::new(ErrorKind::InvalidData, format!("other bytes at {offset}")));
@@ -131,7 +149,7 @@ mod tests {
     use super::*;
 
     fn disk(access: Access) -> Disk {
-        Disk { serial: "one".to_owned(), size: 1 << 20, access, request: 4096, depth: 8, count: 256 }
+        Disk { direction: Direction::Read, serial: "one".to_owned(), size: 1 << 20, access, request: 4096, depth: 8, count: 256 }
     }
 
     #[test]
@@ -141,11 +159,23 @@ mod tests {
             file.write_all_at(&word(offset).to_le_bytes(), offset).unwrap();
         }
         for access in [Access::Sequential, Access::Random] {
-            read_all(&file, &disk(access)).unwrap();
+            all_requests(&file, &disk(access)).unwrap();
         }
         file.write_all_at(b"other", 40960).unwrap();
-        let error = read_all(&file, &disk(Access::Sequential)).unwrap_err();
+        let error = all_requests(&file, &disk(Access::Sequential)).unwrap_err();
         assert_eq!(error.to_string(), "other bytes at 40960");
+    }
+
+    #[test]
+    fn what_is_written_is_what_is_read() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        for access in [Access::Random, Access::Sequential] {
+            let disk = disk(access);
+            assert!(all_requests(&file, &disk).is_err(), "nothing is there before it is written");
+            timed(&file, &Disk { direction: Direction::Write, ..disk.clone() }).unwrap();
+            all_requests(&file, &disk).unwrap();
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What a guest's disks and network do: a Linux guest reads and sends as fast as it can, one VM a run.
+//! What a guest's disks and network do: a Linux guest reads, writes and sends as fast as it can, one VM a run.
 
 use std::{
     io::{self, Read, Write},
@@ -10,7 +10,7 @@ use form_api::bench::{BenchRow, Unit};
 use form_store::Store;
 use form_types::{
     VolumeFormat, VolumeId,
-    measure::{Access, Disk, FROM_GUEST, TO_GUEST, word},
+    measure::{Access, Direction, Disk, FROM_GUEST, TO_GUEST, word},
 };
 use form_vmm::config::DiskFormat;
 
@@ -34,32 +34,27 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// For one answer over the network.
 const SILENCE: Duration = Duration::from_secs(120);
 
-/// A row: its name, what it is, and what the guest is asked for (the disk, bytes of a request, requests at once).
-struct Reads {
+/// A row: its name, what it is, and what the guest is asked for.
+struct Requests {
     name: &'static str,
     what: &'static str,
     serial: &'static str,
     access: Access,
-    request: usize,
     depth: u16,
 }
 
-impl Reads {
+impl Requests {
     const fn new(name: &'static str, what: &'static str, serial: &'static str, access: Access, depth: u16) -> Self {
-        let request = match access {
-            Access::Random => 4 << 10,
-            Access::Sequential => 128 << 10,
-        };
-        Self { name, what, serial, access, request, depth }
+        Self { name, what, serial, access, depth }
     }
 
     fn disk(&self) -> Disk {
-        let count = match self.access {
-            Access::Random => PLACES,
-            Access::Sequential => SIZE / self.request as u64,
+        let (request, count) = match self.access {
+            Access::Random => (4 << 10, PLACES),
+            Access::Sequential => (128 << 10, SIZE / (128 << 10)),
         };
-        let (access, request, depth) = (self.access, self.request, self.depth);
-        Disk { serial: self.serial.to_owned(), size: SIZE, access, request, depth, count }
+        let direction = if WRITTEN.contains(&self.serial) { Direction::Write } else { Direction::Read };
+        Disk { direction, serial: self.serial.to_owned(), size: SIZE, access: self.access, request, depth: self.depth, count }
     }
 
     const fn line(&self) -> Line {
@@ -69,55 +64,88 @@ impl Reads {
 
 const RAW: &str = "raw";
 const QCOW2: &str = "qcow2";
-const SMALL: &str = "a guest reads 4 KiB at 4096 random places of a raw disk, past its own cache";
-const LARGE: &str = "a guest reads 256 MiB of a raw disk by requests of 128 KiB, past its own cache";
+const RAW_WRITTEN: &str = "raw-written";
+const QCOW2_WRITTEN: &str = "qcow2-written";
+/// Disks that have other bytes before.
+const WRITTEN: [&str; 2] = [RAW_WRITTEN, QCOW2_WRITTEN];
 const AT_ONCE: &str = "the same with 32 requests at once";
-const READS: [Reads; 8] = [
-    Reads::new("disk/4k", SMALL, RAW, Access::Random, 1),
-    Reads::new("disk/4k/32", AT_ONCE, RAW, Access::Random, 32),
-    Reads::new("disk/128k", LARGE, RAW, Access::Sequential, 1),
-    Reads::new("disk/128k/32", AT_ONCE, RAW, Access::Sequential, 32),
-    Reads::new("disk/qcow2/4k", "4 KiB at 4096 random places of a qcow2 disk", QCOW2, Access::Random, 1),
-    Reads::new("disk/qcow2/4k/32", AT_ONCE, QCOW2, Access::Random, 32),
-    Reads::new("disk/qcow2/128k", "256 MiB of a qcow2 disk by requests of 128 KiB", QCOW2, Access::Sequential, 1),
-    Reads::new("disk/qcow2/128k/32", AT_ONCE, QCOW2, Access::Sequential, 32),
+const REQUESTS: [Requests; 16] = [
+    Requests::new("disk/4k", "a guest reads 4 KiB at 4096 random places of a raw disk, past its own cache", RAW, Access::Random, 1),
+    Requests::new("disk/4k/32", AT_ONCE, RAW, Access::Random, 32),
+    Requests::new(
+        "disk/128k",
+        "a guest reads 256 MiB of a raw disk by requests of 128 KiB, past its own cache",
+        RAW,
+        Access::Sequential,
+        1,
+    ),
+    Requests::new("disk/128k/32", AT_ONCE, RAW, Access::Sequential, 32),
+    Requests::new("disk/qcow2/4k", "4 KiB at 4096 random places of a qcow2 disk", QCOW2, Access::Random, 1),
+    Requests::new("disk/qcow2/4k/32", AT_ONCE, QCOW2, Access::Random, 32),
+    Requests::new("disk/qcow2/128k", "256 MiB of a qcow2 disk by requests of 128 KiB", QCOW2, Access::Sequential, 1),
+    Requests::new("disk/qcow2/128k/32", AT_ONCE, QCOW2, Access::Sequential, 32),
+    Requests::new(
+        "disk/write/4k",
+        "a guest writes 4 KiB at 4096 random places of a raw disk, past its own cache, and flushes",
+        RAW_WRITTEN,
+        Access::Random,
+        1,
+    ),
+    Requests::new("disk/write/4k/32", AT_ONCE, RAW_WRITTEN, Access::Random, 32),
+    Requests::new("disk/write/128k", "it writes 256 MiB by requests of 128 KiB", RAW_WRITTEN, Access::Sequential, 1),
+    Requests::new("disk/write/128k/32", AT_ONCE, RAW_WRITTEN, Access::Sequential, 32),
+    Requests::new("disk/write/qcow2/4k", "4 KiB to 4096 random places of a qcow2 disk", QCOW2_WRITTEN, Access::Random, 1),
+    Requests::new("disk/write/qcow2/4k/32", AT_ONCE, QCOW2_WRITTEN, Access::Random, 32),
+    Requests::new("disk/write/qcow2/128k", "256 MiB to a qcow2 disk by requests of 128 KiB", QCOW2_WRITTEN, Access::Sequential, 1),
+    Requests::new("disk/write/qcow2/128k/32", AT_ONCE, QCOW2_WRITTEN, Access::Sequential, 32),
 ];
 
 impl Bench<'_> {
     /// The host has the disks in its memory: what is measured is the way there.
     pub(super) fn disk(&self) -> Vec<BenchRow> {
         match self.disk_times() {
-            Ok(times) => READS.iter().zip(times).map(|(reads, times)| reads.line().measured(&times)).collect(),
-            Err(error) => vec![READS[0].line().failed(error.to_string())],
+            Ok(times) => REQUESTS.iter().zip(times).map(|(requests, times)| requests.line().measured(&times)).collect(),
+            Err(error) => vec![REQUESTS[0].line().failed(error.to_string())],
         }
     }
 
     /// Milliseconds of each row, a value a run.
     fn disk_times(&self) -> Result<Vec<Vec<f64>>, BenchError> {
         let store = Store::open(&self.directory.join("disks")).map_err(|error| BenchError::Missing(error.to_string()))?;
-        let disks = vec![self.written(&store, RAW, DiskFormat::Raw)?, self.written(&store, QCOW2, DiskFormat::Qcow2)?];
-        let asked: String = READS.iter().map(|reads| format!("measure disk {}\n", reads.disk())).collect();
+        let disks = (1..).zip([
+            (RAW, DiskFormat::Raw),
+            (QCOW2, DiskFormat::Qcow2),
+            (RAW_WRITTEN, DiskFormat::Raw),
+            (QCOW2_WRITTEN, DiskFormat::Qcow2),
+        ]);
+        let disks = disks.map(|(number, (serial, format))| self.filled(&store, number, serial, format)).collect::<Result<_, _>>()?;
+        let asked: String = REQUESTS.iter().map(|requests| format!("measure disk {}\n", requests.disk())).collect();
         let guest = self.measuring(&format!("{asked}echo '{DONE}'\n"), disks)?;
         let runs = self.starts(&guest, guests::LINE, |machine, _| {
             machine.wait_for(DONE)?;
             let said = machine.printed();
-            READS.iter().map(|reads| time_of(&said, &reads.disk())).collect::<Result<Vec<f64>, _>>()
+            REQUESTS.iter().map(|requests| time_of(&said, &requests.disk())).collect::<Result<Vec<f64>, _>>()
         })?;
-        Ok((0..READS.len()).map(|row| runs.iter().map(|times| times[row]).collect()).collect())
+        Ok((0..REQUESTS.len()).map(|row| runs.iter().map(|times| times[row]).collect()).collect())
     }
 
-    /// A disk that is full of bytes.
-    fn written(&self, store: &Store, serial: &'static str, format: DiskFormat) -> Result<OtherDisk, BenchError> {
-        let (kind, id) = match format {
-            DiskFormat::Raw => (VolumeFormat::Raw, VolumeId::from_bytes([1; 16])),
-            DiskFormat::Qcow2 => (VolumeFormat::Qcow2, VolumeId::from_bytes([2; 16])),
+    /// A disk that is full of bytes: those that are to be read, or others where they are to be written.
+    fn filled(&self, store: &Store, number: u8, serial: &'static str, format: DiskFormat) -> Result<OtherDisk, BenchError> {
+        let kind = match format {
+            DiskFormat::Raw => VolumeFormat::Raw,
+            DiskFormat::Qcow2 => VolumeFormat::Qcow2,
         };
+        let id = VolumeId::from_bytes([number; 16]);
         let failed = |error: form_store::StoreError| BenchError::Missing(error.to_string());
         let pool = store.pool(&form_store::local_pool()).map_err(failed)?;
-        let fill = |contents: &form_store::Contents| pieces(SIZE, self.stop, |piece, offset| contents.write_at(piece, offset));
+        let others = vec![0xff; PIECE as usize];
+        let fill = |contents: &form_store::Contents| {
+            pieces(SIZE, self.stop, |piece, offset| contents.write_at(if WRITTEN.contains(&serial) { &others } else { piece }, offset))
+        };
         pool.create_filled(&id, kind, SIZE, fill).map_err(failed)?;
-        let file = pool.open_volume(&id, true).map_err(failed)?.file;
-        Ok(OtherDisk { serial, format, file })
+        let read_only = !WRITTEN.contains(&serial);
+        let file = pool.open_volume(&id, read_only).map_err(failed)?.file;
+        Ok(OtherDisk { serial, format, read_only, file })
     }
 
     fn measuring(&self, commands: &str, disks: Vec<OtherDisk>) -> Result<super::Guest, BenchError> {
@@ -143,11 +171,11 @@ impl Bench<'_> {
     }
 }
 
-/// What the guest says that reading `disk` took, in milliseconds.
+/// What the guest says that `disk` took, in milliseconds.
 fn time_of(said: &str, disk: &Disk) -> Result<f64, BenchError> {
     let head = format!("{disk} ");
     let nanoseconds = said.lines().find_map(|line| line.strip_prefix(&head)?.trim_end().parse::<f64>().ok());
-    let unsaid = || BenchError::Guest { what: "did not read its disks", words: said.trim().to_owned() };
+    let unsaid = || BenchError::Guest { what: "did not use its disks", words: said.trim().to_owned() };
     nanoseconds.map(|nanoseconds| nanoseconds / 1e6).ok_or_else(unsaid)
 }
 
@@ -235,13 +263,14 @@ mod tests {
 
     #[test]
     fn every_row_of_a_disk_has_one_name_and_is_found_in_what_the_guest_said() {
-        let said: String = READS.iter().zip(1_u32..).map(|(reads, number)| format!("{} {number}000000\r\n", reads.disk())).collect();
-        for (reads, number) in READS.iter().zip(1_u32..) {
-            assert_eq!(time_of(&said, &reads.disk()).unwrap(), f64::from(number), "{}", reads.name);
-            assert_eq!(READS.iter().filter(|other| other.name == reads.name).count(), 1);
-            assert_eq!(Disk::parse(&reads.disk().to_string().split(' ').collect::<Vec<_>>()), Some(reads.disk()));
+        let said: String =
+            REQUESTS.iter().zip(1_u32..).map(|(requests, number)| format!("{} {number}000000\r\n", requests.disk())).collect();
+        for (requests, number) in REQUESTS.iter().zip(1_u32..) {
+            assert_eq!(time_of(&said, &requests.disk()).unwrap(), f64::from(number), "{}", requests.name);
+            assert_eq!(REQUESTS.iter().filter(|other| other.name == requests.name).count(), 1);
+            assert_eq!(Disk::parse(&requests.disk().to_string().split(' ').collect::<Vec<_>>()), Some(requests.disk()));
         }
-        assert!(time_of("nothing", &READS[0].disk()).is_err());
+        assert!(time_of("nothing", &REQUESTS[0].disk()).is_err());
     }
 
     #[test]

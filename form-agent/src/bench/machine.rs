@@ -62,11 +62,12 @@ pub struct Guest {
     pub limit_mib: u64,
 }
 
-/// A disk that it can only read.
+/// One of those.
 pub struct OtherDisk {
     /// Its id too.
     pub serial: &'static str,
     pub format: DiskFormat,
+    pub read_only: bool,
     pub file: fs::File,
 }
 
@@ -443,7 +444,15 @@ impl Files {
                 let file = add(other.file.try_clone().map_err(io_error("pass a disk on"))?.into());
                 let (id, serial) = (other.serial.to_owned(), other.serial.to_owned());
                 let limits = DiskLimits::default();
-                config.disks.push(DiskConfig { id, serial, format: other.format, file, backing: Vec::new(), read_only: true, limits });
+                config.disks.push(DiskConfig {
+                    id,
+                    serial,
+                    format: other.format,
+                    file,
+                    backing: Vec::new(),
+                    read_only: other.read_only,
+                    limits,
+                });
             }
             config.networks.push(NetworkConfig { id: "eth0".to_owned(), tap, mac: MAC, mtu: form_net::MTU, bytes_per_second: None });
             config.vsock_cid = Some(vm::GUEST_CID);

@@ -1,4 +1,4 @@
-//! What `form-agent bench` asks of `form-guest measure`, word by word on its command line, and what is on the disks that are read.
+//! What `form-agent bench` asks of `form-guest measure`, word by word on its command line, and what is on the disks.
 
 use std::fmt;
 
@@ -13,9 +13,16 @@ pub enum Access {
     Random,
 }
 
-/// A disk to be read, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    Read,
+    Write,
+}
+
+/// A disk to be read or written, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
+    pub direction: Direction,
     pub serial: String,
     /// In bytes.
     pub size: u64,
@@ -32,13 +39,19 @@ impl Disk {
     /// The opposite of its text.
     #[must_use]
     pub fn parse(words: &[&str]) -> Option<Self> {
-        let [serial, size, access, request, depth, count] = words else { return None };
+        let [direction, serial, size, access, request, depth, count] = words else { return None };
+        let direction = match *direction {
+            "read" => Direction::Read,
+            "write" => Direction::Write,
+            _ => return None,
+        };
         let access = match *access {
             "sequential" => Access::Sequential,
             "random" => Access::Random,
             _ => return None,
         };
         let disk = Self {
+            direction,
             serial: (*serial).to_owned(),
             size: size.parse().ok()?,
             access,
@@ -54,7 +67,7 @@ impl Disk {
         self.size / self.request as u64
     }
 
-    /// Where request `number` reads.
+    /// Where request `number` begins.
     #[must_use]
     pub fn offset(&self, number: u64) -> u64 {
         let place = match self.access {
@@ -71,7 +84,11 @@ impl fmt::Display for Disk {
             Access::Sequential => "sequential",
             Access::Random => "random",
         };
-        write!(formatter, "{} {} {access} {} {} {}", self.serial, self.size, self.request, self.depth, self.count)
+        let direction = match self.direction {
+            Direction::Read => "read",
+            Direction::Write => "write",
+        };
+        write!(formatter, "{direction} {} {} {access} {} {} {}", self.serial, self.size, self.request, self.depth, self.count)
     }
 }
 
@@ -96,17 +113,28 @@ mod tests {
 
     #[test]
     fn a_disk_reads_back_what_it_says() {
-        let disk = Disk { serial: "a".to_owned(), size: 1 << 20, access: Access::Random, request: 4096, depth: 32, count: 10 };
-        let text = disk.to_string();
-        assert_eq!(Disk::parse(&text.split(' ').collect::<Vec<_>>()), Some(disk));
-        for text in ["", "a 1048576 random 4096 32", "a 4095 random 4096 32 10", "a 1048576 upwards 4096 1 1", "a 1048576 random 4 1 1"] {
+        for direction in [Direction::Read, Direction::Write] {
+            let disk =
+                Disk { direction, serial: "a".to_owned(), size: 1 << 20, access: Access::Random, request: 4096, depth: 32, count: 10 };
+            let text = disk.to_string();
+            assert_eq!(Disk::parse(&text.split(' ').collect::<Vec<_>>()), Some(disk));
+        }
+        for text in [
+            "",
+            "read a 1048576 random 4096 32",
+            "read a 4095 random 4096 32 10",
+            "read a 1048576 upwards 4096 1 1",
+            "write a 1048576 random 4 1 1",
+            "trim a 1048576 random 4096 1 1",
+        ] {
             assert_eq!(Disk::parse(&text.split(' ').collect::<Vec<_>>()), None, "{text}");
         }
     }
 
     #[test]
     fn requests_stay_on_the_disk_and_random_ones_are_spread() {
-        let disk = |access| Disk { serial: "a".to_owned(), size: 1 << 20, access, request: 4096, depth: 1, count: 256 };
+        let direction = Direction::Read;
+        let disk = |access| Disk { direction, serial: "a".to_owned(), size: 1 << 20, access, request: 4096, depth: 1, count: 256 };
         let sequential = disk(Access::Sequential);
         assert_eq!([0, 1, 255, 256].map(|number| sequential.offset(number)), [0, 4096, 255 * 4096, 0]);
         let random = disk(Access::Random);
