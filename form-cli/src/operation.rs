@@ -143,24 +143,62 @@ pub async fn find(client: &Client, text: &str) -> Result<Operation, Failure> {
 ///
 /// # Errors
 /// The failure, when there is one name; otherwise failures are shown as they come and summed up.
-pub async fn each<T, F>(session: &Session, names: &[T], mut action: impl FnMut(T) -> F) -> Outcome
+pub async fn each<T, F>(session: &Session, names: &[T], action: impl FnMut(T) -> F) -> Outcome
 where
     T: Clone,
     F: Future<Output = Result<(), Failure>>,
 {
-    if let [name] = names {
-        return action(name.clone()).await.map(|()| 0);
-    }
-    let mut codes = Vec::new();
+    each_of(session, names.to_vec(), action).await
+}
+
+/// As [`each`], with all asked for before the first is waited for: what a guest takes its time for takes it once, and not once for each.
+/// A name that is given twice is asked for once.
+///
+/// # Errors
+/// As [`each`].
+pub async fn each_at_once<T, A, F>(
+    session: &Session,
+    names: &[T],
+    mut ask: impl FnMut(T) -> A,
+    mut finish: impl FnMut(T, Operation) -> F,
+) -> Outcome
+where
+    T: Clone + PartialEq,
+    A: Future<Output = Result<Operation, Failure>>,
+    F: Future<Output = Result<(), Failure>>,
+{
+    let mut asked: Vec<(T, Result<Operation, Failure>)> = Vec::new();
     for name in names {
-        if let Err(failure) = action(name.clone()).await {
-            session.terminal.failure(&failure);
-            codes.push(failure.exit_code());
+        if asked.iter().all(|(other, _)| other != name) {
+            asked.push((name.clone(), ask(name.clone()).await));
+        }
+    }
+    each_of(session, asked, |(name, answer)| {
+        let finished = answer.map(|operation| finish(name, operation));
+        async { finished?.await }
+    })
+    .await
+}
+
+async fn each_of<T, F>(session: &Session, all: Vec<T>, mut action: impl FnMut(T) -> F) -> Outcome
+where
+    F: Future<Output = Result<(), Failure>>,
+{
+    let count = all.len();
+    let mut codes = Vec::new();
+    for one in all {
+        match action(one).await {
+            Ok(()) => {}
+            Err(failure) if count == 1 => return Err(failure),
+            Err(failure) => {
+                session.terminal.failure(&failure);
+                codes.push(failure.exit_code());
+            }
         }
     }
     match codes.as_slice() {
         [] => Ok(0),
-        [first, ..] if codes.len() == names.len() => Ok(*first),
+        [first, ..] if codes.len() == count => Ok(*first),
         _ => Ok(7),
     }
 }

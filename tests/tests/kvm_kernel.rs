@@ -110,6 +110,7 @@ fn kvm_a_kernel_of_its_own_has_disks_and_a_console_and_nothing_of_ours() {
         &["vm", "fork", "own", "second"],
         &["volume", "attach", "other", "own"],
         &["volume", "sync", "data"],
+        &["ssh", "own", "--", "true"],
     ] {
         is_refused(&host, command);
     }
@@ -156,12 +157,26 @@ fn goes_back_to_a_snapshot(host: &Host) {
     let _ = host.form(&["vm", "snapshot", "restore", "tiny", "one", "-y"]).ok();
     assert_eq!(host.vm("tiny")["state"], "running");
     assert!(!is_alive(pid), "another process goes on with its memory");
-    let _ = host.form(&["destroy", "tiny", "-y"]).ok();
+    // Another name, another process, and the same again.
+    let _ = host.form(&["vm", "rename", "tiny", "small"]).ok();
+    for verb in ["reset", "restart"] {
+        let (_, pid) = host.process(&host.vm("small"));
+        let _ = host.form(&["vm", verb, "small"]).ok();
+        wait("it runs again", || host.vm("small")["state"] == "running");
+        assert!(!is_alive(pid), "{verb}: another process");
+    }
+    let _ = host.form(&["destroy", "small", "-y"]).ok();
 }
 
 /// How many VMs run at once in [`kvm_many_vms_on_one_host`], unless `FORM_TEST_VMS` says another number. On a host in software emulation with
 /// one processor each takes about a second to come and to go.
 const MANY: usize = 40;
+/// Likewise of Linux, with our guest, beside them: `FORM_TEST_LINUX_VMS`. Each takes some ten seconds there to be ready.
+const LINUX: usize = 2;
+
+fn how_many(variable: &str, otherwise: usize) -> usize {
+    std::env::var(variable).map_or(otherwise, |text| text.parse().unwrap())
+}
 
 /// What the agent has open.
 fn open_files(host: &Host) -> Vec<String> {
@@ -192,14 +207,24 @@ fn memory(host: &Host) -> u64 {
 #[test]
 #[ignore = "needs a KVM that runs guests: tests/kvm-host"]
 fn kvm_many_vms_on_one_host() {
-    let many = std::env::var("FORM_TEST_VMS").map_or(MANY, |text| text.parse().unwrap());
+    let (small, linux) = (how_many("FORM_TEST_VMS", MANY), how_many("FORM_TEST_LINUX_VMS", LINUX));
+    let many = small + linux;
     let mut host = Host::new();
     host.configure(&format!("max_vms: {many}\nvcpu_overcommit: {many}\n"));
     host.start_agent();
     let kernel = host.path("smallest");
     fs::write(&kernel, own_kernel::smallest()).unwrap();
     let kernel = kernel.to_str().unwrap();
-    let names: Vec<String> = (1..=many).map(|number| format!("small-{number}")).collect();
+    let small: Vec<String> = (1..=small).map(|number| format!("small-{number}")).collect();
+    let linux: Vec<String> = (1..=linux).map(|number| format!("linux-{number}")).collect();
+    let names: Vec<&String> = small.iter().chain(&linux).collect();
+    let app = host.path("linux");
+    fs::create_dir(&app).unwrap();
+    fs::copy("/bin/busybox", app.join("busybox")).unwrap();
+    let formfile =
+        "NAME linux\nFROM scratch\nMEM 128\nCOPY --chmod=755 busybox /bin/busybox\nENTRYPOINT [\"/bin/busybox\", \"sleep\", \"1000000\"]\n";
+    fs::write(app.join("Formfile"), formfile).unwrap();
+    let _ = host.form(&["build", app.join("Formfile").to_str().unwrap()]).ok();
     let create = |name: &str, more: &[&str]| {
         let _ = host.form(&[&["vm", "create", name, "--kernel", kernel, "--memory", "16M", "--restart", "never"], more].concat()).ok();
     };
@@ -214,25 +239,32 @@ fn kvm_many_vms_on_one_host() {
     };
 
     let begun = Instant::now();
-    for name in &names {
+    for name in &small {
         create(name, &[]);
     }
     said("made", begun);
+    for name in &linux {
+        let _ = host.form(&["vm", "create", name, "--image", "linux", "--memory", "128M", "--timeout", "300s"]).ok();
+    }
+    said("made, those of Linux too", begun);
     let begun = Instant::now();
     let vms = host.form(&["ps", "-o", "json"]).ok().json();
     said("listed", begun);
     let running: BTreeSet<&str> =
         vms.as_array().unwrap().iter().filter(|vm| vm["state"] == "running").filter_map(|vm| vm["name"].as_str()).collect();
-    assert_eq!(running, names.iter().map(String::as_str).collect(), "each runs");
+    assert_eq!(running, names.iter().map(|name| name.as_str()).collect(), "each runs");
     let refused = host.form(&["vm", "create", "one-more", "--kernel", kernel, "--memory", "16M"]);
     assert!(refused.code != Some(0) && refused.stderr.contains("is its limit"), "{refused:?}");
-    for name in [&names[0], &names[many - 1]] {
+    for name in [&small[0], &small[small.len() - 1]] {
         assert!(host.form(&["logs", name, "--console"]).ok().stdout.contains(own_kernel::LINE));
+    }
+    for name in &linux {
+        assert_eq!(host.form(&["exec", name, "--", "/bin/busybox", "hostname"]).ok().stdout, format!("{name}\n"));
     }
 
     let begun = Instant::now();
     // Each has twenty seconds to hear the power button, which it does not: not one after the other.
-    let all: Vec<&str> = ["destroy", "-y", "--no-wait"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    let all: Vec<&str> = ["destroy", "-y"].into_iter().chain(names.iter().map(|name| name.as_str())).collect();
     let _ = host.form(&all).ok();
     // Of each this is removed after its process has ended.
     let kept = host.root().join("var/lib/formation/vms");
@@ -251,8 +283,13 @@ fn kvm_many_vms_on_one_host() {
     assert!(cursors.windows(2).all(|pair| pair[1] == pair[0] + 1), "lost or repeated in {cursors:?}");
     for name in &names {
         let of = |kind: &str| events.iter().filter(|event| event["vm"] == name.as_str() && event["kind"] == kind).count();
-        assert_eq!(of("vm-started"), 1, "{name}");
+        assert_eq!((of("vm-started"), of("vm-ready")), (1, usize::from(linux.contains(name))), "{name}");
     }
+    let at = |kind: &str, vm: &str| {
+        let is_it = |event: &&Value| event["kind"] == kind && event["message"].as_str().unwrap().contains(&format!("vm-destroy vm/{vm}"));
+        events.iter().find(is_it).unwrap_or_else(|| panic!("no {kind} of destroying {vm}"))["cursor"].as_u64().unwrap()
+    };
+    assert!(at("operation-started", &small[1]) < at("operation-completed", &small[0]), "one was waited for before the next was asked");
     let left = open_files(&host);
     assert!(left.len() <= before.0, "{} descriptors before, now {left:#?}", before.0);
     let doctor = host.form(&["doctor", "-o", "json"]).json();

@@ -1,11 +1,10 @@
-use std::{collections::BTreeSet, sync::Mutex};
+use std::collections::BTreeSet;
 
 use clap_complete::engine::ArgValueCompleter;
 use form_api::{
     ApiError, ErrorCode,
     client::Client,
     deploy::{CreateVmRequest, DeployRequest, ForkOf},
-    operation::Operation,
     snapshot::SnapshotRequest,
     volume::Volume,
 };
@@ -17,7 +16,7 @@ use crate::{
     cmd::deploy,
     complete,
     failure::{Failure, Outcome},
-    operation::{each, settle},
+    operation::{each_at_once, settle},
     session::Session,
 };
 
@@ -137,22 +136,14 @@ async fn remove(session: &Session, client: &Client, vm: &Name, snapshot: &Name) 
 
 /// Asks for all, then follows one after the other.
 async fn make(session: &Session, client: &Client, args: &Args, source: &DeployRequest, names: &[Name], snapshot: &Name) -> Outcome {
-    let mut asked: Vec<Result<Operation, Failure>> = Vec::new();
-    for name in names {
-        asked.push(ask(client, &request(args, source, name, snapshot)).await);
-    }
-    let asked = Mutex::new(asked.into_iter());
-    each(session, names, async |name: Name| {
-        let operation = asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-        let operation = operation.ok_or_else(|| Failure::failed(format!("{name} was not asked for")))??;
+    let ask = async |name: Name| {
+        let key = IdempotencyKey::random().map_err(|error| Failure::failed(format!("no randomness: {error}")))?;
+        Ok(client.create_vm(&request(args, source, &name, snapshot), key).await?)
+    };
+    each_at_once(session, names, ask, async |name: Name, operation| {
         deploy::carry_out(session, client, &request(args, source, &name, snapshot).vm, operation).await.map(drop)
     })
     .await
-}
-
-async fn ask(client: &Client, request: &CreateVmRequest) -> Result<Operation, Failure> {
-    let key = IdempotencyKey::random().map_err(|error| Failure::failed(format!("no randomness: {error}")))?;
-    Ok(client.create_vm(request, key).await?)
 }
 
 /// The VM under another name. No two VMs publish one port.

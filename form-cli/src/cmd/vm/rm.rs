@@ -6,7 +6,7 @@ use crate::{
     args::vm_name,
     complete,
     failure::{Failure, Outcome},
-    operation::{each, settle},
+    operation::{each, each_at_once, settle},
     sandbox,
     session::Session,
 };
@@ -52,11 +52,11 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
         (true, _) => format!("Destroy {names} and everything on the root disk?"),
     };
     session.terminal.confirm(&question)?;
-    let outcome = each(session, &args.names, async |name: Name| {
-        let operation = settle(session, &client, client.destroy(&name).await?).await?;
+    let finish = async |name: Name, operation| {
+        let operation = settle(session, &client, operation).await?;
         session.terminal.done(&operation, name.as_str(), &format!("{name}: destroy{}", if operation.status.is_final() { "ed" } else { "" }))
-    })
-    .await;
+    };
+    let outcome = each_at_once(session, &args.names, async |name: Name| Ok(client.destroy(&name).await?), finish).await;
     sandbox::publish(session, &client).await;
     if volumes.is_empty() {
         return outcome;

@@ -5,7 +5,7 @@ use crate::{
     args::vm_name,
     complete,
     failure::Outcome,
-    operation::{each, settle},
+    operation::{each_at_once, settle},
     session::Session,
 };
 
@@ -19,9 +19,9 @@ pub struct Args {
 
 pub async fn run(args: Args, session: &Session) -> Outcome {
     let client = session.client()?;
-    each(session, &args.names, async |name: Name| {
-        let operation = settle(session, &client, client.stop(&name).await?).await?;
+    let finish = async |name: Name, operation| {
+        let operation = settle(session, &client, operation).await?;
         session.terminal.done(&operation, name.as_str(), &format!("{name}: stop{}", if operation.status.is_final() { "ped" } else { "" }))
-    })
-    .await
+    };
+    each_at_once(session, &args.names, async |name: Name| Ok(client.stop(&name).await?), finish).await
 }
