@@ -4,6 +4,7 @@
 //! step, so that a crash at any point leaves only what the next [`Store::open`] removes.
 
 mod blocks;
+pub mod compressed;
 mod contents;
 mod copy;
 mod described;
