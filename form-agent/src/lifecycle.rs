@@ -28,6 +28,8 @@ use crate::{
 
 /// How long the asked-for state may take: a stop includes the guest's own shutdown.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Bytes of memory that are unfolded in a second on a slow host.
+const UNFOLDED_A_SECOND: u64 = 16 << 20;
 
 /// What is asked of a VM that exists.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -137,7 +139,7 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, name: &Name, change: Change) -
 /// Waits until the VM is as what was `recorded` wants it.
 async fn finish(agent: &Arc<Agent>, caller: &Caller, id: OperationId, progress: &Progress, recorded: Result<(), ApiError>) {
     let result = match recorded {
-        Ok(()) => reached(agent, progress).await,
+        Ok(()) => reached(agent, id, progress).await,
         Err(error) => Err(error),
     };
     if let (Ok(()), Change::Set(_)) = (&result, &progress.change) {
@@ -277,7 +279,7 @@ fn gone() -> ApiError {
 }
 
 /// Waits until the VM is as the operation wants it.
-async fn reached(agent: &Arc<Agent>, progress: &Progress) -> Result<(), ApiError> {
+async fn reached(agent: &Arc<Agent>, id: OperationId, progress: &Progress) -> Result<(), ApiError> {
     let (vm, change) = (&progress.vm, &progress.change);
     if matches!(change, Change::Rename(_)) {
         agent.apply_rules().await.map_err(|error| internal(&error))?;
@@ -293,7 +295,14 @@ async fn reached(agent: &Arc<Agent>, progress: &Progress) -> Result<(), ApiError
         told.map_err(|error| internal(&error))??;
     }
     let mut changed = agent.fleet.subscribe();
-    let deadline = Instant::now() + PATIENCE.max(Duration::from_secs(agent.config().boot_timeout_seconds));
+    let mut patience = PATIENCE.max(Duration::from_secs(agent.config().boot_timeout_seconds));
+    if let Change::Restore(request) = change
+        && let Some(bytes) = snapshot::restore::to_unfold(agent, vm, &request.snapshot)
+    {
+        agent.operations.step(id, format!("unfolding {} MiB of memory, and going back", bytes.div_ceil(1 << 20)));
+        patience += Duration::from_secs(bytes / UNFOLDED_A_SECOND);
+    }
+    let deadline = Instant::now() + patience;
     loop {
         let observed = agent.fleet.observed(vm);
         let desired = agent.desired(vm);
@@ -397,14 +406,14 @@ pub fn resume(agent: &Arc<Agent>, record: &Record) {
         // Its driver may still be at work on what is left.
         (None, Change::Destroy) => {
             let agent = Arc::clone(agent);
-            tokio::spawn(async move { agent.operations.finish(id, reached(&agent, &progress).await) });
+            tokio::spawn(async move { agent.operations.finish(id, reached(&agent, id, &progress).await) });
         }
         (None, _) => agent.operations.finish(id, Err(gone())),
         (Some(vm), change) if !is_recorded(&vm, change, &progress.boot) => nothing_done(),
         (Some(_), _) => {
             let agent = Arc::clone(agent);
             tokio::spawn(async move {
-                let result = reached(&agent, &progress).await;
+                let result = reached(&agent, id, &progress).await;
                 agent.operations.finish(id, settled(&agent, &progress, result).await);
             });
         }

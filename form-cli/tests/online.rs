@@ -314,6 +314,13 @@ before  data    5 GiB  2 MiB  quiesced  [..]d
         (setting.run(&["vm", "snapshot", "ls", "-o", "wide"]).out, setting.run(&["vm", "snapshot", "show", "web", "before"]).out);
     assert!(listed.contains("KIND") && listed.contains("incremental") && listed.contains("earlier"), "{listed}");
     assert!(shown.contains("incremental, based on earlier") && shown.contains("3 MiB"), "{shown}");
+    assert!(listed.contains("incremental, compressed") && listed.contains("93 MiB"), "{listed}");
+    assert!(shown.contains("compressed: a restore unfolds 93 MiB first"), "{shown}");
+    let run = setting.run(&["vm", "snapshot", "create", "web", "-n", "one", "--compress"]);
+    assert_eq!((run.code, run.out.as_str(), run.err.as_str()), (0, "web: snapshot one made\n", ""));
+    let run = setting.run(&["vm", "snapshot", "create", "web", "-n", "full-disk", "--compress"]);
+    assert_eq!((run.code, run.out.as_str()), (0, "web: snapshot full-disk made\n"));
+    assert_eq!(run.err, "warning: web: snapshot full-disk: its memory is kept uncompressed: there is no room left\n");
     let shown = setting.run(&["volume", "snapshot", "show", "data", "before"]).out;
     assert!(shown.contains("5 GiB (5368709120 bytes)") && shown.contains("12 ms") && shown.contains("quiesced"), "{shown}");
     let run = setting.run(&["volume", "snapshot", "show", "data", "missing"]);

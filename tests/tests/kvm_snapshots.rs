@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::PathBuf,
     process::Stdio,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -347,9 +347,83 @@ fn kvm_a_later_snapshot_holds_what_has_changed_and_needs_no_other() {
     drop(memory);
     assert_eq!(kind(&create(&host, "five")).0, "full");
     assert_eq!(restore(&host, "four"), "four");
+    compressed(&mut host, &disk);
     let _ = host.form(&["destroy", "web", "-y"]).ok();
     host.is_clean();
     drop(disk);
+}
+
+/// What the file of memory takes on the disk.
+fn memory_bytes(host: &Host, file: &str) -> u64 {
+    fs::metadata(directory(host).join(file)).unwrap().blocks() * 512
+}
+
+/// Of a VM with the snapshots `four` and `five`, which are not.
+fn compressed(host: &mut Host, disk: &SmallDisk) {
+    in_memory(host, "six");
+    let (_, pid) = host.process(&host.vm("web"));
+    let create_command = |name| ["vm", "snapshot", "create", "web", "--name", name, "--compress"];
+    let _ = host.form(&create_command("six")).ok();
+    let (six, plain) = (snapshot(host, "six"), memory_bytes(host, "five/memory"));
+    let packed = memory_bytes(host, "six/memory.compressed");
+    println!("MEASURED: memory takes {} KiB, compressed {} KiB", plain / 1024, packed / 1024);
+    assert!(packed < plain / 2 && !directory(host).join("six/memory").exists(), "{packed} of {plain}: {six}");
+    assert!(six["compressed"] == true && six["unfolded_bytes"].as_u64().unwrap() > packed, "{six}");
+    let _ = host.form(&["vm", "snapshot", "show", "web", "six", "--verify"]).ok();
+
+    // Wherever the agent dies, the next one compresses what is there, and the VM runs on.
+    in_memory(host, "seven");
+    for (point, name) in [(SnapshotCompressed, "seven"), (SnapshotExchanged, "eight")] {
+        assert!(dies_and_comes_back(host, point, &create_command(name), "snapshot-create"));
+        let made = snapshot(host, name);
+        assert!(made["compressed"] == true && made["fault"].is_null(), "{made}");
+        assert_eq!(names(host), ["eight", "five", "four", "seven", "six"].map(str::to_owned)[usize::from(name == "seven")..]);
+    }
+    let _ = host.form(&["vm", "snapshot", "rm", "web", "four", "five", "eight", "-y"]).ok();
+    assert_eq!(host.process(&host.vm("web")).1, pid);
+
+    // What is damaged, or finds no room, changes nothing.
+    let refused = |host: &Host, words: &str| {
+        let refused = host.form(&["vm", "snapshot", "restore", "web", "six", "-y"]);
+        assert!(refused.code == Some(1) && refused.stderr.contains(words), "{words}: {refused:?}");
+        assert_eq!(host.process(&host.vm("web")).1, pid, "the VM runs on");
+    };
+    let path = directory(host).join("six/memory.compressed");
+    let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let (mut byte, middle) = ([0], file.metadata().unwrap().len() / 2);
+    file.read_exact_at(&mut byte, middle).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], middle).unwrap();
+    refused(host, "the compressed memory is damaged: the checksum of the MiB at");
+    file.write_all_at(&byte, middle).unwrap();
+    drop(file);
+    disk.fill_but(70 << 10);
+    refused(host, "is compressed: a restore unfolds");
+    disk.free();
+    let _ = host.form(&["vm", "stop", "web"]).ok();
+    let stopped = host.form(&create_command("nine")).exits(5);
+    assert!(stopped.stderr.contains("no memory to compress"), "{stopped:?}");
+
+    // Back to what it held, also when the agent dies with it unfolded.
+    assert!(restores_at(host, RestoreDrafted, "six"));
+    assert_eq!(remembered(host), "six");
+    assert_eq!(fs::read_dir(host.root().join("var/lib/formation/vms/.tmp")).map_or(0, |entries| entries.count()), 0);
+    // Nothing is built upon what is compressed.
+    assert_eq!(create(host, "ten")["memory_kind"], "full");
+    let _ = host.form(&["doctor"]).ok();
+}
+
+/// Of a stopped VM, for which nobody waits before.
+fn restores_at(host: &mut Host, point: Failpoint, name: &str) -> bool {
+    host.kill_agent();
+    host.start_agent_with(Some(point.as_str()));
+    let mut client =
+        host.form_command(&["vm", "snapshot", "restore", "web", name, "-y"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let died = host.dies_at(point.as_str(), |_| false);
+    let _ = (client.kill(), client.wait());
+    host.start_agent();
+    wait("the operation ends", || host.no_operation_is_under_way());
+    is_whole(host);
+    died
 }
 
 /// What a guest finds on its root disk, on the two volumes and in its memory; not what it remembers of the disks.

@@ -32,6 +32,12 @@ pub struct Snapshot {
     /// The bytes of memory that were written for it. What an incremental one did not write, it shares with the one that it is based on.
     #[serde(default)]
     pub written_bytes: Option<u64>,
+    /// Its memory is kept compressed, and is unfolded before a restore. No later snapshot builds upon it.
+    #[serde(default)]
+    pub compressed: bool,
+    /// Of a compressed one: the room that its memory takes unfolded, in bytes. A VM that was restored from it takes that as long as its process runs.
+    #[serde(default)]
+    pub unfolded_bytes: Option<u64>,
     /// The volumes that it holds: those that the VM could write to. Each has a snapshot of the same name, which goes with this one.
     #[serde(default)]
     pub volumes: Vec<Name>,
@@ -104,6 +110,10 @@ pub struct SnapshotRequest {
     /// Without it the agent makes one of the time.
     #[serde(default)]
     pub name: Option<Name>,
+    /// Compress its memory once it is written, while the VM runs on. When that cannot be done the snapshot is kept uncompressed, and the last step of the
+    /// operation says why. A VM that does not run has no memory to compress: that is refused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub compress: bool,
 }
 
 /// `POST /v1/vms/{name}/restore`

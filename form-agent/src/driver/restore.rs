@@ -64,9 +64,11 @@ fn prepare(agent: &Agent, desired: &DesiredVm, name: &Name) -> Result<Plan, Laun
     Ok(Plan::GoOn(Box::new(Prepared {
         kvm: fs::File::options().read(true).write(true).open("/dev/kvm").map_err(io_error("/dev/kvm"))?.into(),
         state: fs::File::open(&saved.state).map_err(io_error("the saved state"))?,
-        memory: fs::File::open(&saved.memory).map_err(io_error("the saved memory"))?,
-        // Such a disk, or none, is where files can share blocks; what was made for a fork is removed at once.
-        track: disk.as_ref().is_none_or(|(root, _)| !root.is_qcow2) && !details.is_shared,
+        // The VM that runs goes on meanwhile, also when there is no room to unfold it.
+        memory: agent.store.open_memory(&saved, name)?,
+        // Such a disk, or none, is where files can share blocks; what was made for a fork is removed at once, and nothing is built upon what is
+        // compressed.
+        track: disk.as_ref().is_none_or(|(root, _)| !root.is_qcow2) && !details.is_shared && saved.compressed.is_none(),
         disk,
         volumes,
         log_from: details.next_log_sequence,

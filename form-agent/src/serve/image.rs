@@ -45,7 +45,7 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
         }
         StoreError::SnapshotExists(_) | StoreError::VolumeSnapshotExists(_) | StoreError::NoSharing(_) => ErrorCode::Conflict,
         StoreError::VolumeSnapshotVersion { .. } | StoreError::VolumeSnapshotDamaged { .. } => ErrorCode::Failed,
-        StoreError::SnapshotVersion { .. } | StoreError::SnapshotDamaged { .. } => ErrorCode::Failed,
+        StoreError::SnapshotVersion { .. } | StoreError::SnapshotDamaged { .. } | StoreError::SnapshotMemory { .. } => ErrorCode::Failed,
         StoreError::NoBlock(_)
         | StoreError::Manifest(_)
         | StoreError::Kernel(_)

@@ -96,14 +96,14 @@ async fn begin(agent: Shared, caller: Caller, vm: &str, change: Change) -> Accep
     operation_id = "create_snapshot",
     tag = "snapshots",
     params(("name" = Name, Path, description = "The VM"), ChangeHeaders),
-    request_body(content = SnapshotRequest, description = "What to call it"),
+    request_body(content = SnapshotRequest, description = "What to call it, and how to keep it"),
     responses((status = 200, description = "The operation, which is final already", body = Operation), (status = 202, description = "The operation, which goes on", body = Operation), Refused, Unreadable, Missing, InTheWay, NoRoom),
     security((), ("key" = [], "signature" = []))
 )]
 pub async fn create(State(agent): State<Shared>, Segment(vm): Segment, request: Request) -> Accepted {
     let (caller, body) = changing(&agent, request).await?;
-    let SnapshotRequest { name } = read_json(&body)?;
-    begin(agent, caller, &vm, Change::Create(name)).await
+    let SnapshotRequest { name, compress } = read_json(&body)?;
+    begin(agent, caller, &vm, Change::Create { name, compress }).await
 }
 
 /// Removes a snapshot.

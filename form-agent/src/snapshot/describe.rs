@@ -70,6 +70,10 @@ pub fn verified(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<Snapshot, 
         return Ok(snapshot);
     }
     let Some(saved) = find(agent, &vm.id, name)?.0.saved else { return Ok(snapshot) };
+    if saved.compressed.is_some() {
+        snapshot.fault = saved.verify_compressed(name).err().map(|error| error.to_string());
+        return Ok(snapshot);
+    }
     let file = File::open(&saved.memory).map_err(|error| internal(&format!("{}: {error}", saved.memory.display())))?;
     match machine::verify_memory(&file) {
         Ok(()) => {}
@@ -97,6 +101,8 @@ fn described(agent: &Agent, vm: &DesiredVm, name: &Name) -> Snapshot {
         memory_kind: None,
         based_on: None,
         written_bytes: None,
+        compressed: false,
+        unfolded_bytes: None,
         volumes: Vec::new(),
         pause_ms: None,
         image_digest: None,
@@ -117,6 +123,8 @@ fn described(agent: &Agent, vm: &DesiredVm, name: &Name) -> Snapshot {
                 snapshot.based_on = memory.base;
                 snapshot.written_bytes = memory.written_bytes;
             }
+            snapshot.unfolded_bytes = entry.saved.and_then(|saved| saved.compressed).map(|unfolded| unfolded.data);
+            snapshot.compressed = snapshot.unfolded_bytes.is_some();
             snapshot.image_digest = details.request.image().copied();
             snapshot.fault = volumes::fault(agent, &vm.id, name, &details.volumes).map(|error| error.message);
             snapshot.volumes = details.volumes.into_iter().filter(KeptVolume::is_kept).map(|volume| volume.name).collect();

@@ -1,6 +1,7 @@
 //! Snapshots of VMs: made, listed, removed, and gone back to.
 
 mod base;
+mod compress;
 pub mod describe;
 pub mod operate;
 pub mod restore;

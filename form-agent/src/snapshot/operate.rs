@@ -11,7 +11,7 @@ use form_types::{Name, OperationId, VmId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{find, take, volumes};
+use super::{compress, find, take, volumes};
 use crate::{
     action::{self, Action},
     agent::{Agent, internal},
@@ -26,7 +26,11 @@ use crate::{
 #[derive(Clone, Debug)]
 pub enum Change {
     /// With a name, or one of the time.
-    Create(Option<Name>),
+    Create {
+        name: Option<Name>,
+        /// Its memory, once it is there.
+        compress: bool,
+    },
     Remove(Name),
 }
 
@@ -36,6 +40,8 @@ struct Progress {
     vm: VmId,
     name: Name,
     removes: bool,
+    #[serde(default)]
+    compress: bool,
 }
 
 /// # Errors
@@ -70,7 +76,8 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, vm: &Name, change: &Change) ->
         Begun::Repeated(operation) => return Ok(*operation),
         Begun::New(id) => id,
     };
-    let progress = Progress { vm: desired.id, name, removes };
+    let compress = matches!(change, Change::Create { compress: true, .. });
+    let progress = Progress { vm: desired.id, name, removes, compress };
     let remembered = serde_json::to_value(&progress).map_err(|error| internal(&error));
     match remembered.and_then(|value| agent.operations.remember(id, value)) {
         Ok(()) => {
@@ -87,12 +94,17 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, vm: &Name, change: &Change) ->
 
 /// Whether it can be done now, and the snapshot's name.
 fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<Name, ApiError> {
-    let wanted = match change {
+    let (wanted, compress) = match change {
         Change::Remove(name) => return super::describe::one(agent, vm, name).map(|_| name.clone()),
-        Change::Create(wanted) => wanted,
+        Change::Create { name, compress } => (name, *compress),
     };
     let state = state_of(agent, &vm.id);
     action::check_vm(Action::Snapshot, state, vm)?;
+    let has_memory = matches!(state, VmState::Running | VmState::Paused);
+    if compress && !has_memory {
+        let text = format!("vm/{} is {}: a snapshot of it has no memory to compress", vm.name(), state.as_str());
+        return Err(ApiError::new(ErrorCode::Conflict, text).hint("leave out --compress (`compress`), or start the VM"));
+    }
     let name = match wanted {
         Some(name) => name.clone(),
         None => name_of(Timestamp::now())?,
@@ -105,7 +117,7 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<Name, ApiErro
         let text = format!("the host's disk is full: {} MiB are free under /var/lib/formation", space.free >> 20);
         return Err(ApiError::new(ErrorCode::NoRoom, text).hint("remove snapshots with `form vm snapshot rm`, or images and VMs"));
     }
-    volumes::check_create(agent, vm, &name, matches!(state, VmState::Running | VmState::Paused))?;
+    volumes::check_create(agent, vm, &name, has_memory)?;
     Ok(name)
 }
 
@@ -122,7 +134,7 @@ pub fn name_of(now: Timestamp) -> Result<Name, ApiError> {
 }
 
 async fn perform(agent: &Arc<Agent>, id: OperationId, progress: &Progress) -> Result<(), ApiError> {
-    let Progress { vm, name, removes } = progress;
+    let Progress { vm, name, removes, compress } = progress;
     let (vm, name) = (*vm, name.clone());
     if *removes {
         let of = name.clone();
@@ -130,7 +142,10 @@ async fn perform(agent: &Arc<Agent>, id: OperationId, progress: &Progress) -> Re
         return on_disk(agent, move |agent| Ok(volumes::remove_of(agent, &vm, &name))).await?;
     }
     let desired = agent.desired(&vm).ok_or_else(|| ApiError::new(ErrorCode::Conflict, "the VM was removed meanwhile"))?;
-    let result = take::take(agent, id, &desired, &name, state_of(agent, &vm)).await;
+    let result = take::take(agent, id, &desired, &name, state_of(agent, &vm), *compress).await;
+    if result.is_ok() && *compress {
+        compress::compress(agent, id, vm, &name).await;
+    }
     if agent.desired(&vm).is_none() {
         // It was destroyed meanwhile, perhaps before its snapshot got its name.
         on_disk(agent, move |agent| agent.store.remove_snapshots(&vm)).await?;
@@ -158,15 +173,23 @@ pub fn resume(agent: &Arc<Agent>, record: &Record) {
     let unfinished = || Err(stopped().hint("run the same command again"));
     let result = match progress {
         None => unfinished(),
-        Some(Progress { vm, name, removes: true }) => {
+        Some(Progress { vm, name, removes: true, .. }) => {
             if agent.store.snapshots(&vm).is_ok_and(|names| !names.contains(&name)) {
                 volumes::remove_of(agent, &vm, &name)
             } else {
                 unfinished()
             }
         }
-        Some(Progress { vm, name, removes: false }) => {
+        Some(Progress { vm, name, removes: false, compress }) => {
             if find(agent, &vm, &name).is_ok_and(|(_, details)| details.operation == id) {
+                if compress {
+                    let agent = Arc::clone(agent);
+                    tokio::spawn(async move {
+                        compress::compress(&agent, id, vm, &name).await;
+                        agent.operations.finish(id, Ok(()));
+                    });
+                    return;
+                }
                 Ok(())
             } else {
                 volumes::remove_made_by(agent, id).and_then(|()| unfinished())

@@ -6,7 +6,7 @@
 use std::{fs, path::PathBuf};
 
 use form_api::{ApiError, ErrorCode, deploy::DeployRequest};
-use form_store::SavedMemory;
+use form_store::{SavedMemory, compressed::Unfolded};
 use form_types::{Digest, Name, VmId};
 use form_vmm::machine;
 use serde::{Deserialize, Serialize};
@@ -15,8 +15,10 @@ use super::{Details, find, volumes};
 use crate::{
     agent::{Agent, internal},
     desired::{DesiredVm, Restore},
+    headroom,
     interface::name_of,
     plan,
+    serve::store_error,
 };
 
 /// How the last restore went.
@@ -68,7 +70,7 @@ pub fn check(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<(Option<Saved
     })?;
     if let Some(saved) = &entry.saved {
         same_interfaces(vm, name, &details)?;
-        check_saved(saved, &details.request, name)?;
+        check_saved(agent, saved, &details.request, name)?;
     }
     volumes::check_restore(agent, vm, name, &details.volumes)?;
     Ok((entry.saved, details))
@@ -102,7 +104,7 @@ pub fn check_fork(agent: &Agent, source: &DesiredVm, name: &Name, request: &Depl
     if let Some(saved) = &entry.saved {
         // It gets as many as the other one has, with the same names.
         same_interfaces(source, name, &details)?;
-        check_saved(saved, &details.request, name)?;
+        check_saved(agent, saved, &details.request, name)?;
     }
     Ok(details)
 }
@@ -125,15 +127,20 @@ fn same_interfaces(vm: &DesiredVm, name: &Name, details: &Details) -> Result<(),
     Err(ApiError::new(ErrorCode::Conflict, text).hint("attach or detach interfaces until it has those (`form net`), and try again then"))
 }
 
-fn check_saved(saved: &SavedMemory, request: &DeployRequest, name: &Name) -> Result<(), ApiError> {
+fn check_saved(agent: &Agent, saved: &SavedMemory, request: &DeployRequest, name: &Name) -> Result<(), ApiError> {
     let open = |path: &PathBuf| fs::File::open(path).map_err(|error| internal(&format!("{}: {error}", path.display())));
     let kvm = fs::File::options().read(true).write(true).open("/dev/kvm").map_err(|error| internal(&format!("/dev/kvm: {error}")))?;
-    let size = machine::check_saved(&open(&saved.state)?, &open(&saved.memory)?, kvm.into()).map_err(|error| {
+    let memory = agent.store.open_end_of_memory(saved, name).map_err(|error| nothing_changed(store_error(&error)))?;
+    let size = machine::check_saved(&open(&saved.state)?, &memory, kvm.into()).map_err(|error| {
         ApiError::new(ErrorCode::Failed, format!("the snapshot `{name}` cannot be restored here: {}", machine::explain(&error)))
             .hint("nothing was changed; another snapshot may do: `form vm snapshot ls`")
     })?;
     if saved.is_touched {
         verify(saved, name)?;
+    }
+    if let Some(unfolded) = saved.compressed {
+        let space = agent.store.space().map_err(|error| store_error(&error))?;
+        room_to_unfold(unfolded, space.free, name)?;
     }
     let resources = &request.spec.resources;
     if (size.vcpus, size.memory_mib) == (resources.vcpus as usize, resources.memory_mib) {
@@ -146,16 +153,41 @@ fn check_saved(saved: &SavedMemory, request: &DeployRequest, name: &Name) -> Res
     Err(ApiError::new(ErrorCode::Failed, text).hint("its files were mixed up: remove it with `form vm snapshot rm`"))
 }
 
+fn nothing_changed(error: ApiError) -> ApiError {
+    error.hint("nothing was changed; another snapshot may do: `form vm snapshot ls`")
+}
+
 /// Reads the saved memory, and compares it with its checksums.
 ///
 /// # Errors
 /// Damaged, or of a release that kept none.
 pub fn verify(saved: &SavedMemory, name: &Name) -> Result<(), ApiError> {
+    if saved.compressed.is_some() {
+        return saved.verify_compressed(name).map_err(|error| nothing_changed(store_error(&error)));
+    }
     let file = fs::File::open(&saved.memory).map_err(|error| internal(&format!("{}: {error}", saved.memory.display())))?;
-    machine::verify_memory(&file).map_err(|error| {
-        ApiError::new(ErrorCode::Failed, format!("the snapshot `{name}` cannot be restored: {error}"))
-            .hint("nothing was changed; another snapshot may do: `form vm snapshot ls`")
-    })
+    machine::verify_memory(&file)
+        .map_err(|error| nothing_changed(ApiError::new(ErrorCode::Failed, format!("the snapshot `{name}` cannot be restored: {error}"))))
+}
+
+/// Whether what is unfolded leaves the host what it needs to go on. With `free` bytes.
+fn room_to_unfold(unfolded: Unfolded, free: u64, name: &Name) -> Result<(), ApiError> {
+    if free >= unfolded.data.saturating_add(headroom::LOW) {
+        return Ok(());
+    }
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let text = format!(
+        "the snapshot `{name}` is compressed: a restore unfolds {} MiB of memory first and leaves {} MiB, and {} MiB are free under /var/lib/formation",
+        mib(unfolded.data),
+        mib(headroom::LOW),
+        free >> 20
+    );
+    Err(ApiError::new(ErrorCode::NoRoom, text).hint("nothing was changed; remove snapshots with `form vm snapshot rm`, or images and VMs"))
+}
+
+/// What a restore has to unfold first, in bytes.
+pub fn to_unfold(agent: &Agent, vm: &VmId, name: &Name) -> Option<u64> {
+    Some(find(agent, vm, name).ok()?.0.saved?.compressed?.data)
 }
 
 /// What keeps a VM that should be `now` from being what it was. A saved memory holds all that the VM was started from; a disk only has to
@@ -214,6 +246,17 @@ mod tests {
         web.interfaces = [(1, [10, 64, 0, 3].into()), (3, [10, 64, 0, 4].into())].into();
         assert_eq!(check(&web, vec![3, 1]), Ok(()));
         assert!(check(&web, vec![1]).is_err());
+    }
+
+    #[test]
+    fn what_is_compressed_needs_room_to_be_unfolded() {
+        let name: Name = "one".parse().unwrap();
+        let room = |data: u64, free: u64| room_to_unfold(Unfolded { length: 1 << 40, data }, free, &name);
+        room(93 << 20, (93 + 64) << 20).unwrap();
+        let error = room((93 << 20) - 1, (93 + 63) << 20).unwrap_err();
+        assert_eq!(error.code, ErrorCode::NoRoom);
+        assert!(error.message.contains("unfolds 93 MiB of memory first and leaves 64 MiB, and 156 MiB are free"), "{error:?}");
+        assert!(room(u64::MAX, u64::MAX - 1).is_err());
     }
 
     #[test]

@@ -48,8 +48,15 @@ const RESUMES: u32 = 3;
 
 /// # Errors
 /// No room, the VM ended meanwhile, or it cannot be saved. It goes on as it was, and nothing is left.
-pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, state: VmState) -> Result<(), ApiError> {
-    let result = make(agent, id, vm, name, state).await;
+pub async fn take(
+    agent: &Arc<Agent>,
+    id: OperationId,
+    vm: &DesiredVm,
+    name: &Name,
+    state: VmState,
+    compress: bool,
+) -> Result<(), ApiError> {
+    let result = make(agent, id, vm, name, state, compress).await;
     if result.is_err() {
         // It is told why it failed; what stays of it is logged.
         let _ = on_disk(agent, move |agent| Ok(volumes::remove_made_by(agent, id))).await;
@@ -57,7 +64,7 @@ pub async fn take(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Na
     result
 }
 
-async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, state: VmState) -> Result<(), ApiError> {
+async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, state: VmState, compress: bool) -> Result<(), ApiError> {
     let (vm_id, of) = (vm.id, name.clone());
     let mut draft = on_disk(agent, move |agent| agent.store.draft_snapshot(&vm_id, &of)).await?;
     if !vm.request.has_guest() {
@@ -88,7 +95,8 @@ async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, 
         details.consistency = if frozen { Consistency::Quiesced } else { Consistency::Crash };
         agent.operations.step(id, "saving memory, devices and disks");
         let part = part(&details, vm_id);
-        let saved = running.save(draft, details.request.spec.resources.memory_mib, vm.clone(), name.clone(), part).await;
+        let memory_mib = details.request.spec.resources.memory_mib;
+        let saved = running.save(draft, memory_mib, vm.clone(), name.clone(), part, compress).await;
         if can_quiesce {
             running.thaw(frozen).await;
         }
@@ -188,6 +196,7 @@ impl Running<'_> {
         desired: DesiredVm,
         name: Name,
         mut part: PartDetails,
+        compress: bool,
     ) -> Result<Saved, ApiError> {
         let (agent, vm, directory) = (Arc::clone(self.agent), *self.vm, self.directory.clone());
         let memory_mib = memory::held_mib(&agent, &vm, memory_mib);
@@ -198,7 +207,7 @@ impl Running<'_> {
             let volumes = Drafts::begin(&agent, &desired, &name, true)?;
             // An agent that is killed now leaves a VM that stands: the next one finds the mark and lets it go on.
             directory.mark_saving().map_err(|error| internal(&error))?;
-            let result = stand_and_save(&agent, &vm, memory_mib, &directory.control(), draft, &volumes);
+            let result = stand_and_save(&agent, &vm, memory_mib, &directory.control(), draft, &volumes, compress);
             if !matches!(result, Err(Fault::Stands(_))) {
                 directory.unmark_saving();
             }
@@ -268,6 +277,7 @@ fn stand_and_save(
     control: &Path,
     mut draft: SnapshotDraft,
     volumes: &Drafts,
+    compress: bool,
 ) -> Result<Saved, Fault> {
     let client = Client::connect(control).map_err(|error| Fault::Api(process_error(&error)))?;
     let networks = client.metrics().map_err(|error| Fault::Api(process_error(&error)))?.networks;
@@ -276,7 +286,7 @@ fn stand_and_save(
         Err(error) => return Err(Fault::Api(process_error(&error))),
     };
     let twice = if ran { room_for_copy(agent, vm, memory_mib) } else { None };
-    let base = base::prepare(agent, vm, &client, &mut draft).map_err(|error| Fault::Api(full(agent, error)))?;
+    let base = base::prepare(agent, vm, &client, &mut draft, compress).map_err(|error| Fault::Api(full(agent, error)))?;
     let begun = Instant::now();
     let mut aside = None;
     let saved = pause(&client, ran).and_then(|()| {

@@ -8,6 +8,8 @@ use std::{
 use form_bundle::{blocks::BlockError, initramfs::InitramfsError, kernel::KernelError, manifest::ManifestError};
 use form_types::{Digest, HostId, ImageReference, Name, VmId, VolumeId, volume::VolumeSizeError};
 
+use crate::compressed::CompressedError;
+
 pub type Result<T, E = StoreError> = std::result::Result<T, E>;
 
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +100,8 @@ pub enum StoreError {
     SnapshotVersion { name: Name, found: u32, known: u32 },
     #[error("the snapshot `{name}` cannot be used: {reason}. Remove it with `form vm snapshot rm`")]
     SnapshotDamaged { name: Name, reason: String },
+    #[error("the snapshot `{name}` cannot be restored: {source}")]
+    SnapshotMemory { name: Name, source: CompressedError },
     #[error("there is no snapshot `{0}` of this volume")]
     NoVolumeSnapshot(Name),
     #[error("there is a snapshot `{0}` of this volume already: choose another name, or remove it with `form volume snapshot rm`")]

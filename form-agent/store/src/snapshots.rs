@@ -1,4 +1,5 @@
-//! Snapshots of VMs: `<root>/snapshots/<vm>/<name>/{snapshot.json,disk.raw or disk.qcow2}`, and `state` and `memory` of a VM that ran.
+//! Snapshots of VMs: `<root>/snapshots/<vm>/<name>/{snapshot.json,disk.raw or disk.qcow2}`, and `state` and `memory` of a VM that ran, or
+//! `memory.compressed` ([`crate::compressed`]).
 //!
 //! One that is being made or removed is called `<name>.part`, which is no name that anybody could give.
 //!
@@ -20,6 +21,7 @@ use serde_json::Value;
 use crate::{
     Store,
     blocks::read_dir,
+    compressed::Unfolded,
     copy::{share, share_or_copy},
     described::{Fault, Kind},
     disks::{self, DISK, DiskFiles, DiskFormat, create, file_name},
@@ -27,11 +29,16 @@ use crate::{
     error::{Result, StoreError},
 };
 
+mod memory;
+
 /// The version is raised with every change of what is in the directory.
 const KIND: Kind = Kind { format: "formation-snapshot", version: 1 };
+/// Of one whose memory is compressed; earlier releases read the other kind alone.
+const COMPRESSED: Kind = Kind { format: "formation-snapshot", version: 2 };
 const RECORD: &str = "snapshot.json";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
+const COMPRESSED_MEMORY: &str = "memory.compressed";
 const PART: &str = ".part";
 
 #[derive(Serialize, Deserialize)]
@@ -45,8 +52,26 @@ struct Record {
     /// Of the file of memory; none of a snapshot that an earlier release made.
     #[serde(default)]
     memory_seal: Option<Seal>,
+    /// When the file of memory is compressed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    compressed: Option<Unfolded>,
     /// The agent's.
     details: Value,
+}
+
+impl Record {
+    const fn kind(&self) -> &'static Kind {
+        if self.compressed.is_some() { &COMPRESSED } else { &KIND }
+    }
+
+    const fn memory(&self) -> &'static str {
+        if self.compressed.is_some() { COMPRESSED_MEMORY } else { MEMORY }
+    }
+
+    /// Its files beside the record and that of memory.
+    fn others(&self) -> impl Iterator<Item = &'static str> {
+        self.disk.as_ref().map(|disk| file_name(disk.format)).into_iter().chain(self.saved.map(|_| STATE))
+    }
 }
 
 /// The snapshots that are being made now, by their directories.
@@ -66,6 +91,8 @@ pub struct SavedMemory {
     pub memory: PathBuf,
     /// Somebody wrote to the file of memory, or it is a copy: its checksums tell whether it holds the same.
     pub is_touched: bool,
+    /// When it is compressed.
+    pub compressed: Option<Unfolded>,
 }
 
 /// A snapshot that is whole.
@@ -183,16 +210,20 @@ impl SnapshotDraft {
         let memory_seal = saved.map(|_| Seal::of(&self.path.join(MEMORY))).transpose()?;
         let disk_length = self.disk.as_ref().map_or(Ok(0), |(disk, file)| length(file, file_name(disk.format)))?;
         let disk = self.disk.as_ref().map(|(disk, _)| disk.clone());
-        let record = Record { disk, disk_length, saved, memory_seal, details };
+        let record = Record { disk, disk_length, saved, memory_seal, compressed: None, details };
         self.name(&record)
+    }
+
+    fn write_record(&self, record: &Record) -> Result<()> {
+        let path = self.path.join(RECORD);
+        let text = record.kind().write(&path, record)?;
+        write_file(&path, &text, 0o600)?;
+        sync_dir(&self.path)
     }
 
     /// Writes the record, and gives the snapshot its name, durably.
     fn name(mut self, record: &Record) -> Result<()> {
-        let path = self.path.join(RECORD);
-        let text = KIND.write(&path, record)?;
-        write_file(&path, &text, 0o600)?;
-        sync_dir(&self.path)?;
+        self.write_record(record)?;
         reach(Failpoint::SnapshotDrafted);
         fs::rename(&self.path, &self.target).map_err(StoreError::io("name", &self.target))?;
         self.drafts.lock().remove(&self.path);
@@ -269,8 +300,16 @@ impl Store {
     /// [`StoreError::SnapshotExists`], also while one of this name is being made.
     pub fn draft_snapshot(&self, vm: &VmId, name: &Name) -> Result<SnapshotDraft> {
         let target = self.snapshots_of(vm).join(name.as_str());
+        if target.exists() {
+            return Err(StoreError::SnapshotExists(name.clone()));
+        }
+        self.draft(vm, name, target)
+    }
+
+    /// Beside `target`, which may be there.
+    fn draft(&self, vm: &VmId, name: &Name, target: PathBuf) -> Result<SnapshotDraft> {
         let path = self.snapshots_of(vm).join(format!("{name}{PART}"));
-        if target.exists() || !self.drafts.lock().insert(path.clone()) {
+        if !self.drafts.lock().insert(path.clone()) {
             return Err(StoreError::SnapshotExists(name.clone()));
         }
         let draft = SnapshotDraft { path, target, drafts: self.drafts.clone(), disk: None, is_without_disk: false, saved: None };
@@ -311,36 +350,15 @@ impl Store {
         if !directory.is_dir() {
             return Err(StoreError::NoSnapshot(name.clone()));
         }
-        let record = read_record(&directory, name)?;
-        let mut allocated_bytes = 0;
-        let mut check = |file: &str, expected: u64| {
-            let path = directory.join(file);
-            let metadata = fs::metadata(&path).map_err(|error| damaged(&directory, format!("{file}: {error}")))?;
-            if metadata.len() != expected {
-                return Err(damaged(&directory, format!("{file} is torn: {} bytes of {expected}", metadata.len())));
+        let mut record = read_record(&directory, name)?;
+        loop {
+            let entry = look(&directory, name, &record);
+            // Its memory may have been compressed just now, which is done once.
+            match entry.is_err().then(|| read_record(&directory, name)) {
+                Some(Ok(now)) if now.compressed != record.compressed => record = now,
+                _ => return entry,
             }
-            allocated_bytes += metadata.blocks().saturating_mul(512);
-            Ok(path)
-        };
-        if let Some(disk) = &record.disk {
-            check(file_name(disk.format), record.disk_length)?;
         }
-        let saved = match record.saved {
-            Some((state, memory)) => {
-                let (state, memory) = (check(STATE, state)?, check(MEMORY, memory)?);
-                let is_touched = record.memory_seal.map_or(Ok(false), |seal| seal.has_same_bytes(&memory).map(|same| !same))?;
-                Some(SavedMemory { state, memory, is_touched })
-            }
-            None => None,
-        };
-        Ok(SnapshotEntry {
-            name: name.clone(),
-            disk: record.disk.as_ref().map(|disk| (disk.format, disk.image)),
-            disk_bytes: record.disk.as_ref().map_or(0, |disk| disk.size_bytes),
-            saved,
-            allocated_bytes,
-            details: record.details,
-        })
     }
 
     /// Makes a copy of a snapshot's disk, for [`RestoredDisk::publish`]. None when it has none.
@@ -375,10 +393,9 @@ impl Store {
         let source = self.snapshots_of(from).join(name.as_str());
         let record = Record { details, ..read_record(&source, name)? };
         let draft = self.draft_snapshot(to, name)?;
-        let files = [record.disk.as_ref().map(|disk| file_name(disk.format)), record.saved.map(|_| STATE), record.saved.map(|_| MEMORY)];
-        for file in files.into_iter().flatten() {
+        for file in record.others().chain(record.saved.map(|_| record.memory())) {
             // The snapshot may be removed just now.
-            fs::hard_link(source.join(file), draft.path.join(file)).map_err(StoreError::io("share", source.join(file)))?;
+            link(&source, &draft.path, file)?;
         }
         draft.name(&record)
     }
@@ -438,11 +455,54 @@ impl Store {
     }
 }
 
+/// Gives a file a second name, in the directory `to`.
+fn link(from: &Path, to: &Path, file: &str) -> Result<()> {
+    fs::hard_link(from.join(file), to.join(file)).map_err(StoreError::io("share", from.join(file)))
+}
+
+/// What is in `directory`, of which nothing may be missing or cut.
+fn look(directory: &Path, name: &Name, record: &Record) -> Result<SnapshotEntry> {
+    let mut allocated_bytes = 0;
+    let mut check = |file: &str, expected: u64| {
+        let path = directory.join(file);
+        let metadata = fs::metadata(&path).map_err(|error| damaged(directory, format!("{file}: {error}")))?;
+        if metadata.len() != expected {
+            return Err(damaged(directory, format!("{file} is torn: {} bytes of {expected}", metadata.len())));
+        }
+        allocated_bytes += metadata.blocks().saturating_mul(512);
+        Ok(path)
+    };
+    if let Some(disk) = &record.disk {
+        check(file_name(disk.format), record.disk_length)?;
+    }
+    let saved = match record.saved {
+        Some((state, memory)) => {
+            let (state, memory) = (check(STATE, state)?, check(record.memory(), memory)?);
+            let is_touched = record.memory_seal.map_or(Ok(false), |seal| seal.has_same_bytes(&memory).map(|same| !same))?;
+            Some(SavedMemory { state, memory, is_touched, compressed: record.compressed })
+        }
+        None => None,
+    };
+    Ok(SnapshotEntry {
+        name: name.clone(),
+        disk: record.disk.as_ref().map(|disk| (disk.format, disk.image)),
+        disk_bytes: record.disk.as_ref().map_or(0, |disk| disk.size_bytes),
+        saved,
+        allocated_bytes,
+        details: record.details.clone(),
+    })
+}
+
 fn read_record(directory: &Path, name: &Name) -> Result<Record> {
     let path = directory.join(RECORD);
     let text = fs::read(&path).map_err(|error| damaged(directory, format!("{RECORD}: {error}")))?;
-    KIND.read(RECORD, &text).map_err(|fault| match fault {
-        Fault::Version(found) => StoreError::SnapshotVersion { name: name.clone(), found, known: KIND.version },
+    let read = match KIND.read(RECORD, &text) {
+        Err(Fault::Version(found)) if found == COMPRESSED.version => COMPRESSED.read(RECORD, &text),
+        read => read,
+    };
+    let record: Record = read.map_err(|fault| match fault {
+        Fault::Version(found) => StoreError::SnapshotVersion { name: name.clone(), found, known: COMPRESSED.version },
         Fault::Damaged(reason) => damaged(directory, reason),
-    })
+    })?;
+    Ok(record)
 }

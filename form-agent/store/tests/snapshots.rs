@@ -224,8 +224,8 @@ fn a_torn_a_foreign_and_a_newer_snapshot_are_told_apart() {
     }
     let replace =
         |from: &'static str, to: &'static str| move |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().replacen(from, to, 1).into_bytes();
-    let words = refusal("snapshot.json", &replace("\"version\":1", "\"version\":2"));
-    assert!(words.contains("version 2") && words.contains("reads 1"), "{words}");
+    let words = refusal("snapshot.json", &replace("\"version\":1", "\"version\":3"));
+    assert!(words.contains("version 3") && words.contains("reads 2"), "{words}");
     let words = refusal("snapshot.json", &replace("formation-snapshot", "something-else"));
     assert!(words.contains("not a snapshot"), "{words}");
     let words = refusal("snapshot.json", &replace("\"made\":\"one\"", "\"made\":\"two\""));
@@ -265,4 +265,164 @@ fn an_image_below_a_snapshots_disk_is_in_use() {
     assert!(matches!(&error, StoreError::ImageInUse { .. }) && error.to_string().contains("snapshot"), "{error}");
     store.remove_snapshot(&VM, &name("one")).unwrap();
     store.remove(&image.digest, &[]).unwrap();
+}
+
+/// As much memory as a test reads quickly: text, a hole, noise, and the end.
+fn memory(file: &fs::File) -> Vec<u8> {
+    let mut bytes = vec![0; (5 << 20) + 4096];
+    bytes[..10 * 50_000].copy_from_slice(&b"again and ".repeat(50_000));
+    bytes[3 << 20..(3 << 20) + (1 << 19)].copy_from_slice(&fixture::noise(7, 1 << 19));
+    bytes[5 << 20..].fill(9);
+    for at in [0, 3 << 20, 5 << 20] {
+        file.write_all_at(&bytes[at..bytes.len().min(at + (1 << 19))], at as u64).unwrap();
+    }
+    bytes
+}
+
+fn make_with_memory(store: &Store, of: &str) -> Vec<u8> {
+    let mut draft = store.draft_snapshot(&VM, &name(of)).unwrap();
+    let (mut state, file) = draft.create_saved().unwrap();
+    state.write_all(b"state").unwrap();
+    let bytes = memory(file);
+    draft.copy_disk(store, &VM).unwrap();
+    draft.publish(json!({"made": of})).unwrap();
+    bytes
+}
+
+fn files(mount: &Mount, of: &str) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(directory(mount).join(of)).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn compressed_memory_is_smaller_and_is_unfolded_to_what_it_was() {
+    const OTHER: VmId = VmId::from_bytes([6; 16]);
+    for mount in [Mount::xfs(512 << 20), Mount::tmpfs(64 << 20)] {
+        let (store, _) = store_with_disk(&mount);
+        let bytes = make_with_memory(&store, "one");
+        let before = store.snapshot(&VM, &name("one")).unwrap();
+        let mut told = Vec::new();
+        let compressed = store.compress_snapshot(&VM, &name("one"), |done| {
+            // Until the end it is what it was, and another one of this name cannot be begun.
+            let now = store.snapshot(&VM, &name("one")).unwrap();
+            assert_eq!((now.saved.unwrap().compressed, store.partial_snapshots().unwrap().len()), (None, 0));
+            told.push(done);
+            Ok(())
+        });
+        assert!(compressed.unwrap() && told.len() == 7 && told.last() == Some(&(bytes.len() as u64)), "{told:?}");
+        let entry = store.snapshot(&VM, &name("one")).unwrap();
+        let saved = entry.saved.clone().unwrap();
+        let unfolded = saved.compressed.unwrap();
+        assert_eq!((unfolded.length, saved.is_touched), (bytes.len() as u64, false));
+        assert!(unfolded.data > 900 << 10 && unfolded.data < 1100 << 10, "{unfolded:?}");
+        assert!(entry.allocated_bytes + (300 << 10) < before.allocated_bytes, "{entry:?}");
+        assert_eq!((entry.disk, entry.details, fs::read(&saved.state).unwrap()), (before.disk, before.details, b"state".to_vec()));
+        let disk = if matches!(before.disk, Some((DiskFormat::Raw, _))) { "disk.raw" } else { "disk.qcow2" };
+        assert_eq!(files(&mount, "one"), [disk, "memory.compressed", "snapshot.json", "state"]);
+        assert!(!directory(&mount).join("one.part").exists());
+        assert!(!store.compress_snapshot(&VM, &name("one"), |_| panic!("it is already")).unwrap());
+
+        // Twice, in files that nobody finds afterwards; another VM that it is shared with as well.
+        store.share_snapshot(&VM, &name("one"), &OTHER, json!(null)).unwrap();
+        let shared = store.snapshot(&OTHER, &name("one")).unwrap().saved.unwrap();
+        for saved in [&saved, &shared] {
+            let file = store.open_memory(saved, &name("one")).unwrap();
+            let mut found = vec![0; bytes.len()];
+            file.read_exact_at(&mut found, 0).unwrap();
+            assert!(found == bytes && file.metadata().unwrap().len() == bytes.len() as u64);
+            assert_eq!(std::os::unix::fs::MetadataExt::nlink(&file.metadata().unwrap()), 0);
+            saved.verify_compressed(&name("one")).unwrap();
+        }
+        assert_eq!(fs::read_dir(mount.path().join("vms/.tmp")).unwrap().count(), 0);
+        let end = store.open_end_of_memory(&saved, &name("one")).unwrap();
+        let mut found = vec![0; 4096];
+        end.read_exact_at(&mut found, 5 << 20).unwrap();
+        assert_eq!((found, end.metadata().unwrap().len()), (vec![9; 4096], bytes.len() as u64));
+        store.restore_disk(&VM, &name("one")).unwrap().unwrap().publish(&store, &VM).unwrap();
+        // What did not run has none.
+        make(&store, "stopped", false);
+        assert!(!store.compress_snapshot(&VM, &name("stopped"), |_| panic!("there is nothing")).unwrap());
+    }
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_compressed_is_what_it_was() {
+    let mount = Mount::tmpfs(64 << 20);
+    let (store, _) = store_with_disk(&mount);
+    let bytes = make_with_memory(&store, "one");
+    for end in [0, 1 << 20, 3 << 20, bytes.len() as u64] {
+        let full = |done: u64| if done == end { Err(std::io::ErrorKind::StorageFull.into()) } else { Ok(()) };
+        let error = store.compress_snapshot(&VM, &name("one"), full).unwrap_err();
+        assert!(error.is_no_room() && error.to_string().contains("memory.compressed"), "{error}");
+        assert_eq!(files(&mount, "one"), ["disk.qcow2", "memory", "snapshot.json", "state"]);
+        assert!(!directory(&mount).join("one.part").exists());
+    }
+    // The file system itself says so.
+    let taken = mount.path().join("taken");
+    let mut filler = fs::File::create(&taken).unwrap();
+    while filler.write_all(&[1; 64 << 10]).is_ok() {}
+    filler.set_len(filler.metadata().unwrap().len() - (128 << 10)).unwrap();
+    let error = store.compress_snapshot(&VM, &name("one"), |_| Ok(())).unwrap_err();
+    assert!(error.is_no_room(), "{error}");
+    let saved = store.snapshot(&VM, &name("one")).unwrap().saved.unwrap();
+    assert!(saved.compressed.is_none() && !saved.is_touched && !directory(&mount).join("one.part").exists());
+    // Nor can it be unfolded there.
+    drop(filler);
+    fs::remove_file(&taken).unwrap();
+    store.compress_snapshot(&VM, &name("one"), |_| Ok(())).unwrap();
+    let mut filler = fs::File::create(&taken).unwrap();
+    while filler.write_all(&[1; 64 << 10]).is_ok() {}
+    let saved = store.snapshot(&VM, &name("one")).unwrap().saved.unwrap();
+    let error = store.open_memory(&saved, &name("one")).unwrap_err();
+    assert!(error.is_no_room(), "{error}");
+    assert_eq!(fs::read_dir(mount.path().join("vms/.tmp")).unwrap().count(), 0);
+    drop(filler);
+    fs::remove_file(&taken).unwrap();
+    store.open_memory(&saved, &name("one")).unwrap();
+    store.remove_snapshots(&VM).unwrap();
+    assert!(matches!(store.compress_snapshot(&VM, &name("one"), |_| Ok(())), Err(StoreError::NoSnapshot(_))));
+    assert_eq!(store.vms_with_snapshots().unwrap(), []);
+}
+
+#[test]
+fn compressed_memory_that_is_not_what_it_was_is_not_unfolded() {
+    let mount = Mount::tmpfs(64 << 20);
+    let (store, _) = store_with_disk(&mount);
+    let bytes = make_with_memory(&store, "one");
+    store.compress_snapshot(&VM, &name("one"), |_| Ok(())).unwrap();
+    let path = directory(&mount).join("one/memory.compressed");
+    let whole = fs::read(&path).unwrap();
+    let refused = |at: usize, words: &str| {
+        let mut other = whole.clone();
+        other[at] ^= 0x41;
+        fs::write(&path, other).unwrap();
+        let saved = store.snapshot(&VM, &name("one")).unwrap().saved.unwrap();
+        assert!(saved.is_touched);
+        for error in [store.open_memory(&saved, &name("one")).unwrap_err(), saved.verify_compressed(&name("one")).unwrap_err()] {
+            let error = error.to_string();
+            assert!(error.contains("`one`") && error.contains(words), "{error}");
+        }
+        fs::write(&path, &whole).unwrap();
+        let file = store.open_memory(&saved, &name("one")).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), bytes.len() as u64);
+    };
+    refused(0, "not one with compressed memory");
+    refused(8, "version 64, this agent reads 1");
+    refused(40, "describes it");
+    refused(70, "describes it");
+    refused(whole.len() - 100_000, "the checksum of the MiB at 3 MiB is wrong");
+    fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    let error = store.snapshot(&VM, &name("one")).unwrap_err().to_string();
+    assert!(error.contains("memory.compressed is torn"), "{error}");
+
+    // A release before this one knows by its version that it cannot read it; and one after it is not taken for this.
+    fs::write(&path, &whole).unwrap();
+    let record = directory(&mount).join("one/snapshot.json");
+    let text = fs::read_to_string(&record).unwrap();
+    assert!(text.starts_with("{\"format\":\"formation-snapshot\",\"version\":2,"), "{text}");
+    fs::write(&record, text.replacen("\"version\":2", "\"version\":3", 1)).unwrap();
+    let error = store.snapshot(&VM, &name("one")).unwrap_err().to_string();
+    assert!(error.contains("version 3") && error.contains("reads 2"), "{error}");
 }

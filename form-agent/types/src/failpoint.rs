@@ -160,6 +160,10 @@ failpoints! {
     SnapshotDrafted = "snapshot.drafted",
     /// The snapshot has its name; the operation does not know.
     SnapshotNamed = "snapshot.named",
+    /// The memory of a snapshot lies compressed beside it; the snapshot is as it was.
+    SnapshotCompressed = "snapshot.compressed",
+    /// The snapshot is the one with compressed memory; what it was lies beside it.
+    SnapshotExchanged = "snapshot.exchanged",
     /// A snapshot that is to be removed has lost its name; its files are still there.
     SnapshotRetired = "snapshot.retired",
     /// The disk that a VM goes back to is made; the VM runs on.

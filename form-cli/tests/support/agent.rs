@@ -87,7 +87,8 @@ fn snapshot(name: &str) -> Value {
     json!({
         "name": name, "vm": "web", "vm_id": ID, "host": ID, "host_name": "den", "created_at": "2026-01-01T00:00:00Z", "consistency": "quiesced",
         "memory_mib": 512, "vcpus": 1, "disk_bytes": 5_u64 << 30, "allocated_bytes": 1 << 20, "memory_kind": "incremental", "based_on": "earlier",
-        "written_bytes": 3 << 20, "volumes": ["data"], "pause_ms": 300, "image_digest": "ab".repeat(32),
+        "written_bytes": 3 << 20, "compressed": name != "full-disk", "unfolded_bytes": if name == "full-disk" { json!(null) } else { json!(93 << 20) },
+        "volumes": ["data"], "pause_ms": 300, "image_digest": "ab".repeat(32),
         "fault": null
     })
 }
@@ -102,9 +103,17 @@ async fn show_snapshot(State(vms): Vms, Path((vm, name)): Path<(String, String)>
     Ok(axum::Json(snapshot(&name)))
 }
 
-async fn create_snapshot(State(vms): Vms, Path(vm): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+async fn create_snapshot(
+    State(vms): Vms,
+    Path(vm): Path<String>,
+    axum::Json(body): axum::Json<Value>,
+) -> Result<axum::Json<Value>, ApiError> {
     find(&vms, &vm)?;
-    Ok(axum::Json(operation("snapshot-create", &format!("vm/{vm}"), "completed")))
+    let mut made = operation("snapshot-create", &format!("vm/{vm}"), "completed");
+    if body == json!({"name": "full-disk", "compress": true}) {
+        made["steps"] = json!(["compressing memory", "its memory is kept uncompressed: there is no room left"]);
+    }
+    Ok(axum::Json(made))
 }
 
 async fn remove_snapshot(Path((vm, _)): Path<(String, String)>) -> axum::Json<Value> {

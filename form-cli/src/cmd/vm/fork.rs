@@ -120,7 +120,7 @@ async fn take(session: &Session, client: &Client, vm: &Name) -> Result<Name, Fai
     let key = IdempotencyKey::random().map_err(|error| Failure::failed(format!("no randomness: {error}")))?;
     let text: String = key.to_string().chars().filter(char::is_ascii_alphanumeric).take(12).collect();
     let name: Name = format!("fork-{}", text.to_ascii_lowercase()).parse().map_err(|error| Failure::failed(format!("{error}")))?;
-    let request = SnapshotRequest { name: Some(name.clone()) };
+    let request = SnapshotRequest { name: Some(name.clone()), compress: false };
     settle(session, client, client.create_snapshot(vm, &request).await?).await?;
     Ok(name)
 }

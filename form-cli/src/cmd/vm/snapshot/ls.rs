@@ -1,4 +1,5 @@
 use clap_complete::engine::ArgValueCompleter;
+use form_api::snapshot::{MemoryKind, Snapshot};
 use form_types::Name;
 use jiff::Timestamp;
 
@@ -26,7 +27,7 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
     };
     let mut table = Table::new(
         &["NAME", "VM", "MEMORY", "DISK", "USED", "KIND", "STATE", "AGE"],
-        &["BASED ON", "WROTE", "VOLUMES", "PAUSE", "VCPUS", "IMAGE", "HOST", "FAULT"],
+        &["BASED ON", "WROTE", "UNFOLDS TO", "VOLUMES", "PAUSE", "VCPUS", "IMAGE", "HOST", "FAULT"],
     );
     for snapshot in &snapshots {
         let state = snapshot.consistency.filter(|_| snapshot.fault.is_none());
@@ -36,11 +37,12 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
             snapshot.memory_mib.map(|mib| bytes(mib << 20)).unwrap_or_default(),
             snapshot.disk_bytes.map(bytes).unwrap_or_default(),
             snapshot.allocated_bytes.map(bytes).unwrap_or_default(),
-            snapshot.memory_kind.map(|kind| kind.as_str().to_owned()).unwrap_or_default(),
+            kind(snapshot),
             state.map_or("failed", |consistency| consistency.as_str()).to_owned(),
             snapshot.created_at.map(|at| age(at, Timestamp::now())).unwrap_or_default(),
             snapshot.based_on.as_ref().map(Name::to_string).unwrap_or_default(),
             snapshot.written_bytes.map(bytes).unwrap_or_default(),
+            snapshot.unfolded_bytes.map(bytes).unwrap_or_default(),
             snapshot.volumes.iter().map(Name::as_str).collect::<Vec<_>>().join(" "),
             snapshot.pause_ms.map(|ms| format!("{ms} ms")).unwrap_or_default(),
             snapshot.vcpus.map(|vcpus| vcpus.to_string()).unwrap_or_default(),
@@ -51,4 +53,11 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
     }
     session.terminal.list(&snapshots, &table)?;
     Ok(0)
+}
+
+/// How its memory was written, and is kept.
+fn kind(snapshot: &Snapshot) -> String {
+    let kind = snapshot.memory_kind.map(MemoryKind::as_str);
+    let words: Vec<&str> = kind.into_iter().chain(snapshot.compressed.then_some("compressed")).collect();
+    words.join(", ")
 }

@@ -48,6 +48,7 @@ pub async fn run(args: &Args, session: &Session) -> Outcome {
         .optional("used", snapshot.allocated_bytes.map(bytes))
         .optional("memory written as", kind)
         .optional("memory written", snapshot.written_bytes.map(bytes))
+        .optional("memory kept", snapshot.unfolded_bytes.map(|unfolded| format!("compressed: a restore unfolds {} first", bytes(unfolded))))
         .optional("stood still", snapshot.pause_ms.map(|ms| format!("{ms} ms")))
         .optional("image", snapshot.image_digest)
         .optional("created", snapshot.created_at)
