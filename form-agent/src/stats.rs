@@ -7,11 +7,13 @@ use std::{
 };
 
 use form_api::{
-    stats::{DiskRates, DiskStats, NetworkRates, NetworkStats, VmStats},
+    stats::{DiskRates, DiskStats, NetworkBackend, NetworkRates, NetworkStats, VmStats},
     vm::VmState,
 };
 use form_guest::protocol::{Metrics as GuestMetrics, Reply, Request};
-use form_vmm::control::{Client, Metrics};
+use form_net::tap::Traffic;
+use form_types::VmId;
+use form_vmm::control::{Client, Metrics, NetworkMetrics};
 use futures_util::{
     future::join_all,
     stream::{self, StreamExt},
@@ -24,6 +26,7 @@ use crate::{
     desired::{self, DesiredVm},
     driver::{guest, process::RuntimeDirectory},
     fleet::Observed,
+    interface,
 };
 
 /// How long a VM process, and then its guest, may take to say.
@@ -77,14 +80,29 @@ async fn look_at(agent: &Arc<Agent>, vms: &[DesiredVm]) -> Vec<Option<Look>> {
     stream::iter(looks.collect::<Vec<_>>()).buffered(AT_ONCE).collect().await
 }
 
-fn look(agent: &Agent, vm: &form_types::VmId) -> Option<Look> {
+fn look(agent: &Agent, vm: &VmId) -> Option<Look> {
     let directory = RuntimeDirectory::new(&agent.paths().vm_runtime(), vm);
-    let metrics = Client::connect(&directory.control()).ok()?.with_timeout(LIMIT).metrics().ok()?;
+    let mut metrics = Client::connect(&directory.control()).ok()?.with_timeout(LIMIT).metrics().ok()?;
+    count_all(agent, vm, &mut metrics.networks);
     let pid = directory.read_record()?.pid;
     let cpu_us = cgroup::cpu_us(&agent.host_id().mark(), vm).or_else(|| process_cpu_us(pid))?;
     let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
     let resident = statm.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()? * PAGE;
     Some(Look { at: Instant::now(), cpu_us, resident, metrics })
+}
+
+/// The VM process sees only the packets that it moves itself. Where the host's kernel can take its place, and whether or not it does now, the tap's
+/// own counters tell of all, since it was made for this process.
+fn count_all(agent: &Agent, vm: &VmId, networks: &mut [NetworkMetrics]) {
+    for network in networks.iter_mut().filter(|network| network.vhost_net.is_some()) {
+        let Some(number) = interface::number_of(&network.id) else { continue };
+        let id = if number == 0 { *vm } else { interface::id_of(vm, number) };
+        let Some(traffic) = Traffic::of_vm(&agent.network.tap_name(&id)) else { continue };
+        network.received_bytes = traffic.received_bytes;
+        network.sent_bytes = traffic.sent_bytes;
+        network.received_packets = traffic.received_packets;
+        network.sent_packets = traffic.sent_packets;
+    }
 }
 
 /// User and system time of all threads (proc_pid_stat(5), fields 14 and 15).
@@ -164,6 +182,7 @@ fn fill(stats: &mut VmStats, before: Option<&Look>, after: &Look) {
     });
     let networks = after.metrics.networks.iter().map(|network| NetworkStats {
         id: network.id.clone(),
+        backend: Some(if network.vhost_net == Some(true) { NetworkBackend::VhostNet } else { NetworkBackend::FormVmm }),
         received_bytes: network.received_bytes,
         sent_bytes: network.sent_bytes,
         received_packets: network.received_packets,
@@ -183,8 +202,7 @@ fn fill(stats: &mut VmStats, before: Option<&Look>, after: &Look) {
 
 #[cfg(test)]
 pub mod tests {
-    use form_types::VmId;
-    use form_vmm::control::{DiskMetrics, NetworkMetrics};
+    use form_vmm::control::DiskMetrics;
 
     use super::*;
 

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     num::NonZeroU64,
+    os::fd::OwnedFd,
 };
 
 use form_api::deploy::DeployRequest;
@@ -62,8 +63,17 @@ impl Link {
     /// What the VM process is told, whose tap is `tap`.
     pub fn config(&self, tap: Fd, limits: VmLimits) -> NetworkConfig {
         let bytes_per_second = rate(limits.net_bytes_per_second);
-        NetworkConfig { id: self.name.clone(), tap, mac: self.mac, mtu: self.mtu, bytes_per_second }
+        NetworkConfig { id: self.name.clone(), tap, vhost: None, mac: self.mac, mtu: self.mtu, bytes_per_second }
     }
+}
+
+/// Has the host's kernel move the packets of these interfaces, where it can: a descriptor for each, to be passed from position `first` on.
+pub fn carried_by_kernel(networks: &mut [NetworkConfig], first: usize) -> Vec<OwnedFd> {
+    let Some(opened) = networks.iter().map(|_| form_net::tap::vhost()).collect::<Option<Vec<_>>>() else { return Vec::new() };
+    for (at, network) in (first..).zip(networks) {
+        network.vhost = u16::try_from(at).ok().map(Fd);
+    }
+    opened
 }
 
 /// At most 20 bytes, derived from the VM's id, so that the guest finds its root disk by it.

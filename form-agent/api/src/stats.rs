@@ -68,10 +68,33 @@ pub struct DiskRates {
     pub written_bytes: f64,
 }
 
+/// Who moves the packets of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetworkBackend {
+    /// The host's kernel (vhost-net).
+    VhostNet,
+    /// The VM process: the host does not have vhost-net, or the interface has a limit, or the VM got memory while it ran, or its driver does not
+    /// negotiate what vhost-net needs.
+    FormVmm,
+}
+
+impl NetworkBackend {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::VhostNet => "vhost-net",
+            Self::FormVmm => "form-vmm",
+        }
+    }
+}
+
 /// As the guest sees it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct NetworkStats {
     pub id: String,
+    /// None from an agent of an earlier release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<NetworkBackend>,
     pub received_bytes: u64,
     pub sent_bytes: u64,
     pub received_packets: u64,

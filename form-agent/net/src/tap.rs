@@ -12,6 +12,8 @@ use crate::{
     link,
 };
 
+const VHOST: &str = "/dev/vhost-net";
+
 /// A name and flags, as the tun driver reads them (`struct ifreq`, linux/if.h).
 #[repr(C)]
 struct Request {
@@ -29,6 +31,40 @@ const _: () = assert!(size_of::<Request>() == size_of::<libc::ifreq>());
 /// [`NetError::Tun`] without the driver or the right to use it, [`NetError::TapTaken`] when somebody holds one of that name.
 pub fn open(name: &str) -> Result<OwnedFd> {
     open_with(name, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL)
+}
+
+/// The host's kernel as what moves packets between a tap and a VM (vhost-net), for one interface; opening it has the kernel load its module.
+/// `None` when this host does not have it, or does not let us: the VM process moves them itself then.
+#[must_use]
+pub fn vhost() -> Option<OwnedFd> {
+    let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(VHOST);
+    opened.ok().map(OwnedFd::from)
+}
+
+/// What has come and gone through an interface of the host since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    pub received_bytes: u64,
+    pub sent_bytes: u64,
+    pub received_packets: u64,
+    pub sent_packets: u64,
+}
+
+impl Traffic {
+    /// Of the tap `name`, as its VM sees it: what the host sent there is what the VM received. `None` when there is no such interface.
+    #[must_use]
+    pub fn of_vm(name: &str) -> Option<Self> {
+        let read = |what: &str| {
+            let text = std::fs::read_to_string(format!("/sys/class/net/{name}/statistics/{what}")).ok()?;
+            text.trim().parse().ok()
+        };
+        Some(Self {
+            received_bytes: read("tx_bytes")?,
+            sent_bytes: read("rx_bytes")?,
+            received_packets: read("tx_packets")?,
+            sent_packets: read("rx_packets")?,
+        })
+    }
 }
 
 /// Switches the interface `name` on, without addresses of ours. Gives its index.
@@ -68,5 +104,18 @@ fn open_with(name: &str, flags: libc::c_int) -> Result<OwnedFd> {
         Some(libc::EBUSY) => Err(NetError::TapTaken { name: name.to_owned() }),
         Some(libc::EPERM) => Err(NetError::Tun(source)),
         _ => Err(fault(source)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_host_has_sent_is_what_its_vm_has_received() {
+        assert_eq!(Traffic::of_vm("no such tap"), None);
+        // Of the loopback interface all comes back.
+        let Some(all) = Traffic::of_vm("lo") else { return };
+        assert_eq!((all.received_bytes, all.received_packets), (all.sent_bytes, all.sent_packets));
     }
 }

@@ -454,7 +454,7 @@ impl Files {
                     limits,
                 });
             }
-            config.networks.push(NetworkConfig { id: "eth0".to_owned(), tap, mac: MAC, mtu: form_net::MTU, bytes_per_second: None });
+            config.networks.push(NetworkConfig { id: "eth0".to_owned(), tap, vhost: None, mac: MAC, mtu: form_net::MTU, bytes_per_second: None });
             config.vsock_cid = Some(vm::GUEST_CID);
         }
         Ok(Self { config, descriptors })

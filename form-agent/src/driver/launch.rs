@@ -277,13 +277,15 @@ fn boot(agent: &Agent, desired: &DesiredVm, files: &Files, taps: &[OwnedFd], uid
     let (ring, exit_record) = records(process)?;
     let volumes: Vec<VolumeDisk> = files.volumes.iter().map(Ready::disk).collect();
     let parts = (files.initramfs.len() as u16, files.root.as_ref().map(Root::config));
-    let config = vm::config(&desired.id, &desired.request, &agent.links(desired), parts, &volumes, desired.limits, vm::jail(uid));
+    let mut config = vm::config(&desired.id, &desired.request, &agent.links(desired), parts, &volumes, desired.limits, vm::jail(uid));
     let mut descriptors: Vec<BorrowedFd<'_>> = vec![files.kvm.as_fd(), files.kernel.as_fd(), ring.as_fd(), exit_record.as_fd()];
     descriptors.extend(taps.first().map(AsFd::as_fd));
     descriptors.extend(files.initramfs.iter().map(AsFd::as_fd));
     descriptors.extend(files.root.iter().flat_map(Root::descriptors));
     descriptors.extend(files.volumes.iter().map(|ready| ready.open.file.as_fd()));
     descriptors.extend(taps.iter().skip(1).map(AsFd::as_fd));
+    let by_kernel = vm::carried_by_kernel(&mut config.networks, descriptors.len());
+    descriptors.extend(by_kernel.iter().map(AsFd::as_fd));
     Ok(process.boot(&config, &descriptors)?)
 }
 

@@ -178,13 +178,15 @@ pub fn hold(
     let mut held = hold_volumes(agent, desired, &prepared.volumes)?;
     let volumes: Vec<VolumeDisk> = held.ready.iter().map(Ready::disk).collect();
     let (request, links) = (&desired.request, agent.links(desired));
-    let config = vm::restore_config((&desired.id, request), &links, disk, &volumes, desired.limits, vm::jail(uid), prepared.track);
+    let mut config = vm::restore_config((&desired.id, request), &links, disk, &volumes, desired.limits, vm::jail(uid), prepared.track);
     let mut descriptors: Vec<BorrowedFd<'_>> =
         vec![prepared.kvm.as_fd(), prepared.state.as_fd(), prepared.memory.as_fd(), ring.as_fd(), exit_record.as_fd()];
     descriptors.extend(taps.first().map(AsFd::as_fd));
     descriptors.extend(prepared.disk.iter().flat_map(|(root, _)| root.descriptors()));
     descriptors.extend(held.ready.iter().map(|ready| ready.open.file.as_fd()));
     descriptors.extend(taps.iter().skip(1).map(AsFd::as_fd));
+    let by_kernel = vm::carried_by_kernel(&mut config.networks, descriptors.len());
+    descriptors.extend(by_kernel.iter().map(AsFd::as_fd));
     process.restore(&config, &descriptors)?;
     memory::restored(agent, &desired.id).map_err(io_error("its limit of memory"))?;
     reach(Failpoint::RestoreHeld);

@@ -22,6 +22,7 @@ use crate::{
         guest::{GuestError, ask},
         let_go,
     },
+    vm::carried_by_kernel,
     volume::live::{directory, is_possible},
 };
 
@@ -95,7 +96,17 @@ impl<'a> Plug<'a> {
         runtime.block_on(agent.apply_rules()).map_err(|error| self.failed("the firewall", &error))?;
         let tap = runtime.block_on(agent.network.attach(attachment)).map_err(|error| self.failed("its tap", &error))?;
         reach(Failpoint::InterfaceTapMade);
-        match self.client.plug_network(&link.config(Fd(0), self.vm.limits), &[tap.as_fd()]) {
+        let mut config = [link.config(Fd(0), self.vm.limits)];
+        let by_kernel = carried_by_kernel(&mut config, 1);
+        let descriptors: Vec<_> = std::iter::once(tap.as_fd()).chain(by_kernel.iter().map(AsFd::as_fd)).collect();
+        let plugged = match self.client.plug_network(&config[0], &descriptors) {
+            // A VM process of an earlier release moves the packets itself.
+            Err(ClientError::Refused { kind: ErrorKind::Invalid, message }) if message.contains("`vhost`") => {
+                self.client.plug_network(&link.config(Fd(0), self.vm.limits), &[tap.as_fd()])
+            }
+            plugged => plugged,
+        };
+        match plugged {
             Ok(()) => Ok(()),
             Err(ClientError::Refused { kind: ErrorKind::Invalid, message }) if message.contains("plug_network") => {
                 Err(self.unknown("the VM process"))

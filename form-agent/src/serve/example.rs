@@ -17,7 +17,7 @@ use form_api::{
     operation::{Operation, OperationKind, OperationStatus},
     pool::{PoolCreateRequest, PoolSetRequest},
     snapshot::{Consistency, MemoryKind, RestoreRequest, Snapshot, SnapshotRequest},
-    stats::{DiskRates, DiskStats, HealthReport, NetworkRates, NetworkStats, PartHealth, VmStats},
+    stats::{DiskRates, DiskStats, HealthReport, NetworkBackend, NetworkRates, NetworkStats, PartHealth, VmStats},
     vm::{
         GuestDevice, GuestReport, Health, LogCursor, LogLine, LogStream, PublishedPort, SshAccess, SshServer, SshUser, Vm, VmDetail,
         VmState,
@@ -361,6 +361,7 @@ fn stats(vm: &Vm) -> VmStats {
         }],
         networks: vec![NetworkStats {
             id: "eth0".to_owned(),
+            backend: Some(NetworkBackend::VhostNet),
             received_bytes: 30_412,
             sent_bytes: 1_204_010,
             received_packets: 310,

@@ -125,6 +125,9 @@ pub struct NetworkConfig {
     pub id: String,
     /// A tap opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
     pub tap: Fd,
+    /// `/dev/vhost-net`, opened for this interface alone: the host's kernel moves its packets while it has no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<Fd>,
     pub mac: [u8; 6],
     pub mtu: u16,
     /// Bytes that it may move in a second, each way. `None`: as many as it can. No part of a saved VM, like those of disks.

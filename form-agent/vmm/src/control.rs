@@ -261,4 +261,7 @@ pub struct NetworkMetrics {
     pub received_packets: u64,
     pub sent_packets: u64,
     pub dropped: u64,
+    /// Whether the host's kernel moves its packets now (vhost-net), none of which are counted here; the tap counts all. `None` when it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_net: Option<bool>,
 }

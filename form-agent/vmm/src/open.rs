@@ -164,7 +164,10 @@ impl Files {
         let fd = open_tap(&tap.name).map_err(|source| OpenError::Tap { name: tap.name.clone(), source })?;
         // Locally administered.
         let mac = tap.mac.unwrap_or([0x02, 0xF0, 0, 0, 0, index]);
-        Ok(NetworkConfig { id: format!("net{index}"), tap: self.add(fd), mac, mtu: tap.mtu, bytes_per_second: None })
+        let tap_at = self.add(fd);
+        // Not every host has it, and not everybody may use it: then packets are moved here.
+        let vhost = OpenOptions::new().read(true).write(true).open("/dev/vhost-net").ok().map(|file| self.add(file));
+        Ok(NetworkConfig { id: format!("net{index}"), tap: tap_at, vhost, mac, mtu: tap.mtu, bytes_per_second: None })
     }
 }
 

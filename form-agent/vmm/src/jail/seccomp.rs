@@ -29,7 +29,7 @@ impl Filters {
         Ok(Filters {
             vcpu: compile(&[RUNTIME, POLLING], &[VCPU_IOCTLS], false)?,
             // Every later thread starts under this filter, so it allows what any of them needs.
-            main: compile(&[RUNTIME, POLLING, BLOCK, STREAMS, MAIN], &[MAIN_IOCTLS, VCPU_IOCTLS], true)?,
+            main: compile(&[RUNTIME, POLLING, BLOCK, STREAMS, MAIN], &[MAIN_IOCTLS, VCPU_IOCTLS, VHOST_START], true)?,
             block: compile(&[RUNTIME, POLLING, BLOCK], &[], false)?,
             net: compile(&[RUNTIME, POLLING], &[], false)?,
             vsock: compile(&[RUNTIME, POLLING, STREAMS], &[], false)?,
@@ -151,7 +151,13 @@ const KVM_GET_CLOCK: u64 = 0x8030_AE7C;
 const KVM_GET_IRQCHIP: u64 = 0xC208_AE62;
 const KVM_GET_DIRTY_LOG: u64 = 0x4010_AE42;
 
+/// A driver that resets its network device stops the host's kernel, which says where the rings stand.
+const VHOST_NET_SET_BACKEND: u64 = 0x4008_AF30;
+const VHOST_GET_VRING_BASE: u64 = 0xC008_AF12;
+
 const VCPU_IOCTLS: &[u64] = &[
+    VHOST_NET_SET_BACKEND,
+    VHOST_GET_VRING_BASE,
     KVM_RUN,
     KVM_KVMCLOCK_CTRL,
     KVM_IRQFD,
@@ -177,6 +183,19 @@ const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_AE46;
 const TUN_GET_INTERFACE: u64 = 0x8004_54D2;
 const TUN_SET_OFFLOAD: u64 = 0x4004_54D0;
 const TUN_SET_VNET_HEADER: u64 = 0x4004_54D8;
+/// What has the host's kernel move a network device's packets.
+const VHOST_START: &[u64] = &[
+    0x8008_AF00, // VHOST_GET_FEATURES
+    0x4008_AF00, // VHOST_SET_FEATURES
+    0xAF01,      // VHOST_SET_OWNER
+    0x4008_AF03, // VHOST_SET_MEM_TABLE
+    0x4008_AF04, // VHOST_SET_LOG_BASE
+    0x4008_AF10, // VHOST_SET_VRING_NUM
+    0x4028_AF11, // VHOST_SET_VRING_ADDR
+    0x4008_AF12, // VHOST_SET_VRING_BASE
+    0x4008_AF20, // VHOST_SET_VRING_KICK
+    0x4008_AF21, // VHOST_SET_VRING_CALL
+];
 /// `FIONBIO`, as the standard library sets sockets non-blocking.
 const FILE_NON_BLOCKING: u64 = 0x5421;
 /// Beside those of vCPUs: the thread of one that comes later starts under this filter.

@@ -31,7 +31,7 @@ use crate::platform::serial::{SerialPort, Sink};
 use crate::platform::{EVENT_IRQ, SERIAL_IRQ};
 use crate::virtio::mem::{BLOCK, BLOCKS_MAX, MemState, Region};
 use crate::virtio::pci::{Activations, BAR_SIZE, Doorbells, Host, VirtioPci};
-use crate::virtio::{DeviceError, GuestMemory, VirtioDevice};
+use crate::virtio::{DeviceError, GuestMemory, KernelTerms, VirtioDevice};
 use crate::{acpi, boot, log_ring, memory};
 
 /// A VM with everything in place: the next step is the jail, then the threads.
@@ -55,6 +55,7 @@ pub struct DeviceSurroundings {
     router: Arc<dyn Router>,
     doorbells: Arc<dyn Doorbells>,
     pub(super) activations: Arc<Activations>,
+    pub(super) kernel: Arc<KernelTerms>,
     /// Where the memory of devices begins; all that the VM booted with lies below.
     pub(super) mmio64_start: u64,
     /// Where memory can be added.
@@ -73,6 +74,7 @@ impl DeviceSurroundings {
             router: Arc::clone(&self.router),
             doorbells: Arc::clone(&self.doorbells),
             activations: Arc::clone(&self.activations),
+            kernel: Arc::clone(&self.kernel),
         };
         // Slot 0 is the host bridge's, which has no memory.
         let address = self.mmio64_start + slot.saturating_sub(1) as u64 * BAR_SIZE;
@@ -166,6 +168,7 @@ impl Empty {
             router: interrupts,
             doorbells: Arc::new(KvmDoorbells(Arc::clone(&self.vm))),
             activations: Arc::new(Activations::new().map_err(io("make an eventfd"))?),
+            kernel: Arc::default(),
             mmio64_start: layout.mmio64_start,
             growth,
         };
@@ -285,6 +288,12 @@ impl Prepared {
         let slots: Vec<usize> = state.devices.iter().map(|device| device.slot).collect();
         let prepared = empty.finish(&layout, memory, vcpus, Parts { interrupts, bus, backends, handles, recipe }, Some(&slots))?;
         let prepared = Prepared { changes, ..prepared };
+        if config.track {
+            prepared.surroundings.kernel.must_note();
+        }
+        if added.is_some() {
+            prepared.surroundings.kernel.forbid();
+        }
         restore_devices(&prepared, &state.devices)?;
         state.clock.restore(&prepared.vm, away)?;
         Ok(prepared)

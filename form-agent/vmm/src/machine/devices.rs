@@ -78,6 +78,16 @@ impl Handles {
         self.networks.iter().find(|network| network.id == id).map(|network| network.limiter.set(bytes_per_second))
     }
 
+    /// Whether an interface has to be stopped and started again for a change of its limit to hold, or to be gone.
+    pub fn changes_carrier(&self, id: &str, is_limited: bool) -> bool {
+        self.networks.iter().any(|network| network.id == id && network.counters.changes_carrier(is_limited))
+    }
+
+    /// The interfaces whose packets the host's kernel moves.
+    pub fn vhost_networks(&self) -> Vec<String> {
+        self.networks.iter().filter(|network| network.counters.is_vhost()).map(|network| network.id.clone()).collect()
+    }
+
     pub fn metrics(&self) -> Metrics {
         Metrics {
             disks: self.disks.iter().map(|disk| disk.counters.metrics(&disk.id)).collect(),
@@ -171,7 +181,8 @@ pub fn disk(disk: &DiskConfig, fds: &mut Descriptors) -> Result<Block, MachineEr
 /// One network interface, whose tap is among `fds`.
 pub fn network(network: &NetworkConfig, fds: &mut Descriptors) -> Result<Net, MachineError> {
     let tap = fds.take(network.tap, "tap")?;
-    let net = Net::new(network.id.clone(), tap, network.mac, network.mtu).map_err(device(&network.id))?;
+    let vhost = network.vhost.map(|vhost| fds.take(vhost, "vhost-net")).transpose()?;
+    let net = Net::new(network.id.clone(), tap, network.mac, network.mtu).map_err(device(&network.id))?.with_vhost(vhost);
     net.limiter().set(network.bytes_per_second);
     Ok(net)
 }

@@ -34,6 +34,9 @@ impl Machine {
             return Ok(());
         }
         let slot = self.pci.free_slot().ok_or(MachineError::Slots)?;
+        // Before there is any more of it.
+        self.surroundings.kernel.forbid();
+        self.handles.vhost_networks().iter().for_each(|id| self.restart(id));
         let device = devices::memory(self.surroundings.growth, &self.vm, &self.memory);
         let handle = device.handle();
         handle.want(more).map_err(io)?;

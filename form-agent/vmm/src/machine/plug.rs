@@ -3,6 +3,7 @@
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::{Machine, MachineError, devices, lock};
 use crate::config::{DiskConfig, DiskLimits, NetworkConfig};
@@ -95,7 +96,21 @@ impl Machine {
     /// When there is no such network interface.
     pub fn limit_network(&self, id: &str, bytes_per_second: Option<NonZeroU64>) -> Result<(), MachineError> {
         let known = self.handles.limit_network(id, bytes_per_second);
-        known.ok_or_else(|| MachineError::NoNetwork(id.to_owned()))
+        known.ok_or_else(|| MachineError::NoNetwork(id.to_owned()))?;
+        // The host's kernel knows no limits: the interface is ours as long as it has one.
+        let is_limited = bytes_per_second.is_some();
+        if self.handles.changes_carrier(id, is_limited) && (is_limited || self.surroundings.kernel.may()) {
+            self.restart(id);
+        }
+        Ok(())
+    }
+
+    /// Stops a device and starts it again; one of a paused VM starts when that goes on.
+    pub(super) fn restart(&self, id: &str) {
+        let device = self.device(id).filter(|_| !self.paused.load(Ordering::Acquire));
+        if let Some(device) = device {
+            lock(&device.device).restart();
+        }
     }
 
     fn disk(&self, id: &str) -> Result<&super::Device, MachineError> {

@@ -53,6 +53,7 @@ impl Machine {
         if how.track {
             let (memory, slots) = (self.memory.memory(), self.slots());
             self.changes.begin(save.save, base, &memory, slots, &*self.vm);
+            self.surroundings.kernel.must_note();
         }
     }
 

@@ -3,6 +3,7 @@
 pub mod changes;
 pub mod chunks;
 pub mod image;
+pub mod log;
 pub(crate) mod patch;
 mod sums;
 

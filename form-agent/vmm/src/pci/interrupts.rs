@@ -37,6 +37,13 @@ pub trait Router: Send + Sync {
     /// When KVM refuses.
     fn connect(&self, line: u32, event: &EventFd, message: Message) -> io::Result<()>;
     fn release(&self, line: u32, event: &EventFd);
+    /// From now on `event` raises `line` too, which is connected. What was signalled before raises it at once.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    fn attach(&self, line: u32, event: &EventFd) -> io::Result<()>;
+    /// From now on `event` keeps what is signalled; all that was signalled before has been raised.
+    fn detach(&self, line: u32, event: &EventFd);
 }
 
 #[derive(Default)]
@@ -132,6 +139,15 @@ impl Router for Interrupts {
         }
         table.messages.remove(&line);
         table.free.push(line);
+    }
+
+    fn attach(&self, line: u32, event: &EventFd) -> io::Result<()> {
+        self.vm.register_irqfd(event, line).map_err(io_error)
+    }
+
+    fn detach(&self, line: u32, event: &EventFd) {
+        // It was attached with these arguments, which is all that can be wrong.
+        let _ = self.vm.unregister_irqfd(event, line);
     }
 }
 

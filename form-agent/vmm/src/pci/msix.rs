@@ -1,6 +1,8 @@
 //! MSI-X: the table of messages, the pending bits, and the way from a device's interrupt to KVM (PCI Local Bus 3.0, section 6.8.2).
 
+use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -34,8 +36,29 @@ struct Vector {
     route: Option<(u32, EventFd)>,
 }
 
+/// An eventfd that somebody outside this process signals to raise a vector (vhost). While the vector is open KVM listens to it; while it is masked
+/// what is signalled stays in the eventfd, which so is the pending bit.
+struct Direct {
+    vector: u16,
+    event: EventFd,
+    /// Where KVM listens to it.
+    line: Option<u32>,
+}
+
+impl Direct {
+    fn is_pending(&self) -> bool {
+        // SAFETY: the eventfd is open as long as `self` is borrowed.
+        let event = unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) };
+        let mut polled = [rustix::event::PollFd::from_borrowed_fd(event, rustix::event::PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        self.line.is_none() && rustix::event::poll(&mut polled, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+}
+
 struct Table {
     vectors: Vec<Vector>,
+    /// By the queue that they are of.
+    direct: BTreeMap<u16, Direct>,
     enabled: bool,
     masked: bool,
 }
@@ -50,7 +73,7 @@ impl Msix {
     #[must_use]
     pub fn new(vectors: u16, router: Arc<dyn Router>) -> Self {
         let vectors = (0..vectors).map(|_| Vector { message: Message::default(), masked: true, pending: false, route: None }).collect();
-        Msix { table: Mutex::new(Table { vectors, enabled: false, masked: false }), router }
+        Msix { table: Mutex::new(Table { vectors, direct: BTreeMap::new(), enabled: false, masked: false }), router }
     }
 
     /// Adds the capability; table and pending bits lie in BAR 0 at these offsets. Returns the capability's offset.
@@ -115,7 +138,9 @@ impl Msix {
         for (index, byte) in data.iter_mut().enumerate() {
             let index = (offset as usize).saturating_add(index);
             *byte = (0..8).fold(0, |bits, bit| {
-                let pending = table.vectors.get(index.saturating_mul(8).saturating_add(bit)).is_some_and(|vector| vector.pending);
+                let number = index.saturating_mul(8).saturating_add(bit);
+                let direct = || table.direct.values().any(|direct| usize::from(direct.vector) == number && direct.is_pending());
+                let pending = table.vectors.get(number).is_some_and(|vector| vector.pending || direct());
                 bits | u8::from(pending) << bit
             });
         }
@@ -147,6 +172,71 @@ impl Msix {
                 Ok(())
             }
         }
+    }
+
+    /// From now on `event` raises `vector` in the name of `queue`; `None`: nothing does any more, and what was signalled meanwhile is pending.
+    ///
+    /// # Errors
+    /// When KVM refuses, or the eventfd cannot be copied.
+    pub fn set_direct(&self, queue: u16, vector: u16, event: Option<&EventFd>) -> io::Result<()> {
+        let event = event.map(EventFd::try_clone).transpose()?;
+        let mut table = self.lock();
+        if let Some(old) = table.direct.remove(&queue) {
+            self.end(&mut table, &old);
+        }
+        let Some(event) = event else { return Ok(()) };
+        table.direct.insert(queue, Direct { vector, event, line: None });
+        self.settle_existing(&mut table, vector)
+    }
+
+    /// The queue has another vector; nothing when none of its eventfds raises one.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn move_direct(&self, queue: u16, vector: u16) -> io::Result<()> {
+        let mut table = self.lock();
+        let Some(direct) = table.direct.get_mut(&queue) else { return Ok(()) };
+        if let Some(line) = direct.line.take() {
+            self.router.detach(line, &direct.event);
+        }
+        direct.vector = vector;
+        self.settle_existing(&mut table, vector)
+    }
+
+    /// Whether somebody signalled an eventfd while the guest does not use MSI-X; it is asked once.
+    pub fn take_direct(&self) -> bool {
+        let table = self.lock();
+        !table.enabled && table.direct.values().filter(|direct| direct.event.read().is_ok()).count() > 0
+    }
+
+    fn end(&self, table: &mut Table, old: &Direct) {
+        match old.line {
+            Some(line) => self.router.detach(line, &old.event),
+            None if old.event.read().is_ok() => {
+                if let Some(vector) = table.vectors.get_mut(usize::from(old.vector)) {
+                    vector.pending = true;
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn settle_existing(&self, table: &mut Table, vector: u16) -> io::Result<()> {
+        if usize::from(vector) < table.vectors.len() { self.settle(table, usize::from(vector)) } else { Ok(()) }
+    }
+
+    /// Has KVM listen at `line` to what raises the vector `index` directly; `None`: nowhere.
+    fn listen(&self, table: &mut Table, index: usize, line: Option<u32>) -> io::Result<()> {
+        for direct in table.direct.values_mut().filter(|direct| usize::from(direct.vector) == index && direct.line != line) {
+            if let Some(old) = direct.line.take() {
+                self.router.detach(old, &direct.event);
+            }
+            if let Some(line) = line {
+                self.router.attach(line, &direct.event)?;
+                direct.line = Some(line);
+            }
+        }
+        Ok(())
     }
 
     /// The table as the guest filled it.
@@ -183,7 +273,7 @@ impl Msix {
         let open = table.enabled && !table.masked;
         let vector = &mut table.vectors[index];
         if !open || vector.masked {
-            return Ok(());
+            return self.listen(table, index, None);
         }
         if vector.route.is_none() {
             let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
@@ -194,7 +284,8 @@ impl Msix {
         if std::mem::take(&mut vector.pending) {
             event.write(1)?;
         }
-        Ok(())
+        let line = *line;
+        self.listen(table, index, Some(line))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Table> {
@@ -204,7 +295,13 @@ impl Msix {
 
 impl Drop for Msix {
     fn drop(&mut self) {
-        for vector in &self.lock().vectors {
+        let table = self.lock();
+        for direct in table.direct.values() {
+            if let Some(line) = direct.line {
+                self.router.detach(line, &direct.event);
+            }
+        }
+        for vector in &table.vectors {
             if let Some((line, event)) = &vector.route {
                 self.router.release(*line, event);
             }
@@ -233,6 +330,7 @@ pub(crate) mod tests {
     pub struct FakeRouter {
         pub connected: Mutex<Vec<(u32, Message)>>,
         events: Mutex<Vec<(u32, EventFd)>>,
+        pub attached: Mutex<Vec<(u32, i32)>>,
         next: Mutex<u32>,
         /// No further line can be had.
         pub full: std::sync::atomic::AtomicBool,
@@ -262,6 +360,13 @@ pub(crate) mod tests {
         }
         fn release(&self, line: u32, _event: &EventFd) {
             self.events.lock().unwrap().retain(|(known, _)| *known != line);
+        }
+        fn attach(&self, line: u32, event: &EventFd) -> io::Result<()> {
+            self.attached.lock().unwrap().push((line, event.as_raw_fd()));
+            Ok(())
+        }
+        fn detach(&self, line: u32, event: &EventFd) {
+            self.attached.lock().unwrap().retain(|attached| *attached != (line, event.as_raw_fd()));
         }
     }
 
@@ -331,6 +436,51 @@ pub(crate) mod tests {
         assert_eq!(rig.router.raised(0), 0);
         rig.control(CONTROL_ENABLE);
         assert_eq!(rig.router.raised(0), 1);
+    }
+
+    #[test]
+    fn what_somebody_else_signals_reaches_kvm_while_the_vector_is_open_and_is_kept_otherwise() {
+        let mut rig = rig();
+        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let lines = |rig: &Rig| rig.router.attached.lock().unwrap().iter().map(|(line, _)| *line).collect::<Vec<_>>();
+        let pending = |rig: &Rig| {
+            let mut bits = [0_u8; 8];
+            rig.msix.read_pending(0, &mut bits);
+            bits[0]
+        };
+        rig.msix.set_direct(0, 1, Some(&event)).unwrap();
+        assert_eq!(lines(&rig), [0; 0]);
+        event.write(1).unwrap();
+        assert!(rig.msix.take_direct() && !rig.msix.take_direct(), "without MSI-X the interrupt status says it, once");
+        rig.control(CONTROL_ENABLE);
+        rig.fill(1, 0);
+        rig.fill(2, 0);
+        assert_eq!(lines(&rig), [0]);
+        event.write(1).unwrap();
+        assert_eq!((pending(&rig), rig.msix.take_direct()), (0, false), "KVM takes it");
+        for masked in [true, false] {
+            rig.fill(1, u32::from(masked));
+            assert_eq!((lines(&rig).is_empty(), pending(&rig)), (masked, u8::from(masked) << 1));
+        }
+        rig.control(CONTROL_ENABLE | CONTROL_MASK_ALL);
+        assert_eq!(lines(&rig), [0; 0]);
+        rig.control(CONTROL_ENABLE);
+        rig.msix.move_direct(0, 2).unwrap();
+        assert_eq!(lines(&rig), [1]);
+        rig.msix.move_direct(0, NO_VECTOR).unwrap();
+        assert_eq!(lines(&rig), [0; 0]);
+        rig.msix.move_direct(0, 2).unwrap();
+        // It ends while the vector is masked: the interrupt is still owed.
+        rig.fill(2, 1);
+        rig.msix.set_direct(0, 2, None).unwrap();
+        assert_eq!((lines(&rig), pending(&rig)), (vec![], 0b100));
+        rig.fill(2, 0);
+        assert_eq!((rig.router.raised(1), pending(&rig)), (1, 0));
+        rig.msix.set_direct(0, 2, Some(&event)).unwrap();
+        assert_eq!(lines(&rig), [1]);
+        let router = Arc::clone(&rig.router);
+        drop(rig);
+        assert!(router.attached.lock().unwrap().is_empty());
     }
 
     #[test]

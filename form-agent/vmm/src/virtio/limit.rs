@@ -119,6 +119,11 @@ impl Buckets {
         self.wake();
     }
 
+    /// Whether there is any limit.
+    pub fn is_any(&self) -> bool {
+        self.lock().iter().any(Option::is_some)
+    }
+
     /// How long what costs this much of each bucket has to wait; `None` when it need not. Nothing is taken.
     pub fn wait(&self, costs: [u64; 2]) -> Option<Duration> {
         self.look(costs, false)

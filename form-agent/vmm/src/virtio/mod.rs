@@ -17,7 +17,13 @@ pub(crate) mod testing;
 pub mod vsock;
 pub mod worker;
 
-use std::sync::{Arc, atomic::AtomicBool};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryAtomic;
@@ -35,6 +41,50 @@ pub trait Interrupt: Send + Sync {
     fn queue(&self, index: u16) -> std::io::Result<()>;
     /// The configuration space has changed.
     fn config(&self) -> std::io::Result<()>;
+    /// From now on whoever signals `event` raises the interrupt of queue `index` as well, without this process: at once, or when the driver
+    /// unmasks it. `None`: nobody does any more; what was signalled is not lost.
+    ///
+    /// # Errors
+    /// When the transport cannot do that.
+    fn direct(&self, _index: u16, _event: Option<&EventFd>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// On what terms the host's kernel may work on guest memory in the place of a device's worker (vhost). The main thread changes them between a
+/// device's `stop` and `activate`.
+#[derive(Debug)]
+pub struct KernelTerms {
+    may: AtomicBool,
+    notes: AtomicBool,
+}
+
+impl Default for KernelTerms {
+    fn default() -> Self {
+        Self { may: AtomicBool::new(true), notes: AtomicBool::new(false) }
+    }
+}
+
+impl KernelTerms {
+    /// Not at all from now on: it would have to be told of each block of memory that comes and goes, and takes few of them.
+    pub fn forbid(&self) {
+        self.may.store(false, Ordering::Release);
+    }
+
+    #[must_use]
+    pub fn may(&self) -> bool {
+        self.may.load(Ordering::Acquire)
+    }
+
+    /// It has to note what it writes from now on, for [`crate::memory::changes`].
+    pub fn must_note(&self) {
+        self.notes.store(true, Ordering::Release);
+    }
+
+    #[must_use]
+    pub fn notes(&self) -> bool {
+        self.notes.load(Ordering::Acquire)
+    }
 }
 
 /// Everything a device gets when the driver sets DRIVER_OK.
@@ -47,6 +97,7 @@ pub struct Activation {
     pub features: u64,
     /// Set by a device that met a request it cannot recover from: the transport then shows DEVICE_NEEDS_RESET.
     pub needs_reset: Arc<AtomicBool>,
+    pub kernel: Arc<KernelTerms>,
 }
 
 #[derive(Debug, thiserror::Error)]

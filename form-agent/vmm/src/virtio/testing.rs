@@ -177,6 +177,7 @@ impl Driver {
             queues,
             features,
             needs_reset: Arc::clone(&self.needs_reset),
+            kernel: Arc::default(),
         }
     }
 

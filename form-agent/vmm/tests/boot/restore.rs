@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::num::NonZeroU64;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use form_vmm::control::{ClientError, ErrorKind, SaveHow, VmState};
 
-use crate::vm::{Shape, Tap, Vm, shape};
+use crate::vm::{Shape, Tap, Vm, shape, vhost_net};
 use crate::wanted;
 
 const VSOCK_PORT: u32 = 1024;
@@ -25,6 +26,7 @@ fn script() -> String {
     format!(
         "for m in virtio_blk virtio_net virtio-rng virtio_balloon; do insmod_virtio $m; done
         for m in vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport; do insmod $m; done
+        ip link set eth0 up; rmmod virtio_net; insmod_virtio virtio_net
         ip link set eth0 up; ip addr add {guest}/24 dev eth0
         {ECHO}
         for d in vda vdb; do echo on-$d | dd of=/dev/$d bs=512 conv=sync,fsync 2>/dev/null; done
@@ -131,6 +133,7 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     let vm = Vm::boot(&whole);
     vm.await_log("a whole tick", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number >= 3));
     vm.await_line("VSOCK LISTENS");
+    another_takes_over_its_packets(&vm);
     let behind = echo(&vm, "before");
     vm.client().balloon(16).unwrap();
     vm.await_metric("a balloon of 16 MiB", |metrics| metrics.balloon_mib == 16);
@@ -197,6 +200,7 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     again.client().balloon(8).unwrap();
     again.await_metric("a balloon of 8 MiB", |metrics| metrics.balloon_mib == 8);
     again.assert_jailed(4242);
+    assert_eq!(carrier(&again), vhost_net().map(|_| true));
     assert_eq!(again.client().status().unwrap().0, VmState::Running);
 
     // What it went on from is built upon as what it saved itself.
@@ -206,7 +210,8 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     // Held where it stood until it is asked to go on.
     again.kill();
     again.wait();
-    let held = Vm::restore(&vm, &whole, &state, &memory, false, false).unwrap();
+    // On a host without vhost-net, from rings that its kernel moved packets through.
+    let held = Vm::restore(&vm, &Shape { vhost: false, ..whole.clone() }, &state, &memory, false, false).unwrap();
     assert_eq!(held.client().status().unwrap().0, VmState::Paused);
     std::thread::sleep(Duration::from_secs(1));
     assert_eq!(held.log(), "");
@@ -214,6 +219,24 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     held.await_log("a tick of the second copy", |log| {
         last_tick(log).is_some_and(|tick| tick.whole && ![&saved.generation, &later].contains(&&tick.generation))
     });
+    assert_eq!(carrier(&held), None);
+}
+
+/// Whether the host's kernel moves its packets; `None` when it cannot.
+fn carrier(vm: &Vm) -> Option<bool> {
+    vm.client().metrics().unwrap().networks[0].vhost_net
+}
+
+/// The limit of the interface is set and gone, while the guest sends: from the host's kernel to us, and back.
+fn another_takes_over_its_packets(vm: &Vm) {
+    let by_kernel = vhost_net().map(|_| true);
+    assert_eq!(carrier(vm), by_kernel);
+    for (limit, expected) in [(NonZeroU64::new(1 << 20), by_kernel.map(|_| false)), (None, by_kernel)] {
+        vm.client().limit_network("net", limit).unwrap();
+        assert_eq!(carrier(vm), expected, "{limit:?}");
+        let before = last_tick(&vm.log()).unwrap().number;
+        vm.await_log("whole ticks with another carrier", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number > before + 2));
+    }
 }
 
 fn damaged_states_are_refused(vm: &Vm, whole: &Shape, state: &File, memory: &File) {

@@ -30,6 +30,8 @@ pub struct Shape {
     /// A second disk, in qcow2.
     pub qcow2_mib: Option<u64>,
     pub tap: Option<&'static str>,
+    /// Has the host's kernel move packets, when the host can.
+    pub vhost: bool,
     pub vsock: bool,
     pub rng: bool,
     pub balloon: bool,
@@ -49,6 +51,7 @@ pub fn shape(script: &str) -> Shape {
         disk_mib: None,
         qcow2_mib: None,
         tap: None,
+        vhost: true,
         vsock: false,
         rng: false,
         balloon: false,
@@ -320,9 +323,22 @@ fn disks(shape: &Shape, directory: &Path, add: &mut dyn FnMut(File) -> Fd) -> Ve
 }
 
 fn networks(shape: &Shape, add: &mut dyn FnMut(File) -> Fd) -> Vec<NetworkConfig> {
-    let network =
-        |name| NetworkConfig { id: "net".into(), tap: add(Tap::open(name)), mac: [2, 0, 0, 0, 0, 9], mtu: 1500, bytes_per_second: None };
+    let network = |name| NetworkConfig {
+        id: "net".into(),
+        tap: add(Tap::open(name)),
+        vhost: vhost_net().filter(|_| shape.vhost).map(&mut *add),
+        mac: [2, 0, 0, 0, 0, 9],
+        mtu: 1500,
+        bytes_per_second: None,
+    };
     shape.tap.map(network).into_iter().collect()
+}
+
+/// None when the host does not have it; the emulated one does.
+pub fn vhost_net() -> Option<File> {
+    let opened = File::options().read(true).write(true).open("/dev/vhost-net");
+    assert!(opened.is_ok() || std::env::var_os("FORM_TEST_EMULATED").is_none(), "{opened:?}");
+    opened.ok()
 }
 
 /// A tap with an address, gone with this value.

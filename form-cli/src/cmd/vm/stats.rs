@@ -1,9 +1,9 @@
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use clap_complete::engine::ArgValueCompleter;
 use form_api::{
     client::Client,
-    stats::{DiskRates, NetworkRates, StatsQuery, VmStats},
+    stats::{DiskRates, NetworkBackend, NetworkRates, StatsQuery, VmStats},
 };
 use form_types::{Name, size::Bytes};
 
@@ -83,9 +83,15 @@ pub fn networks(vm: &VmStats, value: fn(&NetworkRates) -> f64) -> Option<f64> {
     if vm.networks.is_empty() { None } else { vm.networks.iter().map(|network| network.per_second.as_ref().map(value)).sum() }
 }
 
+/// Who moves the packets of its interfaces, each once.
+fn backends(vm: &VmStats) -> String {
+    let names: BTreeSet<&str> = vm.networks.iter().filter_map(|network| network.backend).map(NetworkBackend::as_str).collect();
+    if names.is_empty() { "-".to_owned() } else { names.into_iter().collect::<Vec<_>>().join(",") }
+}
+
 fn table(all: &[VmStats]) -> Table {
     let usual = ["NAME", "CPU", "MEMORY", "MEM%", "DISK READ", "WRITTEN", "NET IN", "OUT", "UPTIME"];
-    let wide = ["STATE", "HOST MEMORY", "EXITS/S", "READS/S", "WRITES/S", "PACKETS IN/S", "OUT/S", "DISK ERRORS", "DROPPED", "RESTARTS"];
+    let wide = ["STATE", "HOST MEMORY", "EXITS/S", "READS/S", "WRITES/S", "PACKETS IN/S", "OUT/S", "DISK ERRORS", "DROPPED", "NETWORK BY", "RESTARTS"];
     let mut table = Table::new(&usual, &wide);
     for vm in all {
         let used = vm.memory_used_bytes.map_or_else(|| "-".to_owned(), bytes);
@@ -108,6 +114,7 @@ fn table(all: &[VmStats]) -> Table {
             number(networks(vm, |rates| rates.sent_packets)),
             vm.disks.iter().map(|disk| disk.errors).sum::<u64>().to_string(),
             vm.networks.iter().map(|network| network.dropped_packets).sum::<u64>().to_string(),
+            backends(vm),
             vm.restarts.to_string(),
         ]);
     }

@@ -144,6 +144,7 @@ pub fn run<T: Target>(input: Input<T::Request, T::Event>) {
         router: Arc::new(Lines::default()),
         doorbells: Arc::clone(&bells) as _,
         activations: Arc::clone(&activations),
+        kernel: Arc::default(),
     };
     let transport = VirtioPci::new(0, device, BAR, host).expect("eventfds");
     let steps = input.steps.into_iter().take(STEPS_MAX).collect();

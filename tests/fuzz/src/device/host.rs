@@ -37,6 +37,12 @@ impl Router for Lines {
     fn release(&self, _line: u32, _event: &EventFd) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
+
+    fn attach(&self, _line: u32, _event: &EventFd) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn detach(&self, _line: u32, _event: &EventFd) {}
 }
 
 /// The doorbells by address, in the place of KVM.

@@ -2,10 +2,10 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, OwnedFd},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
 };
 
@@ -17,6 +17,7 @@ use super::{
     request::ReceiveMode,
     state::{self, NetState},
     tap::{Offloads, Tap},
+    vhost::Vhost,
     worker::NetWorker,
 };
 use crate::{
@@ -56,6 +57,16 @@ pub struct Counters {
     pub(super) received_packets: AtomicU64,
     pub(super) sent_packets: AtomicU64,
     pub(super) dropped: AtomicU64,
+    carrier: Carrier,
+}
+
+/// Who moves the packets.
+#[derive(Debug, Default)]
+pub struct Carrier {
+    /// The host's kernel can.
+    has_vhost: AtomicBool,
+    /// It does, or did when the device last worked.
+    is_vhost: AtomicBool,
 }
 
 impl Counters {
@@ -67,7 +78,18 @@ impl Counters {
             received_packets: self.received_packets.load(Relaxed),
             sent_packets: self.sent_packets.load(Relaxed),
             dropped: self.dropped.load(Relaxed),
+            vhost_net: self.carrier.has_vhost.load(Relaxed).then(|| self.carrier.is_vhost.load(Relaxed)),
         }
+    }
+
+    /// Whether the interface has to be stopped and started again for a change of its limit to hold, or to be gone.
+    pub fn changes_carrier(&self, is_limited: bool) -> bool {
+        self.carrier.has_vhost.load(Relaxed) && self.carrier.is_vhost.load(Relaxed) == is_limited
+    }
+
+    /// Whether the host's kernel moves the packets now.
+    pub fn is_vhost(&self) -> bool {
+        self.carrier.is_vhost.load(Relaxed)
     }
 }
 
@@ -80,6 +102,8 @@ pub struct Net {
     limiter: Limiter,
     tap: Arc<Tap>,
     worker: Option<Task<NetWorker>>,
+    /// The host's kernel, which takes the place of the worker where it can.
+    vhost: Option<Vhost>,
 }
 
 impl Net {
@@ -92,7 +116,30 @@ impl Net {
     }
 
     fn over(id: String, tap: Tap, mac: [u8; 6], mtu: u16) -> io::Result<Self> {
-        Ok(Self { id, mac, mtu, counters: Arc::default(), limiter: Limiter::new()?, tap: Arc::new(tap), worker: None })
+        Ok(Self { id, mac, mtu, counters: Arc::default(), limiter: Limiter::new()?, tap: Arc::new(tap), worker: None, vhost: None })
+    }
+
+    /// Has the host's kernel move the packets while there is no limit; `vhost` is `/dev/vhost-net`, opened for this interface alone.
+    #[must_use]
+    pub fn with_vhost(self, vhost: Option<OwnedFd>) -> Self {
+        self.counters.carrier.has_vhost.store(vhost.is_some(), Relaxed);
+        Self { vhost: vhost.map(Vhost::new), ..self }
+    }
+
+    /// Whether the host's kernel has taken over.
+    fn start_vhost(&mut self, activation: &Activation) -> bool {
+        let Some(vhost) = self.vhost.as_mut().filter(|_| activation.kernel.may() && !self.limiter.is_any()) else { return false };
+        vhost.start(activation, self.tap.as_raw_fd()).unwrap_or_else(|error| {
+            eprintln!("{}: vhost-net is not used: {error}", self.id);
+            self.give_up_vhost();
+            false
+        })
+    }
+
+    /// It said no to what it should do: closing it ends all that it may be doing.
+    fn give_up_vhost(&mut self) {
+        self.vhost = None;
+        self.counters.carrier.has_vhost.store(false, Relaxed);
     }
 
     /// An interface over a datagram socket that does not block.
@@ -175,10 +222,15 @@ impl VirtioDevice for Net {
         let has = |bit: u64| activation.features & bit != 0;
         let offloads = Offloads { checksum: has(F_GUEST_CSUM), tso4: has(F_GUEST_TSO4), tso6: has(F_GUEST_TSO6), ecn: has(F_GUEST_ECN) };
         let mode = ReceiveMode { mergeable: has(F_MRG_RXBUF), large: offloads.checksum && (offloads.tso4 || offloads.tso6), mtu: self.mtu };
+        self.tap.set_offloads(offloads).map_err(|source| io("could not set the tap's offloads", source))?;
+        let is_vhost = self.start_vhost(&activation);
+        self.counters.carrier.is_vhost.store(is_vhost, Relaxed);
+        if is_vhost {
+            return Ok(());
+        }
         let (session, rings) = rings("net", &self.id, activation, 2)?;
         let [receive, transmit] =
             <[Ring; 2]>::try_from(rings).map_err(|rings| DeviceError::Queues { device: "net", needed: 2, found: rings.len() })?;
-        self.tap.set_offloads(offloads).map_err(|source| io("could not set the tap's offloads", source))?;
         let worker =
             NetWorker::new(session, [receive, transmit], Arc::clone(&self.tap), mode, Arc::clone(&self.counters), self.limiter.clone());
         let task = Task::start(WorkerKind::Net, &self.id, move |exit| worker.run(exit))
@@ -188,6 +240,13 @@ impl VirtioDevice for Net {
     }
 
     fn stop(&mut self) -> Vec<(u16, Queue, EventFd)> {
+        if let Some((queues, result)) = self.vhost.as_mut().and_then(Vhost::stop) {
+            if let Err(error) = result {
+                eprintln!("{}: vhost-net did not stop: {error}", self.id);
+                self.give_up_vhost();
+            }
+            return queues;
+        }
         self.worker.take().and_then(Task::stop).map_or_else(Vec::new, NetWorker::into_queues)
     }
 

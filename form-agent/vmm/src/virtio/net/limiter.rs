@@ -30,6 +30,11 @@ impl Limiter {
         self.0.set([rate, rate]);
     }
 
+    /// Whether there is a limit at all.
+    pub(super) fn is_any(&self) -> bool {
+        self.0.is_any()
+    }
+
     /// Whether the guest may receive a packet, whose length is known only when it was taken from the tap; otherwise when to ask again.
     pub(super) fn may_receive(&self) -> Result<(), Duration> {
         self.0.wait([LONGEST, 0]).map_or(Ok(()), Err)

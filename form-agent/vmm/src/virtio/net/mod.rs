@@ -1,4 +1,5 @@
-//! virtio-net (virtio 1.2, section 5.1) on a tap: one queue pair, one thread, packets straight between tap and guest memory.
+//! virtio-net (virtio 1.2, section 5.1) on a tap: one queue pair, and packets that go straight between tap and guest memory. A thread of ours moves
+//! them ([`worker`]), or the host's kernel does ([`vhost`]).
 
 mod device;
 mod limiter;
@@ -7,7 +8,8 @@ mod state;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod vhost;
 mod worker;
 
-pub use device::{Counters, Net};
+pub use device::{Carrier, Counters, Net};
 pub use limiter::Limiter;

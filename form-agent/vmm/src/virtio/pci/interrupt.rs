@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
 use crate::pci::msix::{Msix, NO_VECTOR};
 use crate::virtio::Interrupt;
+use vmm_sys_util::eventfd::EventFd;
 
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
@@ -31,7 +32,8 @@ impl PciInterrupt {
 
     /// Reading the interrupt status clears it.
     pub fn take_status(&self) -> u8 {
-        self.status.swap(0, Ordering::AcqRel)
+        let direct = if self.msix.take_direct() { ISR_QUEUE } else { 0 };
+        self.status.swap(0, Ordering::AcqRel) | direct
     }
 
     /// The interrupt status, to be saved: this does not clear it.
@@ -64,6 +66,8 @@ impl PciInterrupt {
     pub fn set_queue_vector(&self, queue: u16, vector: u16) {
         if let Some(slot) = self.queue_vectors.get(usize::from(queue)) {
             slot.store(self.existing(vector), Ordering::Release);
+            // What KVM does not take is raised by nobody, and a driver that changes vectors under way does so at its own risk.
+            let _ = self.msix.move_direct(queue, self.queue_vector(queue));
         }
     }
 
@@ -96,5 +100,9 @@ impl Interrupt for PciInterrupt {
     fn config(&self) -> io::Result<()> {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.raise(self.config_vector(), ISR_CONFIG)
+    }
+
+    fn direct(&self, index: u16, event: Option<&EventFd>) -> io::Result<()> {
+        self.msix.set_direct(index, self.queue_vector(index), event)
     }
 }

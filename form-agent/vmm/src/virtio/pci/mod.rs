@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::common::{Common, Written};
 use self::interrupt::PciInterrupt;
 pub use self::state::{QueueSave, VirtioPciState};
-use super::{Activation, DeviceError, GuestMemory, Interrupt, VirtioDevice};
+use super::{Activation, DeviceError, GuestMemory, Interrupt, KernelTerms, VirtioDevice};
 use crate::pci::PciDevice;
 use crate::pci::config_space::{BAR0, COMMAND, ConfigSpace, Identity};
 use crate::pci::interrupts::Router;
@@ -90,6 +90,7 @@ pub struct Host {
     pub router: Arc<dyn Router>,
     pub doorbells: Arc<dyn Doorbells>,
     pub activations: Arc<Activations>,
+    pub kernel: Arc<KernelTerms>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -209,6 +210,7 @@ impl VirtioPci {
             queues,
             features: self.common.driver_features,
             needs_reset: Arc::clone(&self.needs_reset),
+            kernel: Arc::clone(&self.host.kernel),
         })
     }
 
@@ -245,6 +247,12 @@ impl VirtioPci {
             }
             self.phase = Phase::Ready;
         }
+    }
+
+    /// Stops the device and starts it again, as what it was told meanwhile has it. Call only while the VM runs.
+    pub fn restart(&mut self) {
+        self.pause();
+        self.activate();
     }
 
     /// Makes a disk larger, and tells its driver. Call only while the VM runs.

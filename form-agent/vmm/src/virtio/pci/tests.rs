@@ -86,6 +86,7 @@ fn rig_that(refuse: bool) -> Rig {
         router: Arc::clone(&router) as Arc<dyn Router>,
         doorbells: Arc::clone(&doorbells) as Arc<dyn Doorbells>,
         activations: Arc::clone(&activations),
+        kernel: Arc::default(),
     };
     let probe = Probe { active: Arc::clone(&active), config: 7, refuse };
     let pci = VirtioPci::new(3, Box::new(probe), BAR, host).unwrap();
