@@ -65,8 +65,7 @@ fn kvm_interfaces_come_and_go_and_are_as_recorded() {
     let all = all_reached(&host, "web", &["eth0", "eth1"]);
     assert!(["mac", "ipv4", "ipv6"].iter().all(|field| all[0][*field] != all[1][*field]), "{all:?}");
     // What came to the second address was answered from there, by the interface it came in on.
-    let stats = host.form(&["vm", "stats", "web", "-o", "json"]).ok().stdout;
-    assert!(stats.contains("\"eth1\""), "{stats}");
+    carried_by_kernel_but_for_a_limit(&host);
     assert_ne!(sh(&host, "web", "busybox cat /sys/class/net/eth1/statistics/tx_packets").trim(), "0");
 
     busy(&host, &all[1]);
@@ -89,6 +88,38 @@ fn kvm_interfaces_come_and_go_and_are_as_recorded() {
     assert_eq!(sh(&host, "web", "busybox ip rule | busybox grep -c 'lookup 10[0-9]'; busybox true"), "0\n");
     let _ = host.form(&["destroy", "web", "-y"]).ok();
     host.is_clean();
+}
+
+/// Name, backend and bytes each way of the interfaces of `web`.
+fn traffic(host: &Host) -> Vec<(String, String, u64, u64)> {
+    let stats = host.form(&["vm", "stats", "web", "-o", "json"]).ok().json();
+    let networks = stats[0]["networks"].as_array().unwrap_or_else(|| panic!("{stats}"));
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let one =
+        |of: &Value| (text(&of["id"]), text(&of["backend"]), of["received_bytes"].as_u64().unwrap(), of["sent_bytes"].as_u64().unwrap());
+    networks.iter().map(one).collect()
+}
+
+/// The host's kernel moves the packets of both, and the VM process while there is a limit; each is counted once by whomever it was moved.
+fn carried_by_kernel_but_for_a_limit(host: &Host) {
+    let by_kernel = if std::path::Path::new("/dev/vhost-net").exists() { "vhost-net" } else { "form-vmm" };
+    assert!(by_kernel == "vhost-net" || std::env::var_os("FORM_TEST_EMULATED").is_none(), "the emulated host has it");
+    let mut before = traffic(host);
+    for (limit, backend) in [(None, by_kernel), (Some("1Gbit"), "form-vmm"), (Some("none"), by_kernel)] {
+        if let Some(limit) = limit {
+            let _ = host.form(&["vm", "set", "web", "--net-bandwidth", limit]).ok();
+        }
+        all_reached(host, "web", &["eth0", "eth1"]);
+        let now = traffic(host);
+        assert_eq!(now.len(), 2, "{now:?}");
+        for (now, before) in now.iter().zip(&before) {
+            assert_eq!((&now.0, now.1.as_str()), (&before.0, backend), "with the limit {limit:?}");
+            // One small page each time: less would be missing packets, far more some that are counted twice.
+            let (received, sent) = (now.2.saturating_sub(before.2), now.3.saturating_sub(before.3));
+            assert!((200..1 << 20).contains(&received) && (200..1 << 20).contains(&sent), "{before:?} {now:?}");
+        }
+        before = now;
+    }
 }
 
 /// What somebody listens at is not taken away, unless by force.

@@ -100,6 +100,11 @@ const REQUESTS: [Requests; 16] = [
     Requests::new("disk/write/qcow2/128k/32", AT_ONCE, QCOW2_WRITTEN, Access::Sequential, 32),
 ];
 
+const TO_GUEST_ROW: Line = Line::new("network/to-guest", "256 MiB over one TCP connection from the host to a guest", Unit::Milliseconds);
+const FROM_GUEST_ROW: Line = Line::new("network/from-guest", "the same from the guest to the host", Unit::Milliseconds);
+const TO_GUEST_BY_VHOST: Line = Line::new("network/vhost/to-guest", "to the guest by the host's kernel (vhost-net)", Unit::Milliseconds);
+const FROM_GUEST_BY_VHOST: Line = Line::new("network/vhost/from-guest", "from the guest by the host's kernel", Unit::Milliseconds);
+
 impl Bench<'_> {
     /// The host has the disks in its memory: what is measured is the way there.
     pub(super) fn disk(&self) -> Vec<BenchRow> {
@@ -153,11 +158,19 @@ impl Bench<'_> {
         guests::measuring(&self.kernel()?, self.directory, &program, commands, disks)
     }
 
+    /// Once more by the host's kernel, where the host has vhost-net.
     pub(super) fn network(&self) -> Vec<BenchRow> {
-        let to = Line::new("network/to-guest", "256 MiB over one TCP connection from the host to a guest", Unit::Milliseconds);
-        let from = Line::new("network/from-guest", "the same from the guest to the host", Unit::Milliseconds);
+        let mut rows = self.network_by(false, TO_GUEST_ROW, FROM_GUEST_ROW);
+        if form_net::tap::vhost().is_some() {
+            rows.extend(self.network_by(true, TO_GUEST_BY_VHOST, FROM_GUEST_BY_VHOST));
+        }
+        rows
+    }
+
+    fn network_by(&self, vhost: bool, to: Line, from: Line) -> Vec<BenchRow> {
         let commands = format!("/bin/busybox ip link set eth0 up\nmeasure network {PORT} &\n");
         let times = self.measuring(&commands, Vec::new()).and_then(|guest| {
+            let guest = super::Guest { vhost, ..guest };
             // Addresses of the link itself: nothing has to be set up, and nothing can be in anybody's way.
             self.starts(&guest, guests::LINE, |machine, _| Ok((to_guest(machine, self.stop)?, from_guest(machine, self.stop)?)))
         });

@@ -57,6 +57,8 @@ pub struct Guest {
     pub devices: bool,
     /// Disks beside that one.
     pub disks: Vec<OtherDisk>,
+    /// The host's kernel moves its packets (vhost-net), and not the VM process.
+    pub vhost: bool,
     pub memory_mib: u64,
     /// What its cgroup allows it: more where it is saved to files, which may lie in memory and count as its own.
     pub limit_mib: u64,
@@ -454,7 +456,8 @@ impl Files {
                     limits,
                 });
             }
-            config.networks.push(NetworkConfig { id: "eth0".to_owned(), tap, vhost: None, mac: MAC, mtu: form_net::MTU, bytes_per_second: None });
+            let vhost = form_net::tap::vhost().filter(|_| guest.vhost).map(&mut add);
+            config.networks.push(NetworkConfig { id: "eth0".to_owned(), tap, vhost, mac: MAC, mtu: form_net::MTU, bytes_per_second: None });
             config.vsock_cid = Some(vm::GUEST_CID);
         }
         Ok(Self { config, descriptors })

@@ -332,7 +332,7 @@ fn stats(vm: &Value) -> Value {
         "per_second": {"reads": 2.0, "writes": 1.0, "read_bytes": 8192.0, "written_bytes": 4096.0}
     });
     let network = json!({
-        "id": "eth0", "received_bytes": 3000, "sent_bytes": 700, "received_packets": 4, "sent_packets": 3, "dropped_packets": 0,
+        "id": "eth0", "backend": "vhost-net", "received_bytes": 3000, "sent_bytes": 700, "received_packets": 4, "sent_packets": 3, "dropped_packets": 0,
         "per_second": {"received_bytes": 1500.0, "sent_bytes": 70.0, "received_packets": 2.0, "sent_packets": 1.0}
     });
     json!({

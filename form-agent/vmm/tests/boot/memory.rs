@@ -5,16 +5,19 @@ use std::os::fd::AsFd;
 
 use form_vmm::control::{ClientError, ErrorKind, MemoryMetrics, SaveHow};
 
-use crate::vm::{Shape, Vm, shape};
+use crate::vm::{Shape, Tap, Vm, shape, vhost_net};
 use crate::wanted;
 
 /// A file of 32 MiB fills memory that came, since that is where Linux puts what it can move; and the disk is read straight into it.
-const SCRIPT: &str = "for m in virtio_blk virtio_mem; do insmod_virtio $m; done
+/// A tick comes only when packets do.
+const SCRIPT: &str = "for m in virtio_blk virtio_net virtio_mem; do insmod_virtio $m; done
     echo auto-movable >/sys/module/memory_hotplug/parameters/online_policy
     echo online >/sys/devices/system/memory/auto_online_blocks
     mount -t tmpfs none /mnt; yes DISK | dd of=/dev/vda bs=1M count=8 iflag=fullblock conv=fsync 2>/dev/null
+    ip link set eth0 up; ip addr add 10.99.7.2/24 dev eth0
     n=0
     while :; do n=$((n+1))
+      until ping -c 1 -W 2 10.99.7.1 >/dev/null; do :; done
       mib=$(($(awk '/MemTotal/{print $2}' /proc/meminfo) / 1024))
       if [ $mib -gt 400 ] && [ ! -e /mnt/x ]; then
         for i in 1 2 3 4; do dd if=/dev/vda iflag=direct bs=8M 2>/dev/null; done >/mnt/x
@@ -52,12 +55,15 @@ fn resize(vm: &Vm, mib: u64) -> (u64, u64, String) {
 #[ignore = "boots a guest and restores it: FORM_TEST_KVM=1"]
 fn kvm_memory_comes_and_goes_and_outlives_a_save() {
     wanted();
-    let with = Shape { disk_mib: Some(8), user: Some(4242), ..shape(SCRIPT) };
+    let tap = Tap::new("formmem0");
+    let with = Shape { disk_mib: Some(8), tap: Some(tap.name), user: Some(4242), ..shape(SCRIPT) };
     let vm = Vm::boot(&with);
     vm.await_log("a tick", |log| last(log).is_some_and(|tick| tick.1 < 256));
     let MemoryMetrics { booted_mib, step_mib, most_mib, wanted_mib, present_mib } = memory(&vm);
     assert_eq!((booted_mib, step_mib, wanted_mib, present_mib), (256, 128, 256, 256));
     assert!(most_mib > 4096, "{most_mib}");
+    let by_kernel = vhost_net().map(|_| true);
+    assert_eq!(vm.carrier(), by_kernel);
     for impossible in [128, 300, most_mib + 128, u64::MAX] {
         refused(vm.client().memory(impossible), ErrorKind::Invalid);
     }
@@ -76,6 +82,7 @@ fn kvm_memory_comes_and_goes_and_outlives_a_save() {
     let (_, small, _) = last(&vm.log()).unwrap();
     let (_, grown, _) = resize(&vm, 512);
     assert!((small + 240..=small + 256).contains(&grown), "{small} and then {grown}");
+    assert_eq!(vm.carrier(), by_kernel.map(|_| false), "the host's kernel does not know of memory that came");
     vm.await_log("the file", |log| last(log).is_some_and(|tick| tick.2.ends_with("-33554432 END")));
     let whole = last(&vm.log()).unwrap().2;
     vm.assert_jailed(4242);
@@ -95,6 +102,7 @@ fn kvm_memory_comes_and_goes_and_outlives_a_save() {
     let before = memory(&again);
     assert_eq!((before.booted_mib, before.wanted_mib, before.present_mib, before.most_mib), (256, 512, 512, most_mib));
     again.await_log("a tick after the restore", |log| last(log).is_some_and(|tick| tick.2 == whole));
+    assert_eq!(again.carrier(), by_kernel.map(|_| false));
     // What was added has no log.
     let upon = create("memory upon");
     std::fs::copy(directory.path().join("memory"), directory.path().join("memory upon")).unwrap();

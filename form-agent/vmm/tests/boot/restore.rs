@@ -200,7 +200,7 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     again.client().balloon(8).unwrap();
     again.await_metric("a balloon of 8 MiB", |metrics| metrics.balloon_mib == 8);
     again.assert_jailed(4242);
-    assert_eq!(carrier(&again), vhost_net().map(|_| true));
+    assert_eq!(again.carrier(), vhost_net().map(|_| true));
     assert_eq!(again.client().status().unwrap().0, VmState::Running);
 
     // What it went on from is built upon as what it saved itself.
@@ -219,21 +219,16 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     held.await_log("a tick of the second copy", |log| {
         last_tick(log).is_some_and(|tick| tick.whole && ![&saved.generation, &later].contains(&&tick.generation))
     });
-    assert_eq!(carrier(&held), None);
-}
-
-/// Whether the host's kernel moves its packets; `None` when it cannot.
-fn carrier(vm: &Vm) -> Option<bool> {
-    vm.client().metrics().unwrap().networks[0].vhost_net
+    assert_eq!(held.carrier(), None);
 }
 
 /// The limit of the interface is set and gone, while the guest sends: from the host's kernel to us, and back.
 fn another_takes_over_its_packets(vm: &Vm) {
     let by_kernel = vhost_net().map(|_| true);
-    assert_eq!(carrier(vm), by_kernel);
+    assert_eq!(vm.carrier(), by_kernel);
     for (limit, expected) in [(NonZeroU64::new(1 << 20), by_kernel.map(|_| false)), (None, by_kernel)] {
         vm.client().limit_network("net", limit).unwrap();
-        assert_eq!(carrier(vm), expected, "{limit:?}");
+        assert_eq!(vm.carrier(), expected, "{limit:?}");
         let before = last_tick(&vm.log()).unwrap().number;
         vm.await_log("whole ticks with another carrier", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number > before + 2));
     }

@@ -182,6 +182,11 @@ impl Vm {
     }
 
     /// The kernel's own view of every thread of the process: no privileges, a filter, and nothing to see.
+    /// Whether the host's kernel moves its packets; `None` when it cannot.
+    pub fn carrier(&self) -> Option<bool> {
+        self.client().metrics().unwrap().networks[0].vhost_net
+    }
+
     pub fn assert_jailed(&self, user: u32) {
         let process = format!("/proc/{}", self.child.borrow().id());
         let mut names = Vec::new();

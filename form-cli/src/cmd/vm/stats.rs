@@ -91,7 +91,19 @@ fn backends(vm: &VmStats) -> String {
 
 fn table(all: &[VmStats]) -> Table {
     let usual = ["NAME", "CPU", "MEMORY", "MEM%", "DISK READ", "WRITTEN", "NET IN", "OUT", "UPTIME"];
-    let wide = ["STATE", "HOST MEMORY", "EXITS/S", "READS/S", "WRITES/S", "PACKETS IN/S", "OUT/S", "DISK ERRORS", "DROPPED", "NETWORK BY", "RESTARTS"];
+    let wide = [
+        "STATE",
+        "HOST MEMORY",
+        "EXITS/S",
+        "READS/S",
+        "WRITES/S",
+        "PACKETS IN/S",
+        "OUT/S",
+        "DISK ERRORS",
+        "DROPPED",
+        "NETWORK BY",
+        "RESTARTS",
+    ];
     let mut table = Table::new(&usual, &wide);
     for vm in all {
         let used = vm.memory_used_bytes.map_or_else(|| "-".to_owned(), bytes);

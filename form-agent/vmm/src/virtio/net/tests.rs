@@ -253,3 +253,26 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn an_interface_whose_vhost_does_not_work_moves_its_packets_itself() {
+    use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv, socketpair};
+    for (may, left) in [(true, None), (false, Some(false))] {
+        let (wire, tap) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None).unwrap();
+        let no_vhost = File::open("/dev/null").unwrap().into();
+        let mut device = Net::over_socket("net".into(), tap, MAC, 1500).unwrap().with_vhost(Some(no_vhost));
+        let mut driver = Driver::new(device.queue_sizes());
+        assert_eq!(device.counters().metrics("net").vhost_net, Some(false), "it is not known yet");
+        let activation = driver.activation(device.features() & NO_EVENT_IDX);
+        if !may {
+            activation.kernel.forbid();
+        }
+        device.activate(activation).unwrap();
+        assert_eq!(device.counters().metrics("net").vhost_net, left);
+        let made = driver.add(1, &[Buffer::Out(&[0; HEADER]), Buffer::Out(&[7; 60])]);
+        assert_eq!(driver.used(1), (made.head, 0));
+        let mut bytes = [0; 128];
+        assert_eq!(recv(&wire, &mut bytes, RecvFlags::empty()).unwrap().0, HEADER + 60);
+        assert_eq!(device.stop().len(), 2);
+    }
+}

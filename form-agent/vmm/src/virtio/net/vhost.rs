@@ -85,11 +85,14 @@ struct RingAddresses {
     log: u64,
 }
 
+/// A queue, its index, and the eventfd of its kicks.
+type OneRing = (u16, Queue, EventFd);
+
 /// What is working, until it is stopped.
 struct Running {
     memory: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
-    queues: Vec<(u16, Queue, EventFd)>,
+    queues: Vec<OneRing>,
     log: Option<WriteLog>,
 }
 
@@ -153,13 +156,7 @@ impl Vhost {
         }
     }
 
-    fn begin(
-        &self,
-        activation: &Activation,
-        memory: &GuestMemoryMmap,
-        is_logged: bool,
-        tap: RawFd,
-    ) -> io::Result<Vec<(u16, Queue, EventFd)>> {
+    fn begin(&self, activation: &Activation, memory: &GuestMemoryMmap, is_logged: bool, tap: RawFd) -> io::Result<Vec<OneRing>> {
         let mut queues = Vec::with_capacity(activation.queues.len());
         for (index, queue, kick) in &activation.queues {
             let call = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
@@ -181,7 +178,7 @@ impl Vhost {
     }
 
     /// Has the kernel stop, and gives the queues back as they stand. `None` when it did not run. An error leaves it of no further use.
-    pub fn stop(&mut self) -> Option<(Vec<(u16, Queue, EventFd)>, io::Result<()>)> {
+    pub fn stop(&mut self) -> Option<(Vec<OneRing>, io::Result<()>)> {
         let Running { memory, interrupt, mut queues, log } = self.running.take()?;
         let mut result = self.end(&*interrupt);
         let memory = memory.memory();
@@ -281,7 +278,9 @@ mod tests {
     fn rings_go_on_where_the_kernel_left_them() {
         let driver = Driver::new(&[256]);
         let mut queue = driver.queue(0);
-        for (taken, used, expected) in [(Some(7), 7, (7, 7)), (Some(0xffff), 0xffff, (0xffff, 0xffff)), (None, 9, (9, 9)), (Some(1 << 16), 3, (3, 3))] {
+        for (taken, used, expected) in
+            [(Some(7), 7, (7, 7)), (Some(0xffff), 0xffff, (0xffff, 0xffff)), (None, 9, (9, 9)), (Some(1 << 16), 3, (3, 3))]
+        {
             set_positions(&mut queue, taken, used);
             assert_eq!((queue.next_avail(), queue.next_used()), expected);
         }
