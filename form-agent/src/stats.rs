@@ -173,6 +173,7 @@ fn fill(stats: &mut VmStats, before: Option<&Look>, after: &Look) {
         errors: disk.errors,
         read_bytes: disk.read_bytes,
         written_bytes: disk.written_bytes,
+        io_uring: disk.io_uring,
         per_second: before.and_then(|before| before.metrics.disks.iter().find(|earlier| earlier.id == disk.id)).map(|earlier| DiskRates {
             reads: per_second(earlier.reads, disk.reads),
             writes: per_second(earlier.writes, disk.writes),

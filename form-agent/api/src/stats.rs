@@ -57,6 +57,9 @@ pub struct DiskStats {
     pub errors: u64,
     pub read_bytes: u64,
     pub written_bytes: u64,
+    /// Whether reads that have to wait and flushes are left to the host's kernel (io_uring), so that other requests go on meanwhile.
+    #[serde(default)]
+    pub io_uring: bool,
     pub per_second: Option<DiskRates>,
 }
 

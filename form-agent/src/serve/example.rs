@@ -357,6 +357,7 @@ fn stats(vm: &Vm) -> VmStats {
             errors: 0,
             read_bytes: 48_234_496,
             written_bytes: 2_146_304,
+            io_uring: true,
             per_second: Some(disk),
         }],
         networks: vec![NetworkStats {

@@ -251,6 +251,9 @@ pub struct DiskMetrics {
     pub writes: u64,
     pub flushes: u64,
     pub errors: u64,
+    /// Reads that have to wait and flushes are left to the kernel (io_uring) while the disk goes on; an earlier VM process does not say.
+    #[serde(default)]
+    pub io_uring: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -329,7 +329,7 @@ fn stats(vm: &Value) -> Value {
     let of = |value: Value| if runs { value } else { json!(null) };
     let disk = json!({
         "id": "root", "reads": 10, "writes": 5, "flushes": 1, "errors": 0, "read_bytes": 40960, "written_bytes": 20480,
-        "per_second": {"reads": 2.0, "writes": 1.0, "read_bytes": 8192.0, "written_bytes": 4096.0}
+        "io_uring": true, "per_second": {"reads": 2.0, "writes": 1.0, "read_bytes": 8192.0, "written_bytes": 4096.0}
     });
     let network = json!({
         "id": "eth0", "backend": "vhost-net", "received_bytes": 3000, "sent_bytes": 700, "received_packets": 4, "sent_packets": 3, "dropped_packets": 0,

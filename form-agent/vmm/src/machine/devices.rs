@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 
 use super::MachineError;
-use crate::config::{DiskConfig, DiskLimits, NetworkConfig, RestoreConfig, VmConfig};
+use crate::config::{DiskConfig, DiskFormat, DiskLimits, NetworkConfig, RestoreConfig, VmConfig};
 use crate::control::Metrics;
 use crate::descriptors::Descriptors;
 use crate::memory::chunks::Chunks;
@@ -125,6 +125,7 @@ impl<'a> From<&'a RestoreConfig> for Devices<'a> {
 pub fn build(config: &Devices<'_>, fds: &mut Descriptors) -> Result<(Vec<Box<dyn VirtioDevice>>, Handles), MachineError> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     let mut handles = Handles::default();
+    block::provide_rings(config.disks.iter().filter(|disk| disk.format == DiskFormat::Raw).count());
     for disk in config.disks {
         let block = self::disk(disk, fds)?;
         handles.add_disk(&block);

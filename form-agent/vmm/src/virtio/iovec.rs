@@ -134,6 +134,24 @@ impl<'m> IoVecs<'m> {
         Ok(())
     }
 
+    /// Fills the buffers from `offset` of a file with what is there without waiting (`RWF_NOWAIT`); gives the number of bytes.
+    ///
+    /// # Errors
+    /// Those of `preadv2`; `WouldBlock` when nothing is.
+    pub fn read_now_at(&mut self, fd: RawFd, offset: u64) -> io::Result<usize> {
+        // SAFETY: as in `read_from`.
+        let result = unsafe { libc::preadv2(fd, self.list.as_ptr(), self.count(), file_offset(offset)?, libc::RWF_NOWAIT) };
+        let count = size(result)?;
+        self.advance(count);
+        Ok(count)
+    }
+
+    /// As many of the buffers as the kernel takes at once, for who sees to it that the memory stays mapped.
+    pub fn into_list(mut self) -> Vec<libc::iovec> {
+        self.list.truncate(VECTORS_MAX);
+        self.list
+    }
+
     /// Writes all buffers to `offset` of a file.
     ///
     /// # Errors

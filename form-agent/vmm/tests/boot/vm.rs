@@ -1,8 +1,9 @@
 //! A VM process under test, with the daemon's files around it.
 
 use std::cell::{Cell, RefCell};
+use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -27,6 +28,8 @@ pub struct Shape {
     pub most_vcpus: Option<u8>,
     pub memory_mib: u64,
     pub disk_mib: Option<u64>,
+    /// The disk lies on a file system on a device (ext4), whose reads wait, and not where temporary files are.
+    pub on_device: bool,
     /// A second disk, in qcow2.
     pub qcow2_mib: Option<u64>,
     pub tap: Option<&'static str>,
@@ -49,6 +52,7 @@ pub fn shape(script: &str) -> Shape {
         most_vcpus: None,
         memory_mib: 256,
         disk_mib: None,
+        on_device: false,
         qcow2_mib: None,
         tap: None,
         vhost: true,
@@ -312,7 +316,7 @@ fn disks(shape: &Shape, directory: &Path, add: &mut dyn FnMut(File) -> Fd) -> Ve
         });
     };
     if let Some(mib) = shape.disk_mib {
-        let file = open("disk");
+        let file = if shape.on_device { open_on_device(directory, mib) } else { open("disk") };
         file.set_len(mib << 20).unwrap();
         disk("root", "TEST-SERIAL", DiskFormat::Raw, file);
     }
@@ -325,6 +329,20 @@ fn disks(shape: &Shape, directory: &Path, add: &mut dyn FnMut(File) -> Fd) -> Ve
         disk("data", "TEST-QCOW2", DiskFormat::Qcow2, file);
     }
     disks
+}
+
+/// A file of random bytes on an ext4 of its own, which is unmounted when the file is closed.
+fn open_on_device(directory: &Path, mib: u64) -> File {
+    let (image, place) = (directory.join("file-system"), directory.join("mounted"));
+    File::create(&image).unwrap().set_len((mib + 16) << 20).unwrap();
+    fs::create_dir(&place).unwrap();
+    let run = |program: &str, arguments: &[&OsStr]| assert!(Command::new(program).args(arguments).status().unwrap().success(), "{program}");
+    run("mke2fs", &["-q".as_ref(), "-F".as_ref(), "-t".as_ref(), "ext4".as_ref(), image.as_ref()]);
+    run("mount", &["-o".as_ref(), "loop".as_ref(), image.as_ref(), place.as_ref()]);
+    let mut file = File::options().read(true).write(true).create_new(true).open(place.join("disk")).unwrap();
+    io::copy(&mut File::open("/dev/urandom").unwrap().take(mib << 20), &mut file).unwrap();
+    run("umount", &["-l".as_ref(), place.as_ref()]);
+    file
 }
 
 fn networks(shape: &Shape, add: &mut dyn FnMut(File) -> Fd) -> Vec<NetworkConfig> {

@@ -1,6 +1,6 @@
 //! What a disk is made of.
 
-use std::{io, ops::Range};
+use std::{io, ops::Range, os::fd::RawFd};
 
 use crate::memory::GuestMemoryMmap;
 use crate::virtio::{
@@ -81,6 +81,12 @@ pub trait DiskBackend: Send {
 
     /// Whether [`DiskBackend::discard`] can free anything: otherwise the feature is not offered to the guest.
     fn can_discard(&self) -> bool;
+
+    /// The file whose bytes are the disk's, each where it is on the disk, if it can be asked for what it has without waiting for the rest
+    /// (`RWF_NOWAIT`, preadv2(2)): then reads and flushes may go to the kernel past this.
+    fn file(&self) -> Option<RawFd> {
+        None
+    }
 
     /// # Errors
     /// When the data cannot be read; the guest sees `VIRTIO_BLK_S_IOERR`.

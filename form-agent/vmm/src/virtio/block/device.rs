@@ -1,35 +1,30 @@
-//! The device and its worker.
+//! The device.
 
 use std::{
     io,
-    os::fd::AsRawFd,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
 };
 
 use virtio_queue::Queue;
-use vm_memory::GuestAddressSpace;
-use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    DiskBackend, Limiter, Payload,
-    request::{
-        self, DISCARD_SECTORS_MAX, HEADER, Limits, Operation, RANGES_MAX, Request, RequestError, SECTOR, SERIAL, Status, ZEROES_SECTORS_MAX,
-    },
+    DiskBackend, Limiter,
+    request::{DISCARD_SECTORS_MAX, Limits, RANGES_MAX, SECTOR, SERIAL, ZEROES_SECTORS_MAX},
     state::{self, BlockState},
+    uring::Uring,
+    worker::Worker,
 };
-use crate::memory::GuestMemoryMmap;
 use crate::{
     control::DiskMetrics,
     virtio::{
         Activation, DeviceError, VirtioDevice,
-        chain::Chain,
         features::{RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, read_config},
-        ring::{Fault, Ring, Session, rings},
-        task::{Exit, Poller, Task},
+        ring::{Ring, rings},
+        task::Task,
         worker::WorkerKind,
     },
 };
@@ -46,22 +41,17 @@ const F_TOPOLOGY: u64 = 1 << 10;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
-const EXIT: u64 = 0;
-const KICK: u64 = 1;
-const LIMITS: u64 = 2;
-
-/// Completions the driver may have to wait for while we go on with the next request.
-const NOTIFY_EVERY: u32 = 8;
-
 /// What a disk has done since boot.
 #[derive(Debug, Default)]
 pub struct Counters {
-    read_bytes: AtomicU64,
-    written_bytes: AtomicU64,
-    reads: AtomicU64,
-    writes: AtomicU64,
-    flushes: AtomicU64,
-    errors: AtomicU64,
+    pub(super) read_bytes: AtomicU64,
+    pub(super) written_bytes: AtomicU64,
+    pub(super) reads: AtomicU64,
+    pub(super) writes: AtomicU64,
+    pub(super) flushes: AtomicU64,
+    pub(super) errors: AtomicU64,
+    /// Whether requests can be under way in the kernel ([`Uring`]).
+    io_uring: AtomicBool,
 }
 
 impl Counters {
@@ -74,6 +64,7 @@ impl Counters {
             writes: self.writes.load(Relaxed),
             flushes: self.flushes.load(Relaxed),
             errors: self.errors.load(Relaxed),
+            io_uring: self.io_uring.load(Relaxed),
         }
     }
 }
@@ -87,7 +78,9 @@ pub struct Block {
     limiter: Limiter,
     /// `None` while the worker has it.
     backend: Option<Box<dyn DiskBackend>>,
-    worker: Option<Task<BlockWorker>>,
+    /// Of a disk that has a use for one, if there was one; `None` also while the worker has it.
+    uring: Option<Uring>,
+    worker: Option<Task<Worker>>,
 }
 
 impl Block {
@@ -99,6 +92,7 @@ impl Block {
         let mut padded = [0; SERIAL];
         let length = serial.len().min(SERIAL);
         padded[..length].copy_from_slice(&serial.as_bytes()[..length]);
+        let uring = backend.file().and_then(|_| Uring::take());
         Ok(Self {
             id,
             serial: padded,
@@ -106,6 +100,7 @@ impl Block {
             counters: Arc::default(),
             limiter: Limiter::new()?,
             backend: Some(backend),
+            uring,
             worker: None,
         })
     }
@@ -134,6 +129,11 @@ impl Block {
             self.backend = None;
             refuse("the disk is in use: pause the VM first")
         })
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_uring(&mut self, uring: Option<Uring>) {
+        self.uring = uring;
     }
 
     #[cfg(test)]
@@ -213,15 +213,19 @@ impl VirtioDevice for Block {
         let ([ring], Some(backend)) = (<[Ring; 1]>::try_from(rings).map_err(|rings| too_many(rings.len()))?, self.backend.take()) else {
             return Err(DeviceError::State { device: "block", reason: "an earlier failure took the disk's storage".into() });
         };
-        let worker = BlockWorker {
+        let uring = self.uring.take().filter(|_| backend.file().is_some());
+        self.counters.io_uring.store(uring.is_some(), Relaxed);
+        let worker = Worker {
             session,
             ring,
             backend,
+            uring,
             serial: self.serial,
             limits: self.limits,
             counters: Arc::clone(&self.counters),
             limiter: self.limiter.clone(),
             write_through,
+            untold: 0,
         };
         // When the thread cannot start the backend is lost with it: the disk then stays out of order.
         let task = Task::start(WorkerKind::Block, &self.id, move |exit| worker.run(exit)).map_err(|source| DeviceError::Io {
@@ -238,6 +242,7 @@ impl VirtioDevice for Block {
             return Vec::new();
         };
         self.backend = Some(worker.backend);
+        self.uring = worker.uring;
         vec![worker.ring.into_parts()]
     }
 
@@ -265,180 +270,4 @@ impl VirtioDevice for Block {
 
 fn too_many(found: usize) -> DeviceError {
     DeviceError::Queues { device: "block", needed: 1, found }
-}
-
-/// Everything the disk's thread holds; it gives all of it back when it stops.
-struct BlockWorker {
-    session: Session,
-    ring: Ring,
-    backend: Box<dyn DiskBackend>,
-    serial: [u8; SERIAL],
-    limits: Limits,
-    counters: Arc<Counters>,
-    limiter: Limiter,
-    write_through: bool,
-}
-
-impl BlockWorker {
-    fn run(mut self, exit: &Exit) -> Self {
-        if let Err(fault) = self.serve(exit) {
-            self.session.report(&fault);
-        }
-        // What is saved or copied while the device rests is complete.
-        if !self.limits.read_only
-            && let Err(error) = self.backend.flush()
-        {
-            eprintln!("{}: could not flush: {error}", self.session.id);
-        }
-        self
-    }
-
-    fn serve(&mut self, exit: &Exit) -> Result<(), Fault> {
-        let host = |source| Fault::Host { context: "could not wait for the driver", source };
-        let mut poller = Poller::new(3).map_err(host)?;
-        poller.add(exit.as_raw_fd(), EXIT, EventSet::IN).map_err(host)?;
-        poller.add(self.ring.kick_fd(), KICK, EventSet::IN).map_err(host)?;
-        poller.add(self.limiter.0.as_raw_fd(), LIMITS, EventSet::IN).map_err(host)?;
-        let mut chain = Chain::default();
-        // First without a kick: after a pause requests may be waiting.
-        let mut limited = self.drain(exit, &mut chain)?;
-        while !exit.requested() {
-            let events = poller.wait(limited).map_err(host)?;
-            let mut look = events.is_empty();
-            for event in events {
-                match event.data() {
-                    KICK => self.ring.take_kick(),
-                    LIMITS => self.limiter.0.take_event(),
-                    _ => continue,
-                }
-                look = true;
-            }
-            if look {
-                limited = self.drain(exit, &mut chain)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Serves what the driver made available until there is no more, or the limits of the disk are reached: then it gives the time after
-    /// which the next request, which stays in the ring, may be served. The driver is not asked to kick meanwhile.
-    fn drain(&mut self, exit: &Exit, chain: &mut Chain) -> Result<Option<Duration>, Fault> {
-        let mut memory = self.session.memory.memory();
-        loop {
-            self.ring.disarm(&memory)?;
-            let mut waiting = 0;
-            let mut limited = None;
-            while !exit.requested() && {
-                memory = self.session.memory.memory();
-                self.ring.pop(&memory, chain)?
-            } {
-                let request = self.parse(&memory, chain)?;
-                if let Err(wait) = self.limiter.take(request.cost(chain)) {
-                    self.ring.undo_pop(1);
-                    limited = Some(wait);
-                    break;
-                }
-                let written = self.perform(&memory, chain, &request)?;
-                self.ring.complete(&memory, chain.head, written)?;
-                waiting += 1;
-                if waiting == NOTIFY_EVERY {
-                    self.ring.notify(&memory)?;
-                    waiting = 0;
-                }
-            }
-            if waiting > 0 {
-                self.ring.notify(&memory)?;
-            }
-            if limited.is_some() {
-                return Ok(limited);
-            }
-            if !self.ring.arm(&memory)? || exit.requested() {
-                return Ok(None);
-            }
-        }
-    }
-
-    fn parse(&self, memory: &GuestMemoryMmap, chain: &Chain) -> Result<Request, Fault> {
-        request::parse(memory, chain, self.limits).map_err(|error| match error {
-            RequestError::TooShort { .. } => Fault::Request("a block request without room for header and status"),
-            RequestError::Chain(source) => Fault::Chain { index: 0, source },
-        })
-    }
-
-    /// Does what the chain asks for and writes the status; gives the number of bytes written to guest memory.
-    fn perform(&mut self, memory: &GuestMemoryMmap, chain: &Chain, request: &Request) -> Result<usize, Fault> {
-        let status_at = chain.writable.len() - 1;
-        let (status, data) = match request {
-            Request::Refuse(status) => (*status, 0),
-            Request::Perform(operation) => match self.execute(memory, chain, operation) {
-                Ok(data) => (Status::Ok, data),
-                Err(error) => {
-                    // A full disk fails every write: the first is told, and then ever fewer.
-                    if (self.counters.errors.load(Relaxed) + 1).is_power_of_two() {
-                        eprintln!("{}: {operation:?} failed: {error}", self.session.id);
-                    }
-                    (Status::IoError, 0)
-                }
-            },
-        };
-        if status != Status::Ok {
-            self.counters.errors.fetch_add(1, Relaxed);
-        }
-        // A read that failed may have written any part of it.
-        let changed = if status == Status::Ok { data } else { status_at };
-        chain
-            .writable
-            .mark_written(memory, changed)
-            .and_then(|()| chain.writable.write(memory, status_at, &[status as u8]))
-            .map_err(|source| Fault::Chain { index: 0, source })?;
-        // The length counts bytes written from the start on; the status is the very last one.
-        Ok(if data == status_at { data + 1 } else { data })
-    }
-
-    /// Gives the number of bytes of data written to guest memory.
-    fn execute(&mut self, memory: &GuestMemoryMmap, chain: &Chain, operation: &Operation) -> io::Result<usize> {
-        let counters = &self.counters;
-        match operation {
-            Operation::Read { offset } => {
-                let payload = Payload::new(memory, &chain.writable, 0..chain.writable.len() - 1).map_err(io::Error::other)?;
-                self.backend.read(*offset, &payload)?;
-                counters.reads.fetch_add(1, Relaxed);
-                counters.read_bytes.fetch_add(payload.len() as u64, Relaxed);
-                return Ok(payload.len());
-            }
-            Operation::Write { offset } => {
-                let payload = Payload::new(memory, &chain.readable, HEADER..chain.readable.len()).map_err(io::Error::other)?;
-                self.backend.write(*offset, &payload)?;
-                counters.writes.fetch_add(1, Relaxed);
-                counters.written_bytes.fetch_add(payload.len() as u64, Relaxed);
-                self.settle()?;
-            }
-            Operation::Flush => {
-                self.backend.flush()?;
-                counters.flushes.fetch_add(1, Relaxed);
-            }
-            Operation::GetId => {
-                let length = SERIAL.min(chain.writable.len() - 1);
-                chain.writable.write(memory, 0, &self.serial[..length]).map_err(io::Error::other)?;
-                return Ok(length);
-            }
-            Operation::Discard(extents) => {
-                for extent in extents {
-                    self.backend.discard(extent.offset, extent.length)?;
-                }
-                self.settle()?;
-            }
-            Operation::WriteZeroes { extents, unmap } => {
-                for extent in extents {
-                    self.backend.write_zeroes(extent.offset, extent.length, *unmap)?;
-                }
-                self.settle()?;
-            }
-        }
-        Ok(0)
-    }
-
-    fn settle(&mut self) -> io::Result<()> {
-        if self.write_through { self.backend.flush() } else { Ok(()) }
-    }
 }

@@ -10,6 +10,8 @@ mod request;
 mod state;
 #[cfg(test)]
 mod tests;
+mod uring;
+mod worker;
 
 use std::{io, os::fd::OwnedFd};
 
@@ -18,6 +20,7 @@ pub use device::{Block, Counters};
 pub use limiter::Limiter;
 pub use qcow2::{Layer, Qcow2Image};
 pub use raw::RawFile;
+pub use uring::provide as provide_rings;
 
 use crate::config::DiskFormat;
 

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{self, Seek, SeekFrom},
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd, RawFd},
         unix::fs::FileExt,
     },
 };
@@ -18,6 +18,9 @@ static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 pub struct RawFile {
     file: File,
     size: u64,
+    /// The file can be read without waiting for the storage below it. One in memory (tmpfs) or on another host (NFS) cannot: there the kernel
+    /// would hand each request to a thread of its own, which costs more than it gives.
+    reads_now: bool,
     /// The storage said that it cannot punch holes: not asked again.
     no_holes: bool,
     /// The storage said that it cannot make ranges zero: not asked again.
@@ -36,7 +39,8 @@ impl RawFile {
         }
         // Works for files and for block devices, whose metadata says zero.
         let size = file.seek(SeekFrom::End(0))?;
-        Ok(Self { file, size, no_holes: false, no_zero_range: false })
+        let reads_now = can_read_now(&file);
+        Ok(Self { file, size, reads_now, no_holes: false, no_zero_range: false })
     }
 
     fn punch(&mut self, offset: u64, length: u64) -> io::Result<bool> {
@@ -54,6 +58,15 @@ impl RawFile {
         }
         Ok(!self.no_zero_range)
     }
+}
+
+/// Whether the file system knows `RWF_NOWAIT` for this file.
+fn can_read_now(file: &File) -> bool {
+    let mut byte = 0_u8;
+    let vector = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // SAFETY: the one vector leads to `byte`, which outlives the call, and `file` keeps the descriptor open.
+    let result = unsafe { libc::preadv2(file.as_raw_fd(), &raw const vector, 1, 0, libc::RWF_NOWAIT) };
+    result >= 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN)
 }
 
 /// One `fallocate`; `false` when the storage does not know the mode.
@@ -93,6 +106,10 @@ impl DiskBackend for RawFile {
 
     fn can_discard(&self) -> bool {
         true
+    }
+
+    fn file(&self) -> Option<RawFd> {
+        self.reads_now.then(|| self.file.as_raw_fd())
     }
 
     fn read(&mut self, offset: u64, into: &Payload<'_>) -> io::Result<()> {

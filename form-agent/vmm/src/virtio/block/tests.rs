@@ -1,6 +1,7 @@
 //! The disk as a driver uses it, and as a hostile one tries to.
 
 use std::{
+    cell::Cell,
     fs::File,
     io::Write,
     os::{fd::OwnedFd, unix::fs::MetadataExt},
@@ -14,6 +15,7 @@ use tempfile::NamedTempFile;
 use super::{
     Block, Layer, open,
     request::{self, Limits, Operation, Request, SECTOR, Status},
+    uring::{self, Uring},
 };
 use crate::{
     config::DiskFormat,
@@ -51,6 +53,11 @@ fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
     bytes
 }
 
+thread_local! {
+    /// Whether the disks of this test leave reads and flushes to the kernel.
+    static WITH_RING: Cell<bool> = const { Cell::new(false) };
+}
+
 /// A disk and its driver.
 struct Bench {
     device: Block,
@@ -60,6 +67,7 @@ struct Bench {
 impl Bench {
     fn new(disk: Layer, backing: Vec<Layer>, read_only: bool) -> Self {
         let mut device = Block::new("disk".into(), SERIAL, open(disk, backing, read_only).unwrap(), read_only).unwrap();
+        device.set_uring(WITH_RING.get().then(|| Uring::new(uring::make().unwrap())));
         let driver = Driver::new(device.queue_sizes());
         device.activate(driver.activation(device.features() & NO_EVENT_IDX)).unwrap();
         Self { device, driver }
@@ -328,6 +336,27 @@ fn discarding_in_an_overlay_frees_the_host() {
     assert!(bench.read(0, 512 * 1024).iter().all(|byte| *byte == 0));
     assert_eq!(bench.write(0, &[8; 512]), 0);
     assert_eq!(bench.read(0, 512), [8; 512]);
+}
+
+/// The tests above are of disks that do one request after the other.
+#[test]
+fn all_of_it_holds_with_io_uring() {
+    WITH_RING.set(true);
+    for case in [
+        what_is_written_is_read_flushed_and_counted,
+        a_request_may_be_cut_anywhere,
+        requests_beyond_the_end_or_not_in_sectors_fail,
+        the_serial_is_told,
+        discarded_and_zeroed_ranges_read_as_zeros_and_free_the_host,
+        a_read_only_disk_refuses_every_change,
+        a_pause_gives_the_queue_back_and_goes_on_where_it_stood,
+        the_backend_is_replaced_only_while_paused,
+        broken_chains_need_a_reset_and_stop_nothing_else,
+        a_ring_that_claims_too_much_needs_a_reset,
+        an_overlay_reads_what_lies_behind_and_keeps_it_unchanged,
+    ] {
+        case();
+    }
 }
 
 proptest! {

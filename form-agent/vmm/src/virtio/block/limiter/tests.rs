@@ -58,6 +58,8 @@ impl Bench {
         let mut device = Block::new("disk".into(), "serial", open(layer, Vec::new(), false).unwrap(), false).unwrap();
         limiter.set(limits);
         device.set_limiter(limiter.clone());
+        // Requests are answered in order.
+        device.set_uring(None);
         let driver = Driver::new(device.queue_sizes());
         device.activate(driver.activation(device.features() & NO_EVENT_IDX)).unwrap();
         Self { device, driver, limiter, nanoseconds, _file: file }
