@@ -407,6 +407,10 @@ fn compressed(host: &mut Host, disk: &SmallDisk) {
     assert!(restores_at(host, RestoreDrafted, "six"));
     assert_eq!(remembered(host), "six");
     assert_eq!(fs::read_dir(host.root().join("var/lib/formation/vms/.tmp")).map_or(0, |entries| entries.count()), 0);
+    // A copy goes on from it as well, with memory of its own.
+    let _ = host.form(&["vm", "fork", "web", "other", "--snapshot", "six"]).ok();
+    assert_eq!(host.form(&["exec", "other", "--", "/bin/busybox", "cat", "/dev/shm/word"]).ok().stdout, "six\n");
+    let _ = host.form(&["destroy", "other", "-y"]).ok();
     // Nothing is built upon what is compressed.
     assert_eq!(create(host, "ten")["memory_kind"], "full");
     let _ = host.form(&["doctor"]).ok();
