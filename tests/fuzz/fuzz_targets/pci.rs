@@ -155,6 +155,7 @@ impl Machine {
                 router: Arc::clone(&router) as _,
                 doorbells: Arc::new(Bells::default()),
                 activations: Arc::clone(&activations),
+                kernel: Arc::default(),
             };
             let device = VirtioPci::new(slot, device, BARS + (slot as u64 - 1) * BAR_SIZE, host).expect("eventfds");
             let device = Arc::new(Mutex::new(device));

@@ -91,6 +91,7 @@ fn transport(kind: u8, memory: &Guarded) -> (VirtioPci, Option<OwnedFd>) {
         router: Arc::new(Lines::default()),
         doorbells: Arc::new(Bells::default()),
         activations: Arc::new(Activations::new().expect("an eventfd")),
+        kernel: Arc::default(),
     };
     (VirtioPci::new(0, device, BAR, host).expect("eventfds"), wire)
 }

@@ -48,6 +48,11 @@ impl Interrupt for Counter {
         self.config.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
+
+    /// What is signalled past this process nobody looks at.
+    fn direct(&self, _index: u16, _event: Option<&EventFd>) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A piece of a request.

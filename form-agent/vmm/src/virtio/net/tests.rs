@@ -10,15 +10,18 @@ use std::{
 };
 
 use proptest::prelude::*;
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::{
     Net,
     request::{self, Buffers, PACKET_MAX, ReceiveMode},
     tap::HEADER,
 };
+use crate::memory::GuestRegionMmap;
 use crate::virtio::{
     VirtioDevice,
-    testing::{Buffer, Driver, NO_EVENT_IDX, eventually, hostile_table, load_hostile},
+    testing::{Buffer, Descriptor, Driver, NO_EVENT_IDX, WRITE, eventually, hostile_table, load_hostile},
 };
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
@@ -252,6 +255,73 @@ proptest! {
             prop_assert_eq!(chain.readable.iovecs(&memory, 0..length).unwrap().len(), length);
         }
     }
+}
+
+/// The pages that are noted as written, and forgets them.
+fn noted(driver: &Driver) -> Vec<u64> {
+    let words = |region: &GuestRegionMmap| vm_memory::mmap::MmapRegion::bitmap(region).get_and_reset();
+    let low = driver.memory.memory().iter().next().map(words).unwrap();
+    (0..low.len() as u64 * 64).filter(|page| low[*page as usize / 64] >> (page % 64) & 1 == 1).collect()
+}
+
+#[test]
+#[ignore = "needs vhost-net and root: tests/kvm-host"]
+fn kvm_what_the_hosts_kernel_writes_is_noted_and_the_rings_go_on_with_us() {
+    let vhost = File::options().read(true).write(true).open("/dev/vhost-net").unwrap();
+    let mut tap = tap(FLAGS).unwrap();
+    let mut device = Net::new("net".into(), tap.fd.take().unwrap(), MAC, 1500).unwrap().with_vhost(Some(vhost.into()));
+    let mut driver = Driver::new(device.queue_sizes());
+    let features = device.features() & NO_EVENT_IDX;
+    let activation = driver.activation(features);
+    let (receive, transmit) = (activation.queues[0].1.used_ring(), activation.queues[1].1.used_ring());
+    activation.kernel.must_note();
+    device.activate(activation).unwrap();
+    assert!(device.counters().is_vhost());
+
+    let socket = UdpSocket::bind((tap.host.as_str(), 0)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let port = socket.local_addr().unwrap().port();
+    let send = |driver: &mut Driver, text: &[u8]| {
+        let made = driver.add(1, &[Buffer::Out(&udp_packet(tap.network, port, text))]);
+        assert_eq!(driver.used(1).0, made.head);
+        let mut bytes = [0; 64];
+        let (length, _) = socket.recv_from(&mut bytes).unwrap();
+        assert_eq!(&bytes[..length], text);
+    };
+    send(&mut driver, b"by the kernel");
+    // The host's own packets, of an address that it looks for.
+    let place = driver.allocate(8 << 12).next_multiple_of(4096);
+    let buffers = [0, 1, 2, 3].map(|number| Descriptor { address: place + number * 4096, length: 2048, flags: WRITE, next: 0 });
+    let first = driver.add_chain(0, &buffers[..1]);
+    for buffer in &buffers[1..] {
+        driver.add_chain(0, std::slice::from_ref(buffer));
+    }
+    let _ = socket.send_to(b"who is it", format!("198.18.{}.2:9", tap.network));
+    assert_eq!(driver.used(0).0, first);
+    // The test's own writes are not the kernel's.
+    noted(&driver);
+    let queues = device.stop();
+    let pages = noted(&driver);
+    for written in [place, receive, transmit] {
+        assert!(pages.contains(&(written >> 12)), "{:#x} of {pages:x?}", written >> 12);
+    }
+    let unused = place + 5 * 4096;
+    assert!(!pages.contains(&(unused >> 12)), "{pages:x?}");
+
+    // From here on by us.
+    assert_eq!((queues[1].1.next_avail(), queues[1].1.next_used()), (1, 1));
+    let activation = driver.activation_of(queues, features);
+    activation.kernel.forbid();
+    device.activate(activation).unwrap();
+    assert!(!device.counters().is_vhost());
+    send(&mut driver, b"by us");
+    // And back.
+    let queues = device.stop();
+    device.activate(driver.activation_of(queues, features)).unwrap();
+    assert!(device.counters().is_vhost());
+    send(&mut driver, b"by the kernel again");
+    let queues = device.stop();
+    assert_eq!((queues[1].1.next_avail(), queues[1].1.next_used()), (3, 3));
 }
 
 #[test]
