@@ -206,7 +206,6 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     // What it went on from is built upon as what it saved itself.
     again.client().pause().unwrap();
     saved_upon(&again, &memory, &create("state upon"), &create("memory upon"));
-    written_past_kvm(&again, [&state_aside, &memory_aside], [&create("state upon"), &create("memory upon")]);
 
     // Held where it stood until it is asked to go on.
     again.kill();
@@ -221,19 +220,6 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
         last_tick(log).is_some_and(|tick| tick.whole && ![&saved.generation, &later].contains(&&tick.generation))
     });
     assert_eq!(held.carrier(), None);
-}
-
-/// Pages that nobody but the host's kernel has written to since are among those that have changed. The earlier saves are made by the process itself:
-/// a copy of it has the pages mapped anew for the guest, which notes them, whoever wrote to them.
-fn written_past_kvm(paused: &Vm, earlier: [&File; 2], later: [&File; 2]) {
-    for _ in 0..2 {
-        paused.client().save(earlier[0].as_fd(), earlier[1].as_fd(), TRACK).unwrap();
-        let before = last_tick(&paused.log()).unwrap().number;
-        paused.client().resume().unwrap();
-        paused.await_log("more whole ticks", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number > before + 3));
-        paused.client().pause().unwrap();
-    }
-    saved_upon(paused, earlier[1], later[0], later[1]);
 }
 
 /// The limit of the interface is set and gone, while the guest sends: from the host's kernel to us, and back.
