@@ -256,7 +256,7 @@ fn what_is_to_be_kept_stays_until_it_is_not_and_labels_change_no_digest() {
     assert_eq!((changed.digest, changed.settings.keep), (entry.digest, true));
 
     let store = open();
-    assert_eq!(store.images().unwrap(), [changed.clone()]);
+    assert_eq!(store.images().unwrap(), std::slice::from_ref(&changed));
     let error = store.remove(&entry.digest, &[]).unwrap_err();
     assert!(matches!(&error, StoreError::ImageKept(_)) && error.to_string().contains("form image set web:1 --no-keep"), "{error}");
     // The same image once more is the one that is there, with what is set of it.
