@@ -38,12 +38,14 @@ fn kvm_what_is_enforced_is_within_its_budget() {
     let kernel = variable("FORM_TEST_KERNEL");
     let mut command = programs.command("form-agent", ["--root".as_ref(), home.path().as_os_str(), "bench".as_ref()]);
     command.args(["--json", "--runs", "1", "--only", "first-instruction", "--only", "vmm-memory", "--only", "vmm-program"]);
-    command.args(["--only", "agent-memory", "--kernel"]).arg(kernel.parent().unwrap());
+    // Those of saved VMs are not enforced, and have to be there.
+    command.args(["--only", "restore", "--only", "agent-memory", "--kernel"]).arg(kernel.parent().unwrap());
     let ran = programs.run(command).ok();
     let rows: Vec<Value> = ran.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let names: Vec<&str> = rows.iter().filter_map(|row| row["name"].as_str()).collect();
     let enforced = ["vmm-memory", "vmm-program", "agent-memory", "agent-memory/vm"];
-    assert!(enforced.iter().all(|name| names.contains(name)), "{names:?}");
+    let saved = ["snapshot", "snapshot/incremental", "restore"];
+    assert!(enforced.iter().chain(&saved).all(|name| names.contains(name)), "{names:?}");
     for row in &rows {
         assert!(row["over"] == false && row["fault"].is_null() && row["samples"] == 1, "{row}");
         assert!(row["median"].as_f64() > Some(0.0), "{row}");
