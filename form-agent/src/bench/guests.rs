@@ -64,41 +64,30 @@ impl Kernel {
     }
 }
 
+/// A kernel, and nothing else.
+fn bare(kernel: PathBuf) -> Guest {
+    Guest { kernel, initramfs: None, devices: false, disks: Vec::new(), vhost: false, memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB }
+}
+
 /// The guest that does nothing but say its line.
 pub fn first_program(directory: &Path) -> Result<Guest, BenchError> {
     let kernel = directory.join("first-program");
     fs::write(&kernel, first_program::elf(None, false)).map_err(io_error("write the first program"))?;
-    Ok(Guest { kernel, initramfs: None, devices: false, disks: Vec::new(), vhost: false, memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB })
+    Ok(bare(kernel))
 }
 
 /// The guest that has used each page of its `memory_mib` when it says its line.
 pub fn full(directory: &Path, memory_mib: u32) -> Result<Guest, BenchError> {
     let kernel = directory.join(format!("full-{memory_mib}"));
     fs::write(&kernel, first_program::elf(Some(memory_mib << 20), false)).map_err(io_error("write the first program"))?;
-    Ok(Guest {
-        kernel,
-        initramfs: None,
-        devices: false,
-        disks: Vec::new(),
-        vhost: false,
-        memory_mib: memory_mib.into(),
-        limit_mib: memory_mib.into(),
-    })
+    Ok(Guest { memory_mib: memory_mib.into(), limit_mib: memory_mib.into(), ..bare(kernel) })
 }
 
 /// As [`full`], and then says again and again that it runs.
 pub fn ticking(directory: &Path, memory_mib: u32) -> Result<Guest, BenchError> {
     let kernel = directory.join(format!("ticking-{memory_mib}"));
     fs::write(&kernel, first_program::elf(Some(memory_mib << 20), true)).map_err(io_error("write the first program"))?;
-    Ok(Guest {
-        kernel,
-        initramfs: None,
-        devices: false,
-        disks: Vec::new(),
-        vhost: false,
-        memory_mib: memory_mib.into(),
-        limit_mib: 2 * u64::from(memory_mib),
-    })
+    Ok(Guest { memory_mib: memory_mib.into(), limit_mib: 2 * u64::from(memory_mib), ..bare(kernel) })
 }
 
 /// Linux up to its first process. With `devices` the VM has them and that process loads their drivers before it says its line.
@@ -108,7 +97,7 @@ pub fn linux(kernel: &Kernel, directory: &Path, devices: bool) -> Result<Guest, 
     let path = directory.join(if devices { "devices.cpio" } else { "init.cpio" });
     fs::write(&path, archive).map_err(io_error("write the initramfs"))?;
     let kernel = kernel.directory.join(VMLINUX_FILE);
-    Ok(Guest { kernel, initramfs: Some(path), devices, disks: Vec::new(), vhost: false, memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB })
+    Ok(Guest { initramfs: Some(path), devices, ..bare(kernel) })
 }
 
 /// As [`linux`] with devices, and then it does what `commands` say, a shell's; `measure` is the program `form-guest measure`.
@@ -118,7 +107,7 @@ pub fn measuring(kernel: &Kernel, directory: &Path, program: &Path, commands: &s
     let path = directory.join("measure.cpio");
     fs::write(&path, archive.map_err(|error| BenchError::Missing(error.to_string()))?).map_err(io_error("write the initramfs"))?;
     let kernel = kernel.directory.join(VMLINUX_FILE);
-    Ok(Guest { kernel, initramfs: Some(path), devices: true, disks, vhost: false, memory_mib: MEMORY_MIB, limit_mib: MEMORY_MIB })
+    Ok(Guest { initramfs: Some(path), devices: true, disks, ..bare(kernel) })
 }
 
 fn busybox() -> Result<Vec<u8>, BenchError> {
