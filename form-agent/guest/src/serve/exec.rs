@@ -229,25 +229,37 @@ fn pass_on(channel: &Channel, sender: &SyncSender<Vec<u8>>, mut bytes: Vec<u8>, 
 }
 
 /// Sends output until the process has ended and everything it wrote is on its way. Gives how it ended.
-fn send_output(channel: &Channel, mut outputs: Vec<(FrameKind, File)>, child: &Child) -> io::Result<ExitStatus> {
+fn send_output(channel: &Channel, outputs: Vec<(FrameKind, File)>, child: &Child) -> io::Result<ExitStatus> {
+    carry(outputs, |kind, bytes| channel.write(kind, bytes), |outputs, ended| wait_for_output(outputs, child, ended))?;
+    Ok(child.wait())
+}
+
+/// Reads outputs as `wait` says that there is something, until the process has ended and nothing more comes. `wait` is told whether
+/// the end is known.
+fn carry(
+    mut outputs: Vec<(FrameKind, File)>,
+    mut write: impl FnMut(FrameKind, &[u8]) -> io::Result<()>,
+    mut wait: impl FnMut(&[(FrameKind, File)], bool) -> io::Result<Ready>,
+) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     let mut ended = false;
     loop {
-        let ready = wait_for_output(&outputs, child, ended)?;
+        let known = ended;
+        let ready = wait(&outputs, known)?;
         ended |= ready.ended;
-        if ready.outputs.is_empty() && ended {
-            break;
+        // The answer that tells of the end may have looked at an output before the last bytes came: whoever knew of the end has seen them.
+        if ready.outputs.is_empty() && ended && (known || outputs.is_empty()) {
+            return Ok(());
         }
         for position in ready.outputs.into_iter().rev() {
             let Some((kind, file)) = outputs.get_mut(position) else { continue };
             match file.read(&mut buffer) {
                 // A terminal whose other end is closed gives EIO.
                 Ok(0) | Err(_) => drop(outputs.remove(position)),
-                Ok(count) => channel.write(*kind, buffer.get(..count).unwrap_or_default())?,
+                Ok(count) => write(*kind, buffer.get(..count).unwrap_or_default())?,
             }
         }
     }
-    Ok(child.wait())
 }
 
 struct Ready {
@@ -275,4 +287,40 @@ fn wait_for_output(outputs: &[(FrameKind, File)], child: &Child, ended: bool) ->
         outputs: (0..outputs.len()).filter(|position| fds.get(*position).is_some_and(is_ready)).collect(),
         ended: !ended && fds.last().is_some_and(is_ready),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_came_while_one_was_asking_is_carried_too() {
+        let (ours, theirs) = rustix::pipe::pipe().expect("a pipe");
+        File::from(theirs).write_all(b"its last words").expect("fits");
+        let mut heard = Vec::new();
+        // The first answer looked at the output before the words came, and at the process after them.
+        let mut answers = [Ready { outputs: vec![], ended: true }, Ready { outputs: vec![0], ended: false }].into_iter();
+        let wait = |outputs: &[(FrameKind, File)], ended: bool| match answers.next() {
+            Some(answer) => Ok(answer),
+            None => Ok(Ready { outputs: (0..outputs.len()).collect(), ended: !ended }),
+        };
+        let write = |_, bytes: &[u8]| {
+            heard.extend_from_slice(bytes);
+            Ok(())
+        };
+        carry(vec![(FrameKind::Stdout, File::from(ours))], write, wait).expect("all carried");
+        assert_eq!(heard, b"its last words");
+    }
+
+    #[test]
+    fn an_output_that_others_hold_open_is_waited_for_no_longer_than_said() {
+        let (ours, _theirs) = rustix::pipe::pipe().expect("a pipe");
+        let mut asked = 0;
+        let wait = |_: &[(FrameKind, File)], _: bool| {
+            asked += 1;
+            Ok(Ready { outputs: vec![], ended: asked == 1 })
+        };
+        carry(vec![(FrameKind::Stdout, File::from(ours))], |_, _| Ok(()), wait).expect("the end");
+        assert_eq!(asked, 2);
+    }
 }
