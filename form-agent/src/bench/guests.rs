@@ -80,7 +80,7 @@ pub fn first_program(directory: &Path) -> Result<Guest, BenchError> {
 pub fn full(directory: &Path, memory_mib: u32) -> Result<Guest, BenchError> {
     let kernel = directory.join(format!("full-{memory_mib}"));
     fs::write(&kernel, first_program::elf(Some(memory_mib << 20), false)).map_err(io_error("write the first program"))?;
-    Ok(Guest { memory_mib: memory_mib.into(), limit_mib: memory_mib.into(), ..bare(kernel) })
+    Ok(Guest { memory_mib: memory_mib.into(), limit_mib: 2 * u64::from(memory_mib), ..bare(kernel) })
 }
 
 /// As [`full`], and then says again and again that it runs.

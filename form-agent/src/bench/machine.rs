@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    collections::HashMap,
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
@@ -20,6 +21,7 @@ use super::{BenchError, Stop, io_error, smaps};
 use crate::{
     cgroup,
     driver::process::{RuntimeDirectory, spawn},
+    snapshot::precopy::rounds,
     vm,
 };
 
@@ -227,7 +229,8 @@ impl<'a> Machine<'a> {
         Ok((came, went))
     }
 
-    /// How long the VM stands for its memory and devices to be saved. It is ended afterwards, whatever of its memory is written then.
+    /// How long the VM stands for its memory and devices to be saved, most of which is copied before. It is ended afterwards, whatever of its memory
+    /// is written then.
     ///
     /// # Errors
     /// When the VM process refuses.
@@ -235,11 +238,17 @@ impl<'a> Machine<'a> {
         let failed = |error: ClientError| self.refused(&error);
         let (state, memory) = (create(&self.directory.path().join("state"))?, create(&self.directory.path().join("memory"))?);
         let client = Client::connect(&self.directory.control()).map_err(failed)?;
-        self.spent(|| {
-            client.pause().map_err(failed)?;
-            client.save_aside(state.as_fd(), memory.as_fd(), SaveHow::default()).map_err(failed)?;
-            client.resume().map_err(failed)
-        })
+        if let Some(why) = rounds(&client, memory.as_fd(), false, |_, _| ()).map_err(failed)? {
+            return Err(BenchError::Machine(format!("its memory was not copied before: {why}")));
+        }
+        // Who writes what is left is another thread, and the VM does not stand for it.
+        let (begun, before) = (Instant::now(), times(self.child.id())?);
+        client.pause().map_err(failed)?;
+        client.save_aside(state.as_fd(), memory.as_fd(), SaveHow { onto: true, track: false }).map_err(failed)?;
+        client.resume().map_err(failed)?;
+        let (time, after) = (begun.elapsed(), times(self.child.id())?);
+        let both = before.iter().filter_map(|(thread, before)| Some(after.get(thread)?.saturating_sub(*before)));
+        Ok(Spent { time, cpu: both.sum() })
     }
 
     /// Pauses the VM and writes memory and devices to files that stay when it is gone. What that took, until the files were whole. With
@@ -374,20 +383,36 @@ fn mark() -> String {
     format!("bench-{}", std::process::id())
 }
 
-/// The time that all threads of a process had on a processor, to the nanosecond (`/proc/PID/task/TID/schedstat`, first number).
+/// The time that all threads of a process had on a processor.
 fn cpu_time(pid: u32) -> Result<Duration, BenchError> {
-    let read = || -> io::Result<u64> {
-        let mut sum = 0;
-        for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let text = fs::read_to_string(task?.path().join("schedstat"))?;
-            sum += text.split_ascii_whitespace().next().and_then(|word| word.parse::<u64>().ok()).ok_or(io::ErrorKind::InvalidData)?;
-        }
-        Ok(sum)
+    Ok(times(pid)?.into_values().sum())
+}
+
+/// The time that each thread of a process had on a processor, to the nanosecond (`/proc/PID/task/TID/schedstat`, first number).
+fn times(pid: u32) -> Result<HashMap<PathBuf, Duration>, BenchError> {
+    let time = |task: &Path| -> io::Result<Duration> {
+        let text = fs::read_to_string(task.join("schedstat"))?;
+        let nanoseconds = text.split_ascii_whitespace().next().and_then(|word| word.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Duration::from_nanos(nanoseconds))
     };
-    match read().map_err(io_error("read the VM process's time"))? {
-        0 => Err(BenchError::Machine("this kernel does not count the time of processes (CONFIG_SCHED_INFO)".to_owned())),
-        nanoseconds => Ok(Duration::from_nanos(nanoseconds)),
+    let read = || -> io::Result<HashMap<PathBuf, Duration>> {
+        let mut times = HashMap::new();
+        for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let task = task?.path();
+            match time(&task) {
+                Ok(time) => drop(times.insert(task, time)),
+                // A thread that has just ended.
+                Err(_) if !task.exists() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(times)
+    };
+    let times = read().map_err(io_error("read the VM process's time"))?;
+    if times.values().all(Duration::is_zero) {
+        return Err(BenchError::Machine("this kernel does not count the time of processes (CONFIG_SCHED_INFO)".to_owned()));
     }
+    Ok(times)
 }
 
 /// Everything that a VM process is given.

@@ -4,6 +4,7 @@ mod base;
 mod compress;
 pub mod describe;
 pub mod operate;
+pub mod precopy;
 pub mod restore;
 pub mod still;
 mod take;

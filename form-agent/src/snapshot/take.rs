@@ -21,6 +21,7 @@ use super::{
     Details, KeptMemory,
     base::{self, Base},
     operate::on_disk,
+    precopy,
     volumes::{self, Drafts, KeptVolume},
 };
 use crate::{
@@ -86,6 +87,9 @@ async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, 
         let running = Running { agent, vm: &vm_id, directory: RuntimeDirectory::new(&agent.paths().vm_runtime(), &vm_id) };
         details.request = running.started_from().unwrap_or(details.request);
         let runs = state == VmState::Running;
+        agent.operations.step(id, if runs { "copying memory while the VM runs" } else { "making room for its memory" });
+        let memory_mib = memory::held_mib(agent, &vm_id, details.request.spec.resources.memory_mib);
+        let prepared = running.prepare(draft, memory_mib, runs, compress).await?;
         let can_quiesce = runs && vm.request.has_guest();
         if can_quiesce {
             agent.operations.step(id, "quiescing the guest's file systems");
@@ -95,8 +99,7 @@ async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, 
         details.consistency = if frozen { Consistency::Quiesced } else { Consistency::Crash };
         agent.operations.step(id, "saving memory, devices and disks");
         let part = part(&details, vm_id);
-        let memory_mib = details.request.spec.resources.memory_mib;
-        let saved = running.save(draft, memory_mib, vm.clone(), name.clone(), part, compress).await;
+        let saved = running.save(prepared, vm.clone(), name.clone(), part).await;
         if can_quiesce {
             running.thaw(frozen).await;
         }
@@ -108,7 +111,8 @@ async fn make(agent: &Arc<Agent>, id: OperationId, vm: &DesiredVm, name: &Name, 
         let mut memory = saved.memory;
         if let Some(writing) = saved.writing {
             agent.operations.step(id, "writing memory");
-            memory.written_bytes = on_disk(agent, move |agent| Ok(writing.wait(agent))).await??;
+            let left = on_disk(agent, move |agent| Ok(writing.wait(agent))).await??;
+            memory.written_bytes = left.map(|left| saved.copied_bytes + left);
         }
         details.memory = Some(memory);
         draft = saved.draft;
@@ -188,18 +192,25 @@ impl Running<'_> {
         });
     }
 
+    /// Makes the files, and has the most of the memory of a VM that `runs` copied to its own.
+    async fn prepare(&self, mut draft: SnapshotDraft, memory_mib: u64, runs: bool, compress: bool) -> Result<Prepared, ApiError> {
+        let (agent, vm, control) = (Arc::clone(self.agent), *self.vm, self.directory.control());
+        let done = tokio::task::spawn_blocking(move || {
+            let client = Client::connect(&control).map_err(|error| process_error(&error))?;
+            let mut base = base::prepare(&agent, &vm, &client, &mut draft, compress).map_err(|error| full(&agent, error))?;
+            let mut twice = None;
+            if runs {
+                twice = room_for_copy(&agent, &vm, memory_mib);
+                precopy::precopy(&vm, &client, &mut draft, &mut base).map_err(|error| full(&agent, error))?;
+            }
+            Ok(Prepared { client, draft, base, twice })
+        });
+        done.await.map_err(|error| internal(&error))?
+    }
+
     /// Pauses it, saves it with its volumes, lets it go on if it ran.
-    async fn save(
-        &self,
-        draft: SnapshotDraft,
-        memory_mib: u64,
-        desired: DesiredVm,
-        name: Name,
-        mut part: PartDetails,
-        compress: bool,
-    ) -> Result<Saved, ApiError> {
+    async fn save(&self, prepared: Prepared, desired: DesiredVm, name: Name, mut part: PartDetails) -> Result<Saved, ApiError> {
         let (agent, vm, directory) = (Arc::clone(self.agent), *self.vm, self.directory.clone());
-        let memory_mib = memory::held_mib(&agent, &vm, memory_mib);
         let done = tokio::task::spawn_blocking(move || {
             // No volume comes or goes meanwhile.
             let turn = agent.volumes_of(&vm);
@@ -207,7 +218,7 @@ impl Running<'_> {
             let volumes = Drafts::begin(&agent, &desired, &name, true)?;
             // An agent that is killed now leaves a VM that stands: the next one finds the mark and lets it go on.
             directory.mark_saving().map_err(|error| internal(&error))?;
-            let result = stand_and_save(&agent, &vm, memory_mib, &directory.control(), draft, &volumes, compress);
+            let result = stand_and_save(&agent, &vm, &directory.control(), prepared, &volumes);
             if !matches!(result, Err(Fault::Stands(_))) {
                 directory.unmark_saving();
             }
@@ -228,6 +239,14 @@ impl Running<'_> {
     }
 }
 
+/// Everything that can be done before a VM stands.
+struct Prepared {
+    client: Client,
+    draft: SnapshotDraft,
+    base: Base,
+    twice: Option<Twice>,
+}
+
 struct Saved {
     draft: SnapshotDraft,
     /// Of which there are snapshots now.
@@ -237,6 +256,8 @@ struct Saved {
     /// How long it stood still.
     pause: Duration,
     memory: KeptMemory,
+    /// What was written of it before.
+    copied_bytes: u64,
     /// What is left to do for the draft to be whole.
     writing: Option<Writing>,
 }
@@ -273,20 +294,16 @@ impl Fault {
 fn stand_and_save(
     agent: &Agent,
     vm: &VmId,
-    memory_mib: u64,
     control: &Path,
-    mut draft: SnapshotDraft,
+    Prepared { client, mut draft, base, twice }: Prepared,
     volumes: &Drafts,
-    compress: bool,
 ) -> Result<Saved, Fault> {
-    let client = Client::connect(control).map_err(|error| Fault::Api(process_error(&error)))?;
     let networks = client.metrics().map_err(|error| Fault::Api(process_error(&error)))?.networks;
     let ran = match client.status() {
         Ok((state, _)) => state == ProcessState::Running,
         Err(error) => return Err(Fault::Api(process_error(&error))),
     };
-    let twice = if ran { room_for_copy(agent, vm, memory_mib) } else { None };
-    let base = base::prepare(agent, vm, &client, &mut draft, compress).map_err(|error| Fault::Api(full(agent, error)))?;
+    let twice = twice.filter(|_| ran);
     let begun = Instant::now();
     let mut aside = None;
     let saved = pause(&client, ran).and_then(|()| {
@@ -304,27 +321,27 @@ fn stand_and_save(
         let _ = aside.wait();
     }
     match (saved, resumed) {
-        (Ok(memory), Ok(())) => {
+        (Ok((memory, copied_bytes)), Ok(())) => {
             let writing = aside.zip(twice).map(|(aside, twice)| Writing { aside, _twice: twice });
-            Ok(Saved { draft, volumes: Vec::new(), interfaces: numbers(&networks), pause, memory, writing })
+            Ok(Saved { draft, volumes: Vec::new(), interfaces: numbers(&networks), pause, memory, copied_bytes, writing })
         }
         (Err(error), Ok(())) => Err(Fault::Api(full(agent, error))),
         (_, Err(error)) => Err(Fault::Stands(error)),
     }
 }
 
-/// Room for the VM's memory a second time, while a copy of its process writes it and the VM changes it. Without that it stands until all is
-/// written.
+/// Room for the VM's memory a second time: what its process writes counts as its own until the disk has it, and so does the memory of a copy of the
+/// process. Without that the VM stands until what is left is written.
 fn room_for_copy(agent: &Agent, vm: &VmId, memory_mib: u64) -> Option<Twice> {
     let available = machine::available_memory_mib().ok()?;
     if available < memory_mib + SPARE_MIB {
-        tracing::info!(vm = %vm, available, "it stands until its memory is written: the host has too little to hold it twice");
+        tracing::info!(vm = %vm, available, "it stands until all of its memory is written: the host has too little to hold it twice");
         return None;
     }
     match Twice::allow(&agent.host_id().mark(), vm, memory_mib) {
         Ok(twice) => Some(twice),
         Err(error) => {
-            tracing::warn!(vm = %vm, %error, "it stands until its memory is written: its limit cannot be raised");
+            tracing::warn!(vm = %vm, %error, "it stands until all of its memory is written: its limit cannot be raised");
             None
         }
     }
@@ -347,7 +364,7 @@ fn write(
     base: Base,
     volumes: &Drafts,
     aside: Option<&mut Option<Aside>>,
-) -> Result<KeptMemory, ApiError> {
+) -> Result<(KeptMemory, u64), ApiError> {
     let store = |error: StoreError| store_error(&error);
     let (state, memory) = draft.saved().ok_or_else(|| internal(&"the snapshot has no files"))?;
     let mut begun = None;
@@ -366,7 +383,7 @@ fn write(
     volumes.share()?;
     // Its process may have been killed meanwhile, and another one started on the disk that was being copied.
     still_stands(client)?;
-    Ok(KeptMemory { base: base.name.filter(|_| saved.incremental), written_bytes: saved.written })
+    Ok(base.kept(saved))
 }
 
 /// None when the process cannot be copied, or is of a release that does not know how: a longer pause is better than no snapshot.
@@ -380,7 +397,7 @@ fn save_aside(
     match client.save_aside(state, memory, how) {
         Ok(aside) => Ok(Some(aside)),
         Err(ClientError::Refused { kind: ErrorKind::System | ErrorKind::Invalid, message }) => {
-            tracing::info!(vm = %vm, message, "it stands until its memory is written: its process cannot be copied");
+            tracing::info!(vm = %vm, message, "it stands until all of its memory is written: its process cannot be copied");
             Ok(None)
         }
         Err(error) => Err(error),

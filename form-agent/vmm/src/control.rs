@@ -39,7 +39,7 @@ pub enum ControlRequest {
         #[serde(flatten)]
         how: SaveHow,
     },
-    /// As `Save`, but the memory is written by a copy of the process: when the reply comes only the state is whole, and the VM may go on. How
+    /// As `Save`, but the memory is written later: when the reply comes only the state is whole, and the VM may go on. How
     /// the memory ended is written to the pipe `whole`: `errno` in four bytes, little-endian, 0 when it is whole. Nothing is written when
     /// the VM process ended first. With either of `how` eight bytes follow: how many bytes of pages were written.
     SaveAside {
@@ -48,6 +48,15 @@ pub enum ControlRequest {
         whole: Fd,
         #[serde(flatten)]
         how: SaveHow,
+    },
+    /// Copies the memory of the running VM to a passed file, so that little is left for a save with `onto` that is given the same file next. What changes
+    /// meanwhile is known: asked again, with `onto`, only that is written. With `onto` at first, too, the file holds a copy of an
+    /// earlier save's. How it ended is written to the pipe `whole`, as for `SaveAside`, with the bytes of pages. The reply is `Saved`.
+    Precopy {
+        memory: Fd,
+        whole: Fd,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        onto: bool,
     },
     /// The saves that the next one can build upon.
     Saves,

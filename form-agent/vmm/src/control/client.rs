@@ -121,6 +121,18 @@ impl Client {
         Ok((Aside(read), saved))
     }
 
+    /// Copies memory of the running VM to a file that is open for reading and writing, or with `onto` what has changed since the save or the
+    /// copy that it holds. Wait for it with [`Aside::wait`]; a save with `onto` to the same file writes what has changed then.
+    ///
+    /// # Errors
+    /// When the VM does not run, or its memory cannot be logged; [`ErrorKind::Invalid`] of a process of a release that could not do that.
+    pub fn precopy(&self, memory: BorrowedFd<'_>, onto: bool) -> Result<(Aside, Saved), ClientError> {
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| ClientError::Io(error.into()))?;
+        let request = ControlRequest::Precopy { memory: Fd(0), whole: Fd(1), onto };
+        let saved = self.saved(&request, &[memory, write.as_fd()])?;
+        Ok((Aside(read), saved))
+    }
+
     /// The state of the VM and the process id as the VM process sees it.
     ///
     /// # Errors

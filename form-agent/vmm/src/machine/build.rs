@@ -22,6 +22,7 @@ use crate::memory::GuestMemoryMmap;
 use crate::memory::changes::{Changes, slot_of};
 use crate::memory::chunks::FIRST_SLOT;
 use crate::memory::image;
+use crate::memory::touched::Touched;
 use crate::pci::bus::PciBus;
 use crate::pci::interrupts::{Interrupts, Router, io_error};
 use crate::platform::hotplug::Hotplug;
@@ -40,6 +41,7 @@ pub struct Prepared {
     pub(super) memory: GuestMemory,
     /// What has changed in it since it was saved.
     pub(super) changes: Changes,
+    pub(super) touched: Option<Arc<Touched>>,
     pub(super) vcpus: Vec<(u8, VcpuFd)>,
     pub(super) recipe: Recipe,
     pub(super) msr_indices: Vec<u32>,
@@ -178,8 +180,8 @@ impl Empty {
             let slot = given.or_else(|| bus.pci.free_slot()).ok_or(MachineError::Slots)?;
             devices.push(surroundings.place(&bus.pci, slot, device)?);
         }
-        let changes = Changes::default();
-        Ok(Prepared { vm: self.vm, memory, changes, vcpus, recipe, msr_indices, bus, devices, surroundings, handles })
+        let (changes, touched) = (Changes::default(), Touched::open().map(Arc::new));
+        Ok(Prepared { vm: self.vm, memory, changes, touched, vcpus, recipe, msr_indices, bus, devices, surroundings, handles })
     }
 }
 

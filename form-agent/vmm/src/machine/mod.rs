@@ -29,6 +29,7 @@ use crate::cpu::state::VcpuStateError;
 use crate::exit::ExitSlot;
 use crate::memory::changes::Changes;
 use crate::memory::image;
+use crate::memory::touched::Touched;
 use crate::pci::bus::PciBus;
 use crate::platform::hotplug::Hotplug;
 use crate::platform::power::Power;
@@ -152,6 +153,8 @@ pub struct Machine {
     memory: GuestMemory,
     /// What has changed in it since it was saved.
     changes: Changes,
+    /// Which of its pages were touched.
+    touched: Option<Arc<Touched>>,
     devices: Vec<Device>,
     pci: Arc<PciBus>,
     surroundings: DeviceSurroundings,
@@ -172,7 +175,7 @@ impl Machine {
     /// # Errors
     /// When a thread cannot be made.
     pub fn start(prepared: Prepared) -> Result<Self, MachineError> {
-        let Prepared { vm, memory, changes, vcpus, recipe, msr_indices, bus, devices, surroundings, handles } = prepared;
+        let Prepared { vm, memory, changes, touched, vcpus, recipe, msr_indices, bus, devices, surroundings, handles } = prepared;
         let exit = Arc::new(ExitSlot::new().map_err(|source| MachineError::Io { context: "make an eventfd", source })?);
         let (serial, power, pci, hotplug) =
             (Arc::clone(&bus.serial), Arc::clone(&bus.power), Arc::clone(&bus.pci), Arc::clone(&bus.hotplug));
@@ -188,6 +191,7 @@ impl Machine {
             leaving_vcpus: Vec::new(),
             memory,
             changes,
+            touched,
             devices,
             pci,
             surroundings,

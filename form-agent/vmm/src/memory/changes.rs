@@ -1,9 +1,13 @@
 //! Which pages of guest memory have changed since it was saved, so that the next save writes only these.
 //!
 //! vCPUs' writes are in KVM's dirty log (`KVM_GET_DIRTY_LOG`), those of our devices, and what they gave back to the host, in the bitmaps of the
-//! regions. Nothing is logged before somebody asks for it: KVM maps logged memory in small pages only. Both logs are taken while the VM stands, and
+//! regions. Nothing is logged before somebody asks for it: KVM maps logged memory in small pages only. Both logs are taken at each save and
 //! added to a set of pages for each of the last saves. So nobody has to say how a save ended: one that came to nothing is never built upon, and
 //! the set of the one before it has gone on growing.
+//!
+//! Memory that is copied while the VM runs (pre-copy) has a set of its own, until the save that builds upon that copy. What is written while a
+//! log is being taken is in this one or in the next: whoever copies pages takes the log first, so that a page which changes under the copy
+//! is in a later set.
 //!
 //! What is not certain is forgotten, and the next save is a full one: other regions than before, or a slot without a log, which is what a
 //! block of memory has that came (or came back) since the log began.
@@ -33,6 +37,11 @@ pub trait Log {
     /// # Errors
     /// When there is no log of this slot.
     fn take(&self, slot: u32, region: &GuestRegionMmap) -> io::Result<Vec<u64>>;
+    /// Logs no more what is written to `region`: KVM may map it in large pages again.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    fn stop(&self, slot: u32, region: &GuestRegionMmap) -> io::Result<()>;
 }
 
 impl Log for VmFd {
@@ -44,6 +53,11 @@ impl Log for VmFd {
 
     fn take(&self, slot: u32, region: &GuestRegionMmap) -> io::Result<Vec<u64>> {
         self.get_dirty_log(slot, region.size()).map_err(io_error)
+    }
+
+    fn stop(&self, slot: u32, region: &GuestRegionMmap) -> io::Result<()> {
+        // SAFETY: as in `start`.
+        unsafe { self.set_user_memory_region(slot_of(slot, region)) }.map_err(io_error)
     }
 }
 
@@ -67,12 +81,23 @@ struct Since {
     pages: Pages,
 }
 
+/// A copy that was made while the VM ran.
+struct Precopy {
+    /// The save that its first round built upon.
+    upon: Option<SaveId>,
+    /// Its last round.
+    since: Since,
+}
+
 #[derive(Default)]
 pub struct Changes {
     /// Begin and length of the regions that are logged; none while nothing is.
     logged: Vec<(u64, u64)>,
     /// The latest is the last.
     since: Vec<Since>,
+    precopy: Option<Precopy>,
+    /// It is logged, and nobody wants it to be.
+    is_idle: bool,
 }
 
 fn ranges(memory: &GuestMemoryMmap) -> Vec<(u64, u64)> {
@@ -86,7 +111,7 @@ fn none(memory: &GuestMemoryMmap) -> Pages {
 impl Changes {
     /// Of a VM that goes on from `save`, whose slots have been logged from their beginning.
     pub fn since(save: SaveId, memory: &GuestMemoryMmap) -> Self {
-        Self { logged: ranges(memory), since: vec![Since { save, pages: none(memory) }] }
+        Self { logged: ranges(memory), since: vec![Since { save, pages: none(memory) }], ..Self::default() }
     }
 
     /// The saves that can be built upon, the latest last.
@@ -94,7 +119,7 @@ impl Changes {
         self.since.iter().map(|since| since.save).collect()
     }
 
-    /// Takes what was logged until now. The VM stands.
+    /// Takes what was logged until now. Unless the VM stands, what is written meanwhile may be in this or in the next.
     pub fn look(&mut self, memory: &GuestMemoryMmap, slot: impl Fn(usize, &GuestRegionMmap) -> u32, log: &impl Log) {
         if self.logged.is_empty() {
             return;
@@ -103,7 +128,7 @@ impl Changes {
             && memory.iter().enumerate().all(|(index, region)| {
                 let Ok(written) = log.take(slot(index, region), region) else { return false };
                 let devices = ours(region).get_and_reset();
-                for since in &mut self.since {
+                for since in self.since.iter_mut().chain(self.precopy.as_mut().map(|precopy| &mut precopy.since)) {
                     add(&mut since.pages[index], &written);
                     add(&mut since.pages[index], &devices);
                 }
@@ -116,7 +141,67 @@ impl Changes {
 
     /// What has changed since `base`, if that can be told. Call [`Changes::look`] before.
     pub fn after(&self, base: &SaveId) -> Option<&Pages> {
-        self.since.iter().find(|since| since.save == *base).map(|since| &since.pages)
+        let mut all = self.since.iter().chain(self.precopy.as_ref().map(|precopy| &precopy.since));
+        all.find(|since| since.save == *base).map(|since| &since.pages)
+    }
+
+    /// From now on what changes after this round of a copy, which the VM need not stand for, is known as well. [`Changes::look`] was called.
+    /// `base` is what the round builds upon, an earlier round or a save.
+    ///
+    /// # Errors
+    /// When KVM refuses: then nothing can be built upon it.
+    pub fn begin_round(
+        &mut self,
+        round: SaveId,
+        base: Option<&SaveId>,
+        memory: &GuestMemoryMmap,
+        slot: impl Fn(usize, &GuestRegionMmap) -> u32,
+        log: &impl Log,
+    ) -> io::Result<()> {
+        self.start_logs(memory, slot, log)?;
+        let upon = match self.precopy.take() {
+            Some(earlier) if base == Some(&earlier.since.save) => earlier.upon,
+            _ => base.copied(),
+        };
+        self.precopy = Some(Precopy { upon, since: Since { save: round, pages: none(memory) } });
+        Ok(())
+    }
+
+    /// What changes after this save need not be known, nor what changes after a copy that was made before it.
+    pub fn end(&mut self) {
+        self.is_idle = self.precopy.take().is_some() && self.since.is_empty() && !self.logged.is_empty();
+    }
+
+    /// Whether [`Changes::stop_logs`] has something to do.
+    pub const fn is_idle(&self) -> bool {
+        self.is_idle
+    }
+
+    /// Ends logs that nobody wants, which takes KVM the longer the more memory there is: not while the VM stands.
+    pub fn stop_logs(&mut self, memory: &GuestMemoryMmap, slot: impl Fn(usize, &GuestRegionMmap) -> u32, log: &impl Log) {
+        if !std::mem::take(&mut self.is_idle) {
+            return;
+        }
+        for (index, region) in memory.iter().enumerate() {
+            // A block of memory that came since has none.
+            if self.logged.contains(&(region.start_addr().0, region.len()))
+                && let Err(error) = log.stop(slot(index, region), region)
+            {
+                eprintln!("what changes in memory goes on to be logged: {error}");
+            }
+        }
+        self.logged.clear();
+    }
+
+    fn start_logs(&mut self, memory: &GuestMemoryMmap, slot: impl Fn(usize, &GuestRegionMmap) -> u32, log: &impl Log) -> io::Result<()> {
+        self.is_idle = false;
+        if self.logged.is_empty() {
+            memory.iter().enumerate().try_for_each(|(index, region)| log.start(slot(index, region), region))?;
+            // What was written before is in what is saved now.
+            memory.iter().for_each(|region| ours(region).reset());
+            self.logged = ranges(memory);
+        }
+        Ok(())
     }
 
     /// From now on what changes after `save` is known as well; the VM stands, and [`Changes::look`] was called. `base` is what `save` builds upon.
@@ -128,18 +213,16 @@ impl Changes {
         slot: impl Fn(usize, &GuestRegionMmap) -> u32,
         log: &impl Log,
     ) {
-        if self.logged.is_empty() {
-            let mut all = memory.iter().enumerate();
-            if let Err(error) = all.try_for_each(|(index, region)| log.start(slot(index, region), region)) {
-                eprintln!("the next snapshot will be a full one: what changes in memory cannot be logged: {error}");
-                return;
-            }
-            // What was written before is in this save.
-            memory.iter().for_each(|region| ours(region).reset());
-            self.logged = ranges(memory);
+        if let Err(error) = self.start_logs(memory, slot, log) {
+            eprintln!("the next snapshot will be a full one: what changes in memory cannot be logged: {error}");
+            return;
         }
+        let base = match self.precopy.take() {
+            Some(precopy) if base == Some(&precopy.since.save) => precopy.upon,
+            _ => base.copied(),
+        };
         let latest = self.since.last().map(|since| since.save);
-        let kept = base.copied().or(latest);
+        let kept = base.or(latest);
         self.since.retain(|since| Some(since.save) == kept);
         debug_assert!(self.since.len() < KEPT);
         self.since.push(Since { save, pages: none(memory) });
@@ -147,7 +230,7 @@ impl Changes {
 }
 
 fn add(to: &mut [u64], more: &[u64]) {
-    to.iter_mut().zip(more).for_each(|(to, more)| *to |= more);
+    to.iter_mut().zip(more).filter(|(_, more)| **more != 0).for_each(|(to, more)| *to |= more);
 }
 
 #[cfg(test)]
@@ -184,6 +267,11 @@ mod tests {
                 *of != slot
             });
             Ok(bits)
+        }
+
+        fn stop(&self, slot: u32, _: &GuestRegionMmap) -> io::Result<()> {
+            self.logged.borrow_mut().retain(|logged| *logged != slot);
+            Ok(())
         }
     }
 
@@ -251,5 +339,63 @@ mod tests {
         memory.write_slice(&[1; 2], GuestAddress(2 * 4096 - 1)).unwrap();
         changes.look(&memory, slot, &log);
         assert_eq!(pages(&changes, 7), [(0, 1), (0, 2)]);
+    }
+
+    #[test]
+    fn what_changes_while_memory_is_copied_is_known_after_each_round() {
+        let (memory, log, mut changes) = (guest_memory(), Written::default(), Changes::default());
+        memory.write_obj(1_u8, GuestAddress(0)).unwrap();
+        changes.look(&memory, slot, &log);
+        changes.begin_round([1; 16], None, &memory, slot, &log).unwrap();
+        log.pages.borrow_mut().push((0, 3));
+        changes.look(&memory, slot, &log);
+        assert_eq!(pages(&changes, 1), [(0, 3)], "what was written before the first round is in it");
+        changes.begin_round([2; 16], Some(&[1; 16]), &memory, slot, &log).unwrap();
+        memory.write_obj(1_u8, GuestAddress(HIGH)).unwrap();
+        changes.look(&memory, slot, &log);
+        assert_eq!((pages(&changes, 2), changes.after(&[1; 16]).is_none()), (vec![(1, 0)], true));
+        assert!(changes.known().is_empty(), "it is no save");
+        changes.begin([3; 16], Some(&[2; 16]), &memory, slot, &log);
+        assert_eq!((changes.known(), changes.after(&[2; 16]).is_none()), (vec![[3; 16]], true));
+
+        // Upon a save: that one goes on to be known, whatever becomes of the copy and of what builds upon it.
+        changes.look(&memory, slot, &log);
+        changes.begin([4; 16], Some(&[3; 16]), &memory, slot, &log);
+        changes.begin_round([5; 16], Some(&[3; 16]), &memory, slot, &log).unwrap();
+        changes.begin_round([6; 16], Some(&[5; 16]), &memory, slot, &log).unwrap();
+        log.pages.borrow_mut().push((0, 7));
+        changes.look(&memory, slot, &log);
+        assert_eq!([3, 4, 6].map(|save| pages(&changes, save)), [[(0, 7)], [(0, 7)], [(0, 7)]]);
+        changes.begin([7; 16], Some(&[6; 16]), &memory, slot, &log);
+        assert_eq!(changes.known(), [[3; 16], [7; 16]]);
+        // One that nobody came back for is dropped by the next.
+        changes.begin_round([8; 16], None, &memory, slot, &log).unwrap();
+        changes.begin_round([9; 16], None, &memory, slot, &log).unwrap();
+        assert!(changes.after(&[8; 16]).is_none());
+        changes.end();
+        assert!(!changes.is_idle(), "later saves can be built upon the earlier ones");
+    }
+
+    #[test]
+    fn logs_end_when_nobody_wants_them() {
+        let (memory, log, mut changes) = (guest_memory(), Written::default(), Changes::default());
+        changes.end();
+        assert!(!changes.is_idle());
+        changes.begin_round([1; 16], None, &memory, slot, &log).unwrap();
+        changes.end();
+        assert!(changes.is_idle());
+        // Somebody was faster.
+        changes.look(&memory, slot, &log);
+        changes.begin_round([2; 16], None, &memory, slot, &log).unwrap();
+        changes.stop_logs(&memory, slot, &log);
+        assert_eq!((changes.is_idle(), log.logged.borrow().len()), (false, 2));
+        changes.end();
+        // A block that came since has no log, and one that has gone needs none.
+        let (smaller, _) = memory.remove_region(GuestAddress(HIGH), memory.iter().last().unwrap().len()).unwrap();
+        changes.stop_logs(&smaller, slot, &log);
+        assert_eq!((changes.is_idle(), log.logged.borrow().clone()), (false, vec![1]));
+        log.logged.borrow_mut().clear();
+        changes.begin_round([3; 16], None, &memory, slot, &log).unwrap();
+        assert_eq!(*log.logged.borrow(), [0, 1]);
     }
 }

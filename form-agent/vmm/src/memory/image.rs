@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
@@ -184,58 +184,6 @@ fn sum_run(region: &GuestRegionMmap, at: usize, length: usize, sums: &mut Sums<'
     })
 }
 
-/// As [`Onto::save`], by a copy of this process: when it returns the VM may go on, and the copy has its memory as it was. The kernel copies a page
-/// when one of the two writes to it, so this takes the time of copying page tables, and the copy up to as much memory as the guest has.
-///
-/// The copy writes to `whole` how it ended, four bytes: `errno` (little-endian), 0 when the file is whole; with `counted` eight more, the bytes of pages
-/// that it wrote. It ends with this process, which ignores `SIGCHLD`: nothing waits for it.
-///
-/// # Errors
-/// When there is no process or memory to be had for the copy.
-pub fn save_aside(memory: &GuestMemoryMmap, file: &File, id: &SaveId, onto: Onto<'_>, whole: &OwnedFd, counted: bool) -> io::Result<()> {
-    // SAFETY: the child goes on with this thread alone. It takes no lock that another thread may have held, allocates nothing, runs no
-    // destructor, and ends by `_exit`.
-    match unsafe { libc::fork() } {
-        -1 => Err(io::Error::last_os_error()),
-        0 => {
-            keep_only([file.as_raw_fd(), whole.as_raw_fd()]);
-            let (errno, written) = match onto.save(memory, file, id) {
-                Ok(written) => (0, written),
-                Err(ImageError::Write(error)) => (error.raw_os_error().unwrap_or(libc::EIO), 0),
-                Err(_) => (libc::EIO, 0),
-            };
-            let mut bytes = [0; 12];
-            bytes[..4].copy_from_slice(&errno.to_le_bytes());
-            bytes[4..].copy_from_slice(&written.to_le_bytes());
-            let length = if counted { 12 } else { 4 };
-            // SAFETY: the buffer is valid for its length, which is no less; `_exit` ends this copy of the process.
-            unsafe {
-                libc::write(whole.as_raw_fd(), bytes.as_ptr().cast(), length);
-                libc::_exit(0)
-            }
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Closes everything else but standard streams: a copy of the process that held disks, the tap or the exit record would outlive what
-/// their owners think. And ends with its parent.
-fn keep_only(mut kept: [libc::c_int; 2]) {
-    kept.sort_unstable();
-    let [first, second] = kept.map(libc::c_int::cast_unsigned);
-    let close = |from: u32, to: u32| {
-        if from <= to {
-            // SAFETY: nothing of this copy of the process uses what is closed.
-            unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) };
-        }
-    };
-    // SAFETY: sets a property of this process.
-    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-    close(3, first.saturating_sub(1));
-    close(first + 1, second.saturating_sub(1));
-    close(second + 1, u32::MAX);
-}
-
 /// Neighbouring pages that are all zero, or all not.
 struct Run {
     zero: bool,
@@ -385,40 +333,6 @@ mod tests {
         }
         again.write_obj(u64::MAX, GuestAddress(3 * MIB)).unwrap();
         assert_eq!(std::fs::read(file.path()).unwrap(), before);
-    }
-
-    #[test]
-    fn a_copy_of_the_process_saves_what_was_while_this_one_goes_on() {
-        let memory = super::super::map(&layout()).unwrap();
-        memory.write_slice(&[5; 1 << 20], GuestAddress(MIB)).unwrap();
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let (mut ended, whole) = io::pipe().unwrap();
-        let whole = OwnedFd::from(whole);
-        save_aside(&memory, file.as_file(), &ID, Onto::New, &whole, false).unwrap();
-        drop(whole);
-        memory.write_slice(&[6; 1 << 20], GuestAddress(MIB)).unwrap();
-        let mut said = Vec::new();
-        io::Read::read_to_end(&mut ended, &mut said).unwrap();
-        assert_eq!(said, [0; 4]);
-        let again = restored(&file).unwrap();
-        let mut bytes = vec![0; 1 << 20];
-        again.read_slice(&mut bytes, GuestAddress(MIB)).unwrap();
-        assert!(bytes.iter().all(|byte| *byte == 5), "the copy saw what was written after it was made");
-    }
-
-    #[test]
-    fn a_copy_that_cannot_write_says_why() {
-        let memory = super::super::map(&layout()).unwrap();
-        memory.write_obj(1_u8, GuestAddress(0)).unwrap();
-        let full = File::options().write(true).open("/dev/full").unwrap();
-        let (mut ended, whole) = io::pipe().unwrap();
-        let whole = OwnedFd::from(whole);
-        save_aside(&memory, &full, &ID, Onto::New, &whole, false).unwrap();
-        drop(whole);
-        let mut said = Vec::new();
-        io::Read::read_to_end(&mut ended, &mut said).unwrap();
-        // The first thing done is to set the length, which a device has none of.
-        assert_eq!(said, libc::EINVAL.to_le_bytes());
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! Guest RAM.
 
+pub mod aside;
 pub mod changes;
 pub mod chunks;
 pub mod image;
 pub mod log;
 pub(crate) mod patch;
 mod sums;
+pub mod touched;
 
 use std::io;
 

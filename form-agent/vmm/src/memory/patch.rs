@@ -8,6 +8,7 @@ use crc32fast::Hasher;
 use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use super::changes::Pages;
 use super::image::{ImageError, PAGE, SaveId, SumsTrailer, TRAILER, Trailer, finish, is_zero, ram_bytes, write_run};
 use super::sums::{CHUNK, Resum, read_table, table_bytes};
 use super::{GuestMemoryMmap, GuestRegionMmap};
@@ -46,7 +47,8 @@ pub fn save_changes(memory: &GuestMemoryMmap, file: &File, id: &SaveId, pages: &
                 sums.keep().map_err(write)?;
             } else {
                 written += write_changed(region, at, changed, file, offset + at as u64).map_err(write)?;
-                sums.set(sum(region, at).map_err(write)?).map_err(write)?;
+                let sum = sum(region, at).map_err(write)?;
+                sums.replace(|_| sum).map_err(write)?;
             }
         }
         offset += region.len();
@@ -57,26 +59,181 @@ pub fn save_changes(memory: &GuestMemoryMmap, file: &File, id: &SaveId, pages: &
 
 /// The MiB at `at` of `region`, which lies at `offset` of `file`, as far as it has `changed`.
 fn write_changed(region: &GuestRegionMmap, at: usize, changed: &[u64], file: &File, offset: u64) -> io::Result<u64> {
-    let count = changed.len() * 64;
-    let is_changed = |page: usize| page < count && changed[page / 64] >> (page % 64) & 1 == 1;
-    let zero = |page: usize| is_zero(region, at + page * PAGE);
-    let (mut page, mut written) = (0, 0);
-    while page < count {
-        let first = page;
-        page += 1;
-        if !is_changed(first) {
-            continue;
-        }
-        let is_hole = zero(first);
-        while is_changed(page) && zero(page) == is_hole {
-            page += 1;
-        }
-        let (from, length) = (first * PAGE, (page - first) * PAGE);
-        if is_hole {
+    let mut written = 0;
+    for run in runs(changed, |page| is_zero(region, at + page * PAGE)) {
+        let (from, length) = (run.first * PAGE, run.count * PAGE);
+        if run.is_zero {
             clear(file, offset + from as u64, length)?;
         } else {
             write_run(region, at + from, length, file, offset + from as u64)?;
             written += length as u64;
+        }
+    }
+    Ok(written)
+}
+
+/// Neighbouring pages that have changed, which are all zero, or all not.
+struct Run {
+    first: usize,
+    count: usize,
+    is_zero: bool,
+}
+
+fn is_changed(changed: &[u64], page: usize) -> bool {
+    changed.get(page / 64).is_some_and(|word| word >> (page % 64) & 1 == 1)
+}
+
+/// The runs among the pages of a MiB. Each page is looked at once.
+fn runs(changed: &[u64], zero: impl Fn(usize) -> bool) -> impl Iterator<Item = Run> {
+    let count = changed.len() * 64;
+    let mut page = 0;
+    // What the page after the last run is, if it has changed.
+    let mut seen = None;
+    std::iter::from_fn(move || {
+        let first = (page..count).find(|page| is_changed(changed, *page))?;
+        let is_zero = seen.take().unwrap_or_else(|| zero(first));
+        page = first + 1;
+        while is_changed(changed, page) {
+            let next = zero(page);
+            if next != is_zero {
+                seen = Some(next);
+                break;
+            }
+            page += 1;
+        }
+        Some(Run { first, count: page - first, is_zero })
+    })
+}
+
+/// Pages that were copied out of guest memory, so that nothing else of it is needed for them to be written.
+pub struct Carried {
+    /// Of each region.
+    sizes: Vec<usize>,
+    /// Those of the sets of pages that are not empty: region, place, 64 pages.
+    words: Vec<(usize, usize, u64)>,
+    /// The pages one behind the other, in the order of guest addresses.
+    bytes: Vec<u8>,
+}
+
+impl Carried {
+    /// Copies at most `most` bytes; `None` when there are more, or there is no memory for them. The VM stands for this: of memory that has not
+    /// changed each 64 pages are looked at once.
+    pub fn copy(memory: &GuestMemoryMmap, pages: &Pages, most: usize) -> Option<Self> {
+        let mut words = Vec::new();
+        let mut count = 0;
+        for (region, pages) in pages.iter().enumerate() {
+            for (at, word) in pages.iter().enumerate().filter(|(_, word)| **word != 0) {
+                words.push((region, at, *word));
+                count += word.count_ones() as usize;
+            }
+        }
+        let mut bytes = Vec::new();
+        if count * PAGE > most {
+            return None;
+        }
+        bytes.try_reserve_exact(count * PAGE).ok()?;
+        let regions: Vec<_> = memory.iter().collect();
+        let mut page = [0; PAGE];
+        for (region, at, word) in &words {
+            for bit in (0..64).filter(|bit| word >> bit & 1 == 1) {
+                regions.get(*region)?.read_slice(&mut page, MemoryRegionAddress(((at * 64 + bit) * PAGE) as u64)).ok()?;
+                bytes.extend_from_slice(&page);
+            }
+        }
+        Some(Self { sizes: sizes(memory), words, bytes })
+    }
+
+    /// As [`save_changes`], of the pages that were copied. The file is read, too.
+    ///
+    /// # Errors
+    /// As [`save_changes`].
+    pub fn save(&self, file: &File, id: &SaveId) -> Result<u64, ImageError> {
+        let mut pages: Pages = self.sizes.iter().map(|size| vec![0; size.div_ceil(PAGE * 64)]).collect();
+        for (region, at, word) in &self.words {
+            pages[*region][*at] = *word;
+        }
+        let mut left = self.bytes.chunks_exact(PAGE);
+        save_chunks(file, id, &self.sizes, (&pages, false), |_, _, to| {
+            to.copy_from_slice(left.next().ok_or(io::ErrorKind::UnexpectedEof)?);
+            Ok(())
+        })
+    }
+}
+
+fn sizes(memory: &GuestMemoryMmap) -> Vec<usize> {
+    memory.iter().map(|region| region.size()).collect()
+}
+
+/// As [`save_changes`], of a VM that may run: each page is written as it is found, and what describes the file is true of it. The file is read, too.
+/// With `is_all` nothing was in the file, and the other pages are zeros.
+///
+/// # Errors
+/// As [`save_changes`].
+pub fn save_running(memory: &GuestMemoryMmap, file: &File, id: &SaveId, pages: &Pages, is_all: bool) -> Result<u64, ImageError> {
+    let regions: Vec<_> = memory.iter().collect();
+    save_chunks(file, id, &sizes(memory), (pages, is_all), |region, page, to| {
+        let found = regions.get(region).map(|region| region.read_slice(to, MemoryRegionAddress((page * PAGE) as u64)));
+        if matches!(found, Some(Ok(()))) { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    })
+}
+
+/// MiB by MiB, as the file comes to hold them: the memory may be another already. `page` gives the pages of each region, in ascending order.
+fn save_chunks(
+    file: &File,
+    id: &SaveId,
+    sizes: &[usize],
+    (pages, is_all): (&Pages, bool),
+    mut page: impl FnMut(usize, usize, &mut [u8]) -> io::Result<()>,
+) -> Result<u64, ImageError> {
+    let write = ImageError::Write;
+    let ram: u64 = sizes.iter().map(|size| *size as u64).sum();
+    if is_all {
+        file.set_len(0).map_err(write)?;
+        file.set_len(ram + table_bytes(ram) + PAGE as u64).map_err(write)?;
+    } else {
+        // From here on it is not the save that it was.
+        file.write_all_at(&[0; TRAILER], ram + table_bytes(ram)).map_err(write)?;
+    }
+    let mut sums = Resum::new(file, ram);
+    let mut chunk = vec![0; CHUNK as usize];
+    let zeros = crc32fast::hash(&chunk);
+    let (mut offset, mut written) = (0, 0);
+    for (region, (size, pages)) in sizes.iter().zip(pages).enumerate() {
+        for (at, changed) in (0..size / PAGE).step_by(CHUNK as usize / PAGE).zip(pages.chunks(WORDS)) {
+            if changed.iter().all(|word| *word == 0) {
+                if is_all { sums.replace(|_| zeros) } else { sums.keep() }.map_err(write)?;
+            } else {
+                let before = if is_all {
+                    chunk.fill(0);
+                    None
+                } else {
+                    file.read_exact_at(&mut chunk, offset).map_err(write)?;
+                    Some(crc32fast::hash(&chunk))
+                };
+                let mut places = chunk.chunks_exact_mut(PAGE).enumerate().filter(|(of_chunk, _)| is_changed(changed, *of_chunk));
+                places.try_for_each(|(of_chunk, place)| page(region, at + of_chunk, place)).map_err(write)?;
+                written += write_chunk(&chunk, changed, file, offset, is_all).map_err(write)?;
+                let after = crc32fast::hash(&chunk);
+                // What was damaged before stays so for whoever compares.
+                sums.replace(|was| if before.is_none_or(|before| before == was) { after } else { !after }).map_err(write)?;
+            }
+            offset += CHUNK;
+        }
+    }
+    finish(file, id, SumsTrailer { ram, table: sums.finish().map_err(write)? })?;
+    Ok(written)
+}
+
+/// Writes the pages of a MiB that have `changed` to `file`, where that MiB lies at `offset`.
+fn write_chunk(chunk: &[u8], changed: &[u64], file: &File, offset: u64, is_all: bool) -> io::Result<u64> {
+    let mut written = 0;
+    for run in runs(changed, |page| chunk[page * PAGE..][..PAGE] == ZEROS) {
+        let (from, length) = (run.first * PAGE, run.count * PAGE);
+        if !run.is_zero {
+            file.write_all_at(&chunk[from..from + length], offset + from as u64)?;
+            written += length as u64;
+        } else if !is_all {
+            clear(file, offset + from as u64, length)?;
         }
     }
     Ok(written)
@@ -200,21 +357,33 @@ mod tests {
         // Beside what changes, in the same MiB.
         file.write_all_at(b"x", MIB + 10).unwrap();
         memory.write_obj(1_u8, GuestAddress(2 * MIB - 1)).unwrap();
-        save_changes(&memory, &file, &SECOND, &changed(&memory)).unwrap();
-        assert!(matches!(verify(&file), Err(ImageError::Checksum { mebibyte: 1 })));
+        let pages = changed(&memory);
+        for carried in [false, true] {
+            if carried {
+                Carried::copy(&memory, &pages, usize::MAX).unwrap().save(&file, &SECOND).unwrap();
+            } else {
+                save_changes(&memory, &file, &SECOND, &pages).unwrap();
+            }
+            assert!(matches!(verify(&file), Err(ImageError::Checksum { mebibyte: 1 })), "{carried}");
+        }
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
-        fn it_holds_what_a_full_one_holds(writes in prop::collection::vec((0_u64..1536, 0_u8..3, 1_usize..9000), 0..40), twice in 0_usize..40) {
+        fn it_holds_what_a_full_one_holds(writes in prop::collection::vec((0_u64..1536, 0_u8..3, 1_usize..9000), 0..40), twice in 0_usize..40, carried in any::<bool>()) {
             let memory = memory();
             let file = saved(&memory);
             let mut id = FIRST;
             let mut save_now = |memory: &GuestMemoryMmap| {
                 prop_assert_eq!(base(memory, &file), Some(id));
                 id = [id[0] + 1; 16];
-                save_changes(memory, &file, &id, &changed(memory)).unwrap();
+                let pages = changed(memory);
+                if carried {
+                    Carried::copy(memory, &pages, usize::MAX).unwrap().save(&file, &id).unwrap();
+                } else {
+                    save_changes(memory, &file, &id, &pages).unwrap();
+                }
                 let full = tempfile::tempfile().unwrap();
                 save(memory, &full, &id).unwrap();
                 prop_assert!(bytes(&file) == bytes(&full));

@@ -132,9 +132,11 @@ impl<'a> Resum<'a> {
         self.next().map(|_| ())
     }
 
-    /// The next one is another now.
-    pub fn set(&mut self, sum: u32) -> io::Result<()> {
+    /// The next one is another now, made of what it was.
+    pub fn replace(&mut self, sum: impl FnOnce(u32) -> u32) -> io::Result<()> {
         let at = self.next()?;
+        let b = &self.buffer[at..at + 4];
+        let sum = sum(u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
         self.buffer[at..at + 4].copy_from_slice(&sum.to_le_bytes());
         self.is_changed = true;
         Ok(())

@@ -30,6 +30,9 @@ const MAX_CONNECTIONS: usize = 32;
 /// How long a reply may wait for a peer that does not read.
 const REPLY_TIME: Duration = Duration::from_secs(1);
 
+/// What can wait after a save waits until nobody has asked for anything for so long.
+const SETTLED_AFTER: Duration = Duration::from_millis(100);
+
 /// What woke the main thread.
 #[derive(Clone, Copy)]
 enum Source {
@@ -153,6 +156,9 @@ impl Server {
         if self.machine.is_none() && self.connections.is_empty() && self.born.elapsed() > EMPTY_LIFE {
             return Ok(Some((ExitReason::Failed, Some("nobody booted the VM".to_owned()))));
         }
+        if let Some(machine) = self.machine.as_mut().filter(|_| sources.is_empty()) {
+            machine.settle();
+        }
         let mut gone = Vec::new();
         for source in sources {
             match source {
@@ -224,8 +230,11 @@ impl Server {
         if let Some(listener) = &self.listener {
             watch(listener.as_fd(), PollFlags::IN, Source::Listener);
         }
-        let timeout = Timespec { tv_sec: EMPTY_LIFE.as_secs() as i64 + 1, tv_nsec: 0 };
-        match poll(&mut polled, self.machine.is_none().then_some(&timeout)) {
+        let timeout = match &self.machine {
+            None => Some(Timespec { tv_sec: EMPTY_LIFE.as_secs() as i64 + 1, tv_nsec: 0 }),
+            Some(machine) => machine.is_unsettled().then_some(Timespec { tv_sec: 0, tv_nsec: SETTLED_AFTER.subsec_nanos().into() }),
+        };
+        match poll(&mut polled, timeout.as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(Vec::new()),
             Err(error) => return Err(error.into()),

@@ -15,6 +15,7 @@ use crate::descriptors::Descriptors;
 use crate::machine::saved::SavedStateError;
 use crate::machine::{Machine, MachineError, Saved, explain};
 use crate::memory::MemoryError;
+use crate::memory::aside::Aside;
 use crate::memory::image::ImageError;
 use crate::virtio::vsock::Connector;
 
@@ -88,6 +89,11 @@ impl Server {
                 (ControlRequest::SaveAside { state, memory, whole, how }, VmState::Paused) => {
                     saved(channel, how, save_aside(machine, [state, memory, whole], how, fds))
                 }
+                (ControlRequest::Precopy { memory, whole, onto }, VmState::Running) => {
+                    let how = SaveHow { onto, track: true };
+                    saved(channel, how, aside(&mut Descriptors::new(fds), memory, whole, how).and_then(|to| machine.precopy(to, onto)))
+                }
+                (ControlRequest::Precopy { .. }, _) => refuse(channel, state),
                 (ControlRequest::Saves, _) => reply(channel, &ControlReply::Saves { ids: machine.saves() }, &[]),
                 (ControlRequest::Save { .. } | ControlRequest::SaveAside { .. }, _) => refuse(channel, state),
                 (ControlRequest::Plug { disk }, VmState::Running) => changed(channel, machine.plug(&disk, &mut Descriptors::new(fds))),
@@ -138,9 +144,14 @@ fn save_aside(machine: &mut Machine, files: [Fd; 3], how: SaveHow, fds: Vec<Owne
     let [state, memory, whole] = files;
     let mut fds = Descriptors::new(fds);
     let state = File::from(fds.take(state, "state file")?);
-    let memory = File::from(fds.take(memory, "memory file")?);
+    let memory = aside(&mut fds, memory, whole, how)?;
     machine.end_ejected();
-    machine.save_aside(&state, &memory, &fds.take(whole, "pipe")?, how)
+    machine.save_aside(&state, memory, how)
+}
+
+fn aside(fds: &mut Descriptors, memory: Fd, whole: Fd, how: SaveHow) -> Result<Aside, MachineError> {
+    let file = File::from(fds.take(memory, "memory file")?);
+    Ok(Aside { file, whole: fds.take(whole, "pipe")?, counted: how.is_any() })
 }
 
 fn saved(channel: &Channel, how: SaveHow, result: Result<Saved, MachineError>) -> Served {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
 use form_vmm::control::{ClientError, ErrorKind, MemoryMetrics, SaveHow};
 
@@ -115,5 +116,34 @@ fn kvm_memory_comes_and_goes_and_outlives_a_save() {
     assert_eq!((shrunk, sum), (small, whole.clone()));
     let (_, between, sum) = resize(&again, 384);
     assert!((small + 120..=small + 128).contains(&between) && sum == whole, "{small}, {between}, {sum}");
+    copied_while_it_goes(&again, &state, &upon);
     again.assert_jailed(4242);
+}
+
+/// Memory that goes between the copy and the save: all of what is left is written.
+fn copied_while_it_goes(vm: &Vm, state: &File, whole: &File) {
+    let copied = &tempfile::tempfile().unwrap();
+    let onto = SaveHow { onto: true, track: true };
+    for incremental in [false, true] {
+        let (aside, how) = vm.client().precopy(copied.as_fd(), incremental).unwrap();
+        assert_eq!(how.incremental, incremental);
+        aside.wait().unwrap();
+    }
+    resize(vm, 256);
+    let (aside, how) = vm.client().precopy(copied.as_fd(), true).unwrap();
+    assert!(!how.incremental, "there is other memory than before");
+    aside.wait().unwrap();
+    vm.client().pause().unwrap();
+    let (aside, how) = vm.client().save_aside(state.as_fd(), copied.as_fd(), onto).unwrap();
+    assert!(how.incremental && aside.wait().unwrap().is_some_and(|left| left > 0));
+    vm.client().save(state.as_fd(), whole.as_fd(), SaveHow::default()).unwrap();
+    // But for the last page, which names the save.
+    let bytes = |file: &File| {
+        let mut bytes = vec![0; file.metadata().unwrap().len() as usize - 4096];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    assert!(bytes(copied) == bytes(whole), "it is not as it was when the VM stood");
+    form_vmm::machine::verify_memory(copied).unwrap();
+    vm.client().resume().unwrap();
 }

@@ -134,6 +134,7 @@ fn kvm_a_saved_vm_goes_on_in_another_process() {
     vm.await_log("a whole tick", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number >= 3));
     vm.await_line("VSOCK LISTENS");
     another_takes_over_its_packets(&vm);
+    copied_while_it_runs(&vm);
     let behind = echo(&vm, "before");
     vm.client().balloon(16).unwrap();
     vm.await_metric("a balloon of 16 MiB", |metrics| metrics.balloon_mib == 16);
@@ -232,6 +233,49 @@ fn another_takes_over_its_packets(vm: &Vm) {
         let before = last_tick(&vm.log()).unwrap().number;
         vm.await_log("whole ticks with another carrier", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number > before + 2));
     }
+}
+
+/// What is left when it stands is little, and the file then holds what one holds that is written while it stands.
+fn copied_while_it_runs(vm: &Vm) {
+    let [state, memory, whole] = [(); 3].map(|()| tempfile::tempfile().unwrap());
+    let carrier = vm.carrier();
+    let round = |onto| {
+        let before = last_tick(&vm.log()).unwrap().number;
+        let (aside, how) = vm.client().precopy(memory.as_fd(), onto).unwrap();
+        assert_eq!(how.incremental, onto);
+        let written = aside.wait().unwrap().unwrap();
+        vm.await_log("whole ticks after a round", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number > before + 1));
+        written
+    };
+    let all = round(false);
+    let changed = round(true);
+    assert_eq!(vm.carrier(), carrier);
+    vm.client().pause().unwrap();
+    let refused = vm.client().precopy(memory.as_fd(), true);
+    assert!(matches!(refused, Err(ClientError::Refused { kind: ErrorKind::WrongState, .. })), "{:?}", refused.err());
+    let start = Instant::now();
+    let (aside, how) = vm.client().save_aside(state.as_fd(), memory.as_fd(), SaveHow { onto: true, track: false }).unwrap();
+    let stood = start.elapsed();
+    let left = aside.wait().unwrap().unwrap();
+    assert!(how.incremental && left > 0 && left < all && changed < all, "{how:?}: {all}, then {changed}, then {left}");
+    vm.client().save(state.as_fd(), whole.as_fd(), SaveHow::default()).unwrap();
+    assert_same_memory(&whole, &memory);
+    form_vmm::machine::verify_memory(&memory).unwrap();
+    println!(
+        "MEASURED: copied {} KiB while it ran, then {} KiB, {} KiB were left, {} ms",
+        all >> 10,
+        changed >> 10,
+        left >> 10,
+        stood.as_millis()
+    );
+    vm.client().resume().unwrap();
+    // Nobody wanted to know what changes after it.
+    assert!(vm.client().saves().unwrap().is_empty());
+    let before = last_tick(&vm.log()).unwrap().number;
+    vm.await_log("whole ticks after the copy", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number > before + 1));
+    let (aside, how) = vm.client().precopy(memory.as_fd(), true).unwrap();
+    assert!(!how.incremental);
+    aside.wait().unwrap();
 }
 
 fn damaged_states_are_refused(vm: &Vm, whole: &Shape, state: &File, memory: &File) {
