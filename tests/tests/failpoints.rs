@@ -59,7 +59,7 @@ const fn way(point: Failpoint) -> Way {
         VolumePlugged | VolumeUnplugged | VolumeSnapshotPaused => Way::Hotplug,
         InterfaceSubmitted | InterfaceTapMade | InterfacePlugged | InterfaceUnplugged => Way::Hotplug,
         VcpusChanged | VcpusNoted => Way::Vcpus,
-        SnapshotPaused | SnapshotSaved | SnapshotDrafted | SnapshotNamed | SnapshotRetired => Way::Snapshot,
+        SnapshotCopied | SnapshotPaused | SnapshotSaved | SnapshotDrafted | SnapshotNamed | SnapshotRetired => Way::Snapshot,
         SnapshotCompressed | SnapshotExchanged => Way::Snapshot,
         ForkShared | ForkTold => Way::Snapshot,
         RestoreDrafted | RestoreEnded | RestoreHeld | RestoreSwapped | RestoreRecorded => Way::Snapshot,

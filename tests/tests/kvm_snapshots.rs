@@ -253,7 +253,7 @@ fn kvm_an_agent_that_dies_leaves_a_vm_that_runs_and_nothing_half() {
     wait("it counts", || count(&host) > 3);
     let (_, pid) = host.process(&host.vm("web"));
     let create_command = ["vm", "snapshot", "create", "web", "--name", "one"];
-    for point in [SnapshotPaused, SnapshotSaved, SnapshotDrafted] {
+    for point in [SnapshotCopied, SnapshotPaused, SnapshotSaved, SnapshotDrafted] {
         assert!(!dies_and_comes_back(&mut host, point, &create_command, "snapshot-create"));
         assert_eq!((names(&host), host.process(&host.vm("web")).1), (Vec::new(), pid), "{}", point.as_str());
     }

@@ -29,7 +29,7 @@ pub struct Snapshot {
     /// Of an incremental one: the snapshot since which only what had changed in memory was written. It need not be there any more.
     #[serde(default)]
     pub based_on: Option<Name>,
-    /// The bytes of memory that were written for it. What an incremental one did not write, it shares with the one that it is based on.
+    /// The bytes of memory that were written for it, twice what changed meanwhile. What an incremental one did not write, it shares with the one that it is based on.
     #[serde(default)]
     pub written_bytes: Option<u64>,
     /// Its memory is kept compressed, and is unfolded before a restore. No later snapshot builds upon it.

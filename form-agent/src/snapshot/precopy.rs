@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use form_api::ApiError;
 use form_store::SnapshotDraft;
-use form_types::VmId;
+use form_types::{Failpoint, VmId, failpoint::reach};
 use form_vmm::control::{Client, ClientError};
 
 use super::{base::Base, take::process_error};
@@ -48,6 +48,7 @@ pub fn rounds(
             Err(ClientError::Refused { message, .. }) => return Ok(Some(message)),
             Err(error) => return Err(error),
         };
+        reach(Failpoint::SnapshotCopied);
         let written = aside.wait()?.unwrap_or_default();
         each(saved.incremental, written);
         onto = true;

@@ -152,7 +152,9 @@ failpoints! {
     PoolRecorded = "pool.recorded",
     /// A pool is on record no more; its directory still bears the marker.
     PoolForgotten = "pool.forgotten",
-    /// A VM stands still to be saved; nothing of it is written.
+    /// The memory of a VM that runs is being copied to its snapshot's file.
+    SnapshotCopied = "snapshot.copied",
+    /// A VM stands still to be saved; of what is left nothing is written.
     SnapshotPaused = "snapshot.paused",
     /// Memory, devices and disk are written; the VM still stands.
     SnapshotSaved = "snapshot.saved",
