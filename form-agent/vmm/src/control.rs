@@ -51,7 +51,8 @@ pub enum ControlRequest {
     },
     /// Copies the memory of the running VM to a passed file, so that little is left for a save with `onto` that is given the same file next. What changes
     /// meanwhile is known: asked again, with `onto`, only that is written. With `onto` at first, too, the file holds a copy of an
-    /// earlier save's. How it ended is written to the pipe `whole`, as for `SaveAside`, with the bytes of pages. The reply is `Saved`.
+    /// earlier save's. How it ended is written to the pipe `whole`, as for `SaveAside`, with the bytes of pages. The reply is `Saved`. All of that is
+    /// over when the connection is closed.
     Precopy {
         memory: Fd,
         whole: Fd,

@@ -111,6 +111,11 @@ impl Machine {
         Ok(Saved { incremental: base.is_some(), written: None })
     }
 
+    /// No save will build upon what was copied while the VM ran.
+    pub fn leave_copy(&mut self) {
+        self.changes.end();
+    }
+
     /// Whether [`Machine::settle`] has something to do.
     #[must_use]
     pub const fn is_unsettled(&self) -> bool {

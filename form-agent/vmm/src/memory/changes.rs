@@ -169,7 +169,9 @@ impl Changes {
 
     /// What changes after this save need not be known, nor what changes after a copy that was made before it.
     pub fn end(&mut self) {
-        self.is_idle = self.precopy.take().is_some() && self.since.is_empty() && !self.logged.is_empty();
+        if self.precopy.take().is_some() && self.since.is_empty() {
+            self.is_idle = !self.logged.is_empty();
+        }
     }
 
     /// Whether [`Changes::stop_logs`] has something to do.
@@ -389,6 +391,7 @@ mod tests {
         changes.begin_round([2; 16], None, &memory, slot, &log).unwrap();
         changes.stop_logs(&memory, slot, &log);
         assert_eq!((changes.is_idle(), log.logged.borrow().len()), (false, 2));
+        changes.end();
         changes.end();
         // A block that came since has no log, and one that has gone needs none.
         let (smaller, _) = memory.remove_region(GuestAddress(HIGH), memory.iter().last().unwrap().len()).unwrap();

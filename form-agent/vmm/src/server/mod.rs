@@ -54,6 +54,8 @@ pub struct Server {
     consoles: Consoles,
     /// Standard input, while it types on the console.
     stdin: Option<File>,
+    /// Who has memory copied while the VM runs, to save it upon that.
+    copies_for: Option<Arc<Channel>>,
     /// Who asked for the end, and what to answer once the exit record is written.
     farewell: Option<(Arc<Channel>, ControlReply)>,
     born: Instant,
@@ -72,6 +74,7 @@ impl Server {
             machine: None,
             consoles: Consoles::default(),
             stdin,
+            copies_for: None,
             farewell: None,
             born: Instant::now(),
         }
@@ -193,7 +196,8 @@ impl Server {
             }
         }
         for index in gone.into_iter().rev() {
-            self.connections.swap_remove(index);
+            let channel = self.connections.swap_remove(index);
+            self.leave_copy(&channel);
         }
         if let (true, Some(machine)) = (self.consoles.reap(), &self.machine) {
             machine.serial().attached().set_active(false);
@@ -263,6 +267,15 @@ impl Server {
                 requests::reply(&channel, &requests::error(crate::control::ErrorKind::Invalid, message), &[])
             }
             Ok(None) | Err(_) => Served::Gone,
+        }
+    }
+
+    /// Nobody saves the VM any more upon what was copied for a peer that is gone: what changes need not be known.
+    fn leave_copy(&mut self, channel: &Arc<Channel>) {
+        if self.copies_for.take_if(|copies_for| Arc::ptr_eq(copies_for, channel)).is_some()
+            && let Some(machine) = &mut self.machine
+        {
+            machine.leave_copy();
         }
     }
 

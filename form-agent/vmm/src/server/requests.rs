@@ -91,6 +91,7 @@ impl Server {
                 }
                 (ControlRequest::Precopy { memory, whole, onto }, VmState::Running) => {
                     let how = SaveHow { onto, track: true };
+                    self.copies_for = Some(Arc::clone(channel));
                     saved(channel, how, aside(&mut Descriptors::new(fds), memory, whole, how).and_then(|to| machine.precopy(to, onto)))
                 }
                 (ControlRequest::Precopy { .. }, _) => refuse(channel, state),

@@ -273,9 +273,12 @@ fn copied_while_it_runs(vm: &Vm) {
     assert!(vm.client().saves().unwrap().is_empty());
     let before = last_tick(&vm.log()).unwrap().number;
     vm.await_log("whole ticks after the copy", |log| last_tick(log).is_some_and(|tick| tick.whole && tick.number > before + 1));
-    let (aside, how) = vm.client().precopy(memory.as_fd(), true).unwrap();
-    assert!(!how.incremental);
-    aside.wait().unwrap();
+    // Nor when who had it copied is gone, and somebody else has connected.
+    for onto in [false, true] {
+        let (aside, how) = vm.connect().precopy(memory.as_fd(), onto).unwrap();
+        assert!(!how.incremental);
+        aside.wait().unwrap();
+    }
 }
 
 fn damaged_states_are_refused(vm: &Vm, whole: &Shape, state: &File, memory: &File) {
