@@ -36,6 +36,7 @@ const MAX_DEPTH: u16 = 5;
 const MAX_EXTENTS: usize = 1 << 20;
 /// As for the images of registries.
 const MAX_FILES: usize = 2_000_000;
+const TOO_MANY: &str = "it has more than 2,000,000 files";
 const MAX_DIRECTORY: u64 = 256 << 20;
 /// A longer target is no path.
 const MAX_TARGET: u64 = 4096;
@@ -45,7 +46,7 @@ const MAX_TARGET: u64 = 4096;
 /// # Errors
 /// When it is no file system of this builder, or damaged; those of the disk; when it is cancelled.
 pub(crate) fn read(path: &Path, spool: &Spool, limit_gib: u64, cancel: &Cancel) -> Result<Diff, BuildError> {
-    System::open(path).and_then(|system| system.read(spool, limit_gib, cancel, &|_| true)).map_err(Fault::into_error)
+    System::open(path).and_then(|system| system.read(spool, limit_gib << 30, cancel, &|_| true)).map_err(Fault::into_error)
 }
 
 /// What is in a file system that lies in `file` at `begin`, as [`read`] gives it. Of paths that are not `wanted` neither they nor what is below
@@ -60,7 +61,7 @@ pub(crate) fn read_within(
     cancel: &Cancel,
     wanted: &dyn Fn(&TreePath) -> bool,
 ) -> Result<Diff, BuildError> {
-    System::within(file, begin, size).and_then(|system| system.read(spool, limit_gib, cancel, wanted)).map_err(Fault::into_error)
+    System::within(file, begin, size).and_then(|system| system.read(spool, limit_gib << 30, cancel, wanted)).map_err(Fault::into_error)
 }
 
 /// The names in the root of a file system that lies in `file` at `begin`.
@@ -75,8 +76,8 @@ pub(crate) fn root_names((file, begin, size): (File, u64, u64), cancel: &Cancel)
     names.map(|names| names.into_iter().map(|(name, _)| name).collect()).map_err(Fault::into_error)
 }
 
-fn read_all(system: &System, spool: &Spool, limit_gib: u64, cancel: &Cancel, wanted: &dyn Fn(&TreePath) -> bool) -> Found<Diff> {
-    let mut walk = Walk { system, spool, cancel, wanted, diff: Diff::default(), names: BTreeMap::new(), left: limit_gib << 30 };
+fn read_all(system: &System, spool: &Spool, limit: u64, cancel: &Cancel, wanted: &dyn Fn(&TreePath) -> bool) -> Found<Diff> {
+    let mut walk = Walk { system, spool, cancel, wanted, diff: Diff::default(), names: BTreeMap::new(), left: limit };
     let walked = walk.run();
     let mut diff = walk.diff;
     match walked {
@@ -156,6 +157,14 @@ struct Inode {
     xattrs: BTreeMap<String, XattrValue>,
 }
 
+/// What was found of a file's tree of extents.
+#[derive(Default)]
+struct Tree {
+    extents: Vec<Extent>,
+    /// At each depth, the first block of the file that the next entry may be for.
+    next: [u64; MAX_DEPTH as usize + 1],
+}
+
 /// Blocks of a file that lie together.
 #[derive(Clone, Copy)]
 struct Extent {
@@ -224,8 +233,9 @@ impl System {
         }
     }
 
-    fn read(&self, spool: &Spool, limit_gib: u64, cancel: &Cancel, wanted: &dyn Fn(&TreePath) -> bool) -> Found<Diff> {
-        read_all(self, spool, limit_gib, cancel, wanted)
+    /// All files together have at most `limit` bytes.
+    fn read(&self, spool: &Spool, limit: u64, cancel: &Cancel, wanted: &dyn Fn(&TreePath) -> bool) -> Found<Diff> {
+        read_all(self, spool, limit, cancel, wanted)
     }
 
     fn block(&self, number: u64) -> Found<Vec<u8>> {
@@ -285,35 +295,38 @@ impl System {
             // An empty file has no blocks to describe.
             return if inode.size == 0 { Ok(Vec::new()) } else { damaged(format!("the file of inode {} has no extents", inode.number)) };
         }
-        let mut found = Vec::new();
-        self.extents_of(&inode.blocks, MAX_DEPTH, &mut found)?;
-        let mut next = 0;
-        for extent in &found {
-            if extent.first < next {
-                return damaged(format!("the extents of inode {} are out of order", inode.number));
-            }
-            next = extent.first + extent.length;
-        }
-        Ok(found)
+        let mut tree = Tree::default();
+        self.extents_of(&inode.blocks, MAX_DEPTH, &mut tree).map_err(|fault| match fault {
+            Fault::Damaged(reason) => Fault::Damaged(format!("the extents of inode {}: {reason}", inode.number)),
+            fault @ Fault::Build(_) => fault,
+        })?;
+        Ok(tree.extents)
     }
 
-    fn extents_of(&self, node: &[u8], deepest: u16, found: &mut Vec<Extent>) -> Found<()> {
+    fn extents_of(&self, node: &[u8], deepest: u16, tree: &mut Tree) -> Found<()> {
         let (entries, depth) = (usize::from(word(node, 2)), word(node, 6));
         if word(node, 0) != EXTENT_MAGIC || depth > deepest || 12 + entries * 12 > node.len() {
-            return damaged("a tree of extents is damaged");
+            return damaged("the tree is damaged");
         }
         for entry in node[12..12 + entries * 12].chunks_exact(12) {
+            // At each depth they go on: no node comes twice, and the work ends with the blocks that there are.
+            let (first, next) = (u64::from(long(entry, 0)), &mut tree.next[usize::from(depth)]);
+            if first < *next {
+                return damaged("they are out of order");
+            }
+            *next = first + 1;
             if depth > 0 {
                 let child = self.block(split(long(entry, 4), u32::from(word(entry, 8))))?;
-                self.extents_of(&child, depth - 1, found)?;
+                self.extents_of(&child, depth - 1, tree)?;
                 continue;
             }
             let length = word(entry, 4);
             let place = split(long(entry, 8), u32::from(word(entry, 6)));
             let (length, place) = if length > WRITTEN { (length - WRITTEN, None) } else { (length, Some(place)) };
-            found.push(Extent { first: u64::from(long(entry, 0)), length: u64::from(length), place });
-            if found.len() > MAX_EXTENTS {
-                return damaged("a file has too many extents");
+            tree.next[0] = first + u64::from(length);
+            tree.extents.push(Extent { first, length: u64::from(length), place });
+            if length == 0 || tree.extents.len() > MAX_EXTENTS {
+                return damaged("one is empty, or there are too many");
             }
         }
         Ok(())
@@ -333,6 +346,11 @@ impl System {
     }
 
     fn names_in(&self, directory: &Inode, cancel: &Cancel) -> Found<Vec<(Vec<u8>, u32)>> {
+        // A directory has no holes: what its inode says alone is nothing to make room for.
+        let written: u64 = self.extents(directory)?.iter().filter(|extent| extent.place.is_some()).map(|extent| extent.length).sum();
+        if directory.size > written * self.block {
+            return damaged(format!("the directory of inode {} is longer than its blocks", directory.number));
+        }
         let bytes = self.whole(directory, MAX_DIRECTORY, cancel)?;
         let mut found = Vec::new();
         // Entries do not go from block to block; inner blocks of an index look like empty ones.
@@ -351,12 +369,18 @@ impl System {
                         return damaged("a directory has a name that is none");
                     }
                     found.push((name.to_vec(), inode));
+                    if found.len() > MAX_FILES {
+                        return damaged(TOO_MANY);
+                    }
                 }
                 at += length;
             }
         }
         found.sort();
-        Ok(found)
+        match found.windows(2).find(|two| two[0].0 == two[1].0) {
+            Some(two) => damaged(format!("a directory has the name {} twice", String::from_utf8_lossy(&two[0].0).escape_debug())),
+            None => Ok(found),
+        }
     }
 }
 
@@ -461,7 +485,7 @@ impl Walk<'_> {
                     waiting.push((path, inode));
                 }
                 if self.diff.entries.len() > MAX_FILES {
-                    return damaged(format!("it has more than {MAX_FILES} files"));
+                    return damaged(TOO_MANY);
                 }
             }
         }

@@ -119,3 +119,71 @@ fn a_damaged_file_system_is_refused_or_read() {
     std::fs::write(directory.path().join("text"), "no file system").unwrap();
     assert!(read(&directory.path().join("text"), &again, 1, &Cancel::new()).is_err());
 }
+
+fn file_of(ext4: &Ext4) -> File {
+    OpenOptions::new().read(true).write(true).open(ext4.path()).unwrap()
+}
+
+/// Where an inode is, in bytes.
+fn place_of(system: &System, inode: u64) -> u64 {
+    let table = system.read_at((system.first_data_block + 1) * system.block + 8, 4).ok().unwrap();
+    u64::from(long(&table, 0)) * system.block + (inode - 1) * system.inode_size
+}
+
+/// The head of a node and its entries, which are bytes already.
+fn node(depth: u16, entries: &[[u8; 12]]) -> Vec<u8> {
+    let count = entries.len() as u16;
+    [&[EXTENT_MAGIC, count, count, depth, 0, 0].map(u16::to_le_bytes).concat(), &entries.concat()[..]].concat()
+}
+
+fn leads_to(first: u32, block: u32) -> [u8; 12] {
+    [first.to_le_bytes(), block.to_le_bytes(), [0; 4]].concat().try_into().unwrap()
+}
+
+fn reason(error: BuildError) -> String {
+    match error {
+        BuildError::FileSystem { reason } => reason,
+        other => panic!("{other}"),
+    }
+}
+
+/// Some entries of some nodes that lead to the same one would be read for days.
+#[test]
+fn a_tree_that_leads_to_a_node_again_and_again_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let (ext4, ..) = written(directory.path(), false);
+    let (file, system) = (file_of(&ext4), System::open(ext4.path()).ok().unwrap());
+    let free = (BASE_SIZE / system.block) as u32 - 8;
+    for first in [0, 1] {
+        // Two nodes of 340 entries each, and one without.
+        for depth in 0..3 {
+            let entries: Vec<[u8; 12]> = (0..if depth == 0 { 0 } else { 340 }).map(|at| leads_to(at * first, free + depth - 1)).collect();
+            file.write_all_at(&node(depth as u16, &entries), u64::from(free + depth) * system.block).unwrap();
+        }
+        let root = [0, 1, 2, 3].map(|at| leads_to(at * 1000 * first, free + 2));
+        file.write_all_at(&node(3, &root), place_of(&system, 2) + 0x28).unwrap();
+        let again = Spool::create(directory.path().join("again")).unwrap();
+        let said = reason(read(ext4.path(), &again, 1, &Cancel::new()).unwrap_err());
+        assert!(said.contains("out of order"), "{said}");
+    }
+}
+
+#[test]
+fn a_directory_is_no_longer_than_its_blocks_and_has_each_name_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let (ext4, ..) = written(directory.path(), false);
+    let (file, system) = (file_of(&ext4), System::open(ext4.path()).ok().unwrap());
+    let again = Spool::create(directory.path().join("again")).unwrap();
+    let said = || reason(read(ext4.path(), &again, 1, &Cancel::new()).unwrap_err());
+    let size = place_of(&system, 2) + 4;
+    file.write_all_at(&(200_u32 << 20).to_le_bytes(), size).unwrap();
+    assert!(said().contains("longer than its blocks"), "{}", said());
+    file.write_all_at(&4096_u32.to_le_bytes(), size).unwrap();
+    // `etc` becomes `usr`, which there is already.
+    let names = system.extents(&system.inode(ROOT).ok().unwrap()).ok().unwrap()[0].place.unwrap() * system.block;
+    let mut block = [0; 4096];
+    file.read_exact_at(&mut block, names).unwrap();
+    let at = block.windows(3).position(|name| name == b"etc").unwrap() as u64;
+    file.write_all_at(b"usr", names + at).unwrap();
+    assert!(said().contains("twice"), "{}", said());
+}
