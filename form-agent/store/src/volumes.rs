@@ -603,6 +603,12 @@ fn copy_and_compare(source: &File, path: &Path) -> io::Result<()> {
 /// A new file of an empty volume.
 fn create_empty(path: &Path, format: VolumeFormat, size_bytes: u64) -> io::Result<File> {
     let file = create(path)?;
+    make_empty(&file, format, size_bytes)?;
+    Ok(file)
+}
+
+/// Makes an empty file a volume of zeros.
+pub(crate) fn make_empty(file: &File, format: VolumeFormat, size_bytes: u64) -> io::Result<()> {
     match format {
         VolumeFormat::Raw => file.set_len(size_bytes)?,
         VolumeFormat::Qcow2 => {
@@ -610,7 +616,7 @@ fn create_empty(path: &Path, format: VolumeFormat, size_bytes: u64) -> io::Resul
             Qcow2::<ImageFile>::create_builder(storage).size(size_bytes).create()?;
         }
     }
-    Ok(file)
+    Ok(())
 }
 
 fn is_blank(file: &File, format: VolumeFormat) -> io::Result<bool> {

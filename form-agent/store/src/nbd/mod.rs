@@ -4,6 +4,8 @@
 //! Every client has a thread of its own, and no more memory than one buffer. A client that stops reading holds up nobody but itself, and
 //! not for long.
 
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod negotiate;
 mod transmit;
 
@@ -203,48 +205,60 @@ impl Shared {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Greets a client and finds out what it wants; none when it leaves again.
-    /// `agreed` is set before it is told that it is a client.
-    fn negotiate(&self, mut channel: Channel, agreed: &AtomicBool) -> io::Result<Option<(Channel, Terms)>> {
+    /// Greets a client and finds out what it wants; none when it leaves again. `agreed` is set before it is told that it is a client.
+    fn negotiate(&self, channel: &mut Channel, agreed: &AtomicBool) -> io::Result<Option<Terms>> {
         let offer = Offer { name: &self.name, size: self.contents.size_bytes(), writable: self.contents.is_writable() };
-        channel.write_all(&greeting())?;
-        let mut flags = [0; 4];
-        channel.read_exact(&mut flags)?;
         let security = if self.tls.is_some() { Security::Wanted } else { Security::None };
-        let Some(mut negotiation) = Negotiation::new(u32::from_be_bytes(flags), security) else { return Ok(None) };
-        loop {
-            let mut head = [0; OptionHead::BYTES];
-            channel.read_exact(&mut head)?;
-            let Some(OptionHead { option, length }) = OptionHead::parse(&head) else { return Ok(None) };
-            let mut data = vec![0; length as usize];
-            channel.read_exact(&mut data)?;
-            match negotiation.answer(&offer, option, &data) {
-                Answer::Next(bytes) => channel.write_all(&bytes)?,
-                Answer::Secure(bytes) => {
-                    channel.write_all(&bytes)?;
-                    let config = self.tls.clone().ok_or(io::ErrorKind::InvalidInput)?;
-                    channel.secure_server(config)?;
-                }
-                Answer::Begin(bytes, terms) => {
-                    agreed.store(true, Ordering::Release);
-                    channel.write_all(&bytes)?;
-                    return Ok(Some((channel, terms)));
-                }
-                Answer::End(bytes) => {
-                    channel.write_all(&bytes)?;
-                    return Ok(None);
-                }
-            }
-        }
+        negotiate(channel, &offer, security, agreed, |channel| {
+            let config = self.tls.clone().ok_or(io::ErrorKind::InvalidInput)?;
+            channel.secure_server(config)
+        })
     }
 
     fn serve(&self, socket: &Arc<Socket>, agreed: &AtomicBool) -> io::Result<()> {
         let mut channel = Channel::new(Arc::clone(socket))?;
         channel.wait_until(Instant::now() + HANDSHAKE);
-        let Some((mut channel, terms)) = self.negotiate(channel, agreed)? else { return Ok(()) };
+        let Some(terms) = self.negotiate(&mut channel, agreed)? else { return Ok(()) };
         // A client may have nothing to ask for a long time.
         channel.wait_for_each(None)?;
         transmit::transmit(channel, &self.contents, terms)
+    }
+}
+
+/// As [`Shared::negotiate`], on any stream; `secure` is the handshake of TLS on it.
+fn negotiate<S: Read + Write>(
+    stream: &mut S,
+    offer: &Offer<'_>,
+    security: Security,
+    agreed: &AtomicBool,
+    secure: impl Fn(&mut S) -> io::Result<()>,
+) -> io::Result<Option<Terms>> {
+    stream.write_all(&greeting())?;
+    let mut flags = [0; 4];
+    stream.read_exact(&mut flags)?;
+    let Some(mut negotiation) = Negotiation::new(u32::from_be_bytes(flags), security) else { return Ok(None) };
+    loop {
+        let mut head = [0; OptionHead::BYTES];
+        stream.read_exact(&mut head)?;
+        let Some(OptionHead { option, length }) = OptionHead::parse(&head) else { return Ok(None) };
+        let mut data = vec![0; length as usize];
+        stream.read_exact(&mut data)?;
+        match negotiation.answer(offer, option, &data) {
+            Answer::Next(bytes) => stream.write_all(&bytes)?,
+            Answer::Secure(bytes) => {
+                stream.write_all(&bytes)?;
+                secure(stream)?;
+            }
+            Answer::Begin(bytes, terms) => {
+                agreed.store(true, Ordering::Release);
+                stream.write_all(&bytes)?;
+                return Ok(Some(terms));
+            }
+            Answer::End(bytes) => {
+                stream.write_all(&bytes)?;
+                return Ok(None);
+            }
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod bytes;
 mod json;
+pub mod nbd;
 pub mod samples;
 
 pub use bytes::{Edit, alter};
