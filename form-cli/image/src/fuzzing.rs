@@ -1,9 +1,11 @@
 //! For tests/fuzz: the readers of bytes that somebody else made.
 
-use std::path::Path;
+use std::{collections::BTreeMap, fs::File, path::Path};
 
 use crate::{
+    Cancel,
     diff::{Diff, Kind},
+    ext4::read::{read_little, root_names},
     index::Index,
     kernel,
     tarball::{self, Origin, Spool},
@@ -25,6 +27,48 @@ pub fn tar(bytes: &[u8], root: bool, directory: &Path) -> bool {
         assert!(again.is_ok(), "what was written cannot be read: {:?}", again.err());
     }
     true
+}
+
+/// Reads the ext4 file system of `size` bytes at `begin` of `file`, with its contents below `directory`, at most `limit` bytes of them. Nothing in it may
+/// hold a run of `outside`, which surrounds it. Gives how many entries were read, when they could be.
+///
+/// # Panics
+/// When what was read is no tree, or more than it may be.
+pub fn ext4(file: &File, (begin, size): (u64, u64), limit: u64, outside: &[u8], directory: &Path) -> Option<usize> {
+    let part = || Some((file.try_clone().ok()?, begin, size));
+    let spool = Spool::create(directory.to_owned()).ok()?;
+    let diff = read_little(part()?, &spool, limit).ok()?;
+    let kinds: BTreeMap<_, _> = diff.entries.iter().map(|entry| (&entry.path, &entry.kind)).collect();
+    assert!(kinds.len() == diff.entries.len() && diff.removed.is_empty());
+    let mut bytes = 0;
+    for entry in &diff.entries {
+        let path = entry.path.as_bytes();
+        assert!(!path.is_empty() && path.split(|byte| *byte == b'/').all(|part| !matches!(part, b"" | b"." | b"..")), "{entry:?}");
+        let above = entry.path.parent().filter(|above| !above.is_root());
+        let is_directory = above.as_ref().is_none_or(|above| matches!(kinds.get(above), Some(Kind::Directory { .. })));
+        assert!(is_directory, "{entry:?} lies in no directory");
+        let held = match &entry.kind {
+            Kind::Link { target } => {
+                assert!(!matches!(kinds.get(target), None | Some(Kind::Directory { .. } | Kind::Link { .. })), "{entry:?} leads nowhere");
+                continue;
+            }
+            Kind::File { size, digest } => {
+                bytes += size;
+                let held = spool.read(digest).unwrap_or_default();
+                assert_eq!(held.len() as u64, *size, "{entry:?}");
+                held
+            }
+            Kind::Symlink { target } => target.0.clone(),
+            _ => path.to_vec(),
+        };
+        assert!(!held.windows(outside.len()).any(|piece| piece == outside), "{entry:?} holds what lies outside of its file system");
+    }
+    assert!(bytes <= limit, "{bytes} bytes of {limit}");
+    let names = root_names(part()?, &Cancel::new());
+    let in_root = |path: &[u8]| names.as_ref().is_ok_and(|names| names.iter().any(|name| name == path));
+    assert!(diff.entries.iter().all(|entry| entry.path.as_bytes().contains(&b'/') || in_root(entry.path.as_bytes())));
+    grow(&diff, true);
+    Some(diff.entries.len())
 }
 
 /// Puts a layer into a tree without anything, and again where it is already.

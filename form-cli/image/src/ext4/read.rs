@@ -76,6 +76,15 @@ pub(crate) fn root_names((file, begin, size): (File, u64, u64), cancel: &Cancel)
     names.map(|names| names.into_iter().map(|(name, _)| name).collect()).map_err(Fault::into_error)
 }
 
+/// As [`read_within`], everything, and at most `limit` bytes.
+///
+/// # Errors
+/// As [`read`].
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_little((file, begin, size): (File, u64, u64), spool: &Spool, limit: u64) -> Result<Diff, BuildError> {
+    System::within(file, begin, size).and_then(|system| system.read(spool, limit, &Cancel::new(), &|_| true)).map_err(Fault::into_error)
+}
+
 fn read_all(system: &System, spool: &Spool, limit: u64, cancel: &Cancel, wanted: &dyn Fn(&TreePath) -> bool) -> Found<Diff> {
     let mut walk = Walk { system, spool, cancel, wanted, diff: Diff::default(), names: BTreeMap::new(), left: limit };
     let walked = walk.run();
