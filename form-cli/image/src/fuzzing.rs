@@ -8,6 +8,7 @@ use crate::{
     ext4::read::{read_little, root_names},
     index::Index,
     kernel,
+    oci::OciDigest,
     tarball::{self, Origin, Spool},
 };
 
@@ -69,6 +70,11 @@ pub fn ext4(file: &File, (begin, size): (u64, u64), limit: u64, outside: &[u8], 
     assert!(diff.entries.iter().all(|entry| entry.path.as_bytes().contains(&b'/') || in_root(entry.path.as_bytes())));
     grow(&diff, true);
     Some(diff.entries.len())
+}
+
+/// How a blob of these bytes is named.
+pub fn oci_digest(bytes: &[u8]) -> String {
+    OciDigest::of(bytes).to_string()
 }
 
 /// Puts a layer into a tree without anything, and again where it is already.

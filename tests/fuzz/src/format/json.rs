@@ -33,18 +33,22 @@ impl Samples {
             }
             values
         });
-        let mut value = values[usize::from(which) % values.len()].clone();
-        let mut text = None;
-        for alteration in alterations.iter().take(MAX_ALTERATIONS) {
-            match alteration {
-                Alteration::Text(edits) => text = Some(edits),
-                other => other.make(&mut value),
-            }
-        }
-        let mut bytes = value.to_string().into_bytes();
-        alter(&mut bytes, text.map_or(&[], Vec::as_slice));
-        bytes
+        alter_json(values[usize::from(which) % values.len()].clone(), alterations)
     }
+}
+
+/// A document with these alterations, as text.
+pub fn alter_json(mut value: Value, alterations: &[Alteration]) -> Vec<u8> {
+    let mut text = None;
+    for alteration in alterations.iter().take(MAX_ALTERATIONS) {
+        match alteration {
+            Alteration::Text(edits) => text = Some(edits),
+            other => other.make(&mut value),
+        }
+    }
+    let mut bytes = value.to_string().into_bytes();
+    alter(&mut bytes, text.map_or(&[], Vec::as_slice));
+    bytes
 }
 
 const MAX_ALTERATIONS: usize = 8;

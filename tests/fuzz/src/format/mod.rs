@@ -6,4 +6,4 @@ pub mod nbd;
 pub mod samples;
 
 pub use bytes::{Edit, alter};
-pub use json::{Alteration, Samples};
+pub use json::{Alteration, Samples, alter_json};
