@@ -29,7 +29,9 @@ pub async fn settle(session: &Session, client: &Client, operation: Operation) ->
         session.terminal.note(format!("{} goes on; wait for it with `form op wait {}`", operation.kind.as_str(), operation.id));
         return Ok(operation);
     }
+    session.note(&operation);
     let settled = if operation.status.is_final() { operation } else { follow(session, client, operation.id).await? };
+    session.note(&settled);
     match settled.status {
         OperationStatus::Failed => Err(failure(client, settled).await),
         _ => Ok(settled),
@@ -42,11 +44,7 @@ async fn follow(session: &Session, client: &Client, id: OperationId) -> Result<O
         settled = client.wait_operation(&id, session.deadline()) => settled.map_err(|error| still_going(error, id)),
         // It shows steps and never ends before the operation does; without events the wait goes on all the same.
         never = show_steps(session, client, id) => match never {},
-        _ = interrupts.recv() => {
-            session.close().await;
-            session.terminal.note(format!("\nThe operation goes on. Watch it with `form op wait {id}`"));
-            std::process::exit(130)
-        }
+        _ = interrupts.recv() => session.leave().await,
     }
 }
 
@@ -152,7 +150,7 @@ where
 }
 
 /// As [`each`], with all asked for before the first is waited for: what a guest takes its time for takes it once, and not once for each.
-/// A name that is given twice is asked for once.
+/// A name that is given twice is asked for once. Ctrl-C leaves all of them going, and says which they are.
 ///
 /// # Errors
 /// As [`each`].
@@ -167,17 +165,29 @@ where
     A: Future<Output = Result<Operation, Failure>>,
     F: Future<Output = Result<(), Failure>>,
 {
+    let mut interrupts = signals::interrupts()?;
     let mut asked: Vec<(T, Result<Operation, Failure>)> = Vec::new();
     for name in names {
-        if asked.iter().all(|(other, _)| other != name) {
-            asked.push((name.clone(), ask(name.clone()).await));
+        if asked.iter().any(|(other, _)| other == name) {
+            continue;
         }
+        let answer = tokio::select! {
+            answer = ask(name.clone()) => answer,
+            _ = interrupts.recv() => session.leave().await,
+        };
+        if let Ok(operation) = &answer {
+            session.note(operation);
+        }
+        asked.push((name.clone(), answer));
     }
-    each_of(session, asked, |(name, answer)| {
+    let finished = each_of(session, asked, |(name, answer)| {
         let finished = answer.map(|operation| finish(name, operation));
         async { finished?.await }
-    })
-    .await
+    });
+    tokio::select! {
+        outcome = finished => outcome,
+        _ = interrupts.recv() => session.leave().await,
+    }
 }
 
 async fn each_of<T, F>(session: &Session, all: Vec<T>, mut action: impl FnMut(T) -> F) -> Outcome

@@ -1,12 +1,13 @@
 //! What a command works with: the terminal, the wishes that hold everywhere, and the way to the host.
 
-use std::{cell::RefCell, path::Path};
+use std::{cell::RefCell, collections::BTreeMap, path::Path};
 
 use form_api::{
     ErrorCode,
     client::{Client, ClientError, Timeouts},
+    operation::Operation,
 };
-use form_types::SecretKey;
+use form_types::{OperationId, SecretKey};
 use tokio::time::Instant;
 
 use crate::{
@@ -23,11 +24,20 @@ pub struct Session {
     identity: RefCell<Option<SecretKey>>,
     /// Connections to end properly.
     clients: RefCell<Vec<Client>>,
+    /// What goes on at a host as far as is known, by what it is about.
+    going_on: RefCell<BTreeMap<OperationId, String>>,
 }
 
 impl Session {
     pub fn new(terminal: Terminal, global: Global) -> Self {
-        Self { terminal, global, begun: std::time::Instant::now().into(), identity: RefCell::default(), clients: RefCell::default() }
+        Self {
+            terminal,
+            global,
+            begun: std::time::Instant::now().into(),
+            identity: RefCell::default(),
+            clients: RefCell::default(),
+            going_on: RefCell::default(),
+        }
     }
 
     /// The agent that the user means.
@@ -98,6 +108,32 @@ impl Session {
     /// Says that a host which is followed does not answer, and that it is asked again.
     pub fn interrupted(&self, error: &ClientError) {
         self.terminal.warn(format!("{error}; waiting for it to come back"));
+    }
+
+    /// Remembers whether this operation goes on, for who gives up waiting.
+    pub fn note(&self, operation: &Operation) {
+        let mut going_on = self.going_on.borrow_mut();
+        if operation.status.is_final() {
+            going_on.remove(&operation.id);
+        } else {
+            going_on.insert(operation.id, format!("{} of {}", operation.kind.as_str(), operation.subject));
+        }
+    }
+
+    /// The answer to Ctrl-C while something is waited for: says what goes on without the program, and ends that.
+    pub async fn leave(&self) -> ! {
+        self.close().await;
+        let going_on = self.going_on.take();
+        let mut ids = going_on.iter();
+        match (ids.next(), ids.next()) {
+            (None, _) => {}
+            (Some((id, _)), None) => self.terminal.note(format!("\nThe operation goes on. Watch it with `form op wait {id}`")),
+            _ => {
+                let lines: String = going_on.iter().map(|(id, what)| format!("\n  {what}: `form op wait {id}`")).collect();
+                self.terminal.note(format!("\n{} operations go on. Watch them with:{lines}", going_on.len()));
+            }
+        }
+        std::process::exit(130)
     }
 
     pub async fn close(&self) {

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent::{Agent, ID, vm};
+use agent::{Agent, ID, OTHER_ID, vm};
 use snapbox::{assert_data_eq, str};
 use support::{Place, Ran, ran};
 
@@ -297,6 +297,29 @@ fn ctrl_c_leaves_the_operation_going() {
     let run = ran(child.wait_with_output().unwrap());
     assert_eq!(run.code, 130);
     assert!(run.err.contains(&format!("form op wait {ID}")), "{run:?}");
+}
+
+#[test]
+fn ctrl_c_names_all_operations_that_go_on() {
+    let setting = Setting::new();
+    let all = ["destroy", "slow", "web", "bad", "-y"];
+    let mut child = setting.command(&all).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // It waits for the first, all are asked for.
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("making the root disk") {
+        line.clear();
+        assert!(said.read_line(&mut line).unwrap() > 0, "it has ended");
+    }
+    kill(&child, "-INT");
+    let mut rest = String::new();
+    said.read_to_string(&mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest}");
+    assert!(rest.contains("\n2 operations go on."), "{rest}");
+    for (vm, id) in [("slow", ID), ("bad", OTHER_ID)] {
+        assert!(rest.contains(&format!("  vm-destroy of vm/{vm}: `form op wait {id}`\n")), "{rest}");
+    }
+    assert!(!rest.contains("vm/web"), "{rest}");
 }
 
 #[test]

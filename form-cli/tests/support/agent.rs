@@ -60,6 +60,7 @@ impl Agent {
 }
 
 pub const ID: &str = "00112233445566778899aabbccddeeff";
+pub const OTHER_ID: &str = "ffeeddccbbaa99887766554433221100";
 
 pub fn vm(name: &str, state: &str) -> Value {
     let digest = "ab".repeat(32);
@@ -452,9 +453,20 @@ async fn remove_image(Path(reference): Path<String>) -> Result<axum::Json<Value>
     }
 }
 
+/// What is not ready yet, or has failed, takes for ever.
 async fn destroy(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Value>, ApiError> {
-    find(&vms, &name)?;
-    Ok(axum::Json(operation("vm-destroy", &format!("vm/{name}"), "completed")))
+    let (subject, mut id) = (format!("vm/{name}"), ID.to_owned());
+    let status = match find(&vms, &name)?["state"].as_str() {
+        Some("pending") => "executing",
+        Some("failed") => {
+            id = OTHER_ID.to_owned();
+            "executing"
+        }
+        _ => "completed",
+    };
+    let mut operation = operation("vm-destroy", &subject, status);
+    operation["id"] = json!(id);
+    Ok(axum::Json(operation))
 }
 
 /// Starting depends on the state that the VM is in: a stopped one fails, a pending one goes on for ever.
