@@ -181,6 +181,7 @@ fn resume_operations(agent: &Arc<Agent>) -> Result<(), Failure> {
             OperationKind::ImageImport
             | OperationKind::ImageSet
             | OperationKind::ImageRemove
+            | OperationKind::KernelRemove
             | OperationKind::Claim
             | OperationKind::DoctorFix
             | OperationKind::Bench => {

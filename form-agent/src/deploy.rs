@@ -140,7 +140,8 @@ fn check_parts(agent: &Agent, wanted: &Wanted) -> Result<(), ApiError> {
     {
         return missing(&format!("the image {}", image.short()));
     }
-    let Ok(kernel) = agent.store.kernel(&request.kernel) else {
+    // What is asked for may take its time: meanwhile nobody removes it.
+    let Ok(kernel) = agent.store.want_kernel(&request.kernel) else {
         return missing(&format!("the kernel bundle {}", request.kernel.short()));
     };
     if request.has_guest() { Ok(()) } else { create::check_kernel(&kernel) }
@@ -173,10 +174,8 @@ fn record(agent: &Agent, caller: &Caller, wanted: &Wanted, id: OperationId) -> R
     if matches!(wanted.how, How::Create { .. }) {
         create::is_new(before.as_ref())?;
     }
-    if wanted.how != How::Deploy {
-        // Both may have gone while the disk was copied; and nothing that a rollback needs was uploaded just now.
-        check_parts(agent, wanted)?;
-    }
+    // Somebody may have removed them since it was asked for.
+    check_parts(agent, wanted)?;
     admit::admit(request, before.is_none(), &agent.capacity(Some(name))?)?;
     check_ports(request, before.as_ref())?;
     volume::operate::of_deploy(agent, request)?;

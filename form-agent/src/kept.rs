@@ -186,6 +186,18 @@ pub fn images(agent: &Agent) -> BTreeMap<Digest, Vec<Name>> {
     images
 }
 
+/// The kernels that this VM can go back to, each with the image that it is for; none of the version that a deploy which fails goes back to,
+/// whatever has become of its image.
+pub fn kernels(agent: &Agent, vm: &DesiredVm) -> Vec<(Digest, Option<ImageReference>)> {
+    let Some(kept) = read(agent, &vm.id) else { return Vec::new() };
+    let last = kept.previous.request().map(|request| (request.kernel, None));
+    let earlier = kept.all(vm.name()).into_iter().filter_map(|one| {
+        let image = reference(agent, one.request.image()?)?;
+        Some((one.request.kernel, Some(image)))
+    });
+    last.into_iter().chain(earlier).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use form_api::deploy::{Boot, RollbackRequest};

@@ -24,6 +24,7 @@ mod heap;
 mod identity;
 mod interface;
 mod kept;
+mod kernel;
 mod label;
 mod lifecycle;
 mod limits;

@@ -568,12 +568,32 @@ fn pruning_takes_what_nobody_uses_and_says_so() {
     assert!(none.code == 0 && none.out.is_empty() && none.err.contains("nothing to destroy"), "{none:?}");
     let destroyed = setting.run(&["vm", "prune", "-y"]);
     assert_eq!((destroyed.code, destroyed.out.as_str()), (0, "old: destroyed\n"), "{destroyed:?}");
+}
 
-    assert_eq!(setting.run(&["image", "prune", "--dry-run", "-q"]).out, "tool:1\n");
-    assert_eq!(setting.run(&["image", "prune", "--dry-run", "--all", "-q"]).out, "tool:1\ntool:2\n");
+#[test]
+fn images_and_kernels_that_nothing_needs_are_removed_from_the_host() {
+    let setting = Setting::new();
+    let (free, of_tool, of_all) = ("kernel/020202020202\n", "kernel/030303030303\n", "kernel/040404040404\n");
+    let listed = setting.run(&["image", "prune", "--dry-run", "-q"]);
+    assert_eq!(listed.out, format!("tool:1\n{free}{of_tool}"), "{listed:?}");
+    let listed = setting.run(&["image", "prune", "--dry-run"]);
+    assert!(listed.err.contains("1 kernel (5 MiB) sent or asked for within a day"), "{listed:?}");
+    assert_eq!(setting.run(&["image", "prune", "--dry-run", "--all", "-q"]).out, format!("tool:1\ntool:2\n{free}{of_tool}{of_all}"));
+    assert_eq!(setting.run(&["image", "prune", "--dry-run", "--image", "tool", "-q"]).out, "tool:1\n");
+    let listed: serde_json::Value = serde_json::from_str(&setting.run(&["image", "prune", "--dry-run", "-o", "json"]).out).unwrap();
+    assert_eq!((listed[0]["version"].as_u64(), listed[1]["size_bytes"].as_u64()), (Some(1), Some(2 << 20)), "{listed}");
+    let asked = setting.run(&["image", "prune"]);
+    assert!(asked.code == 2 && asked.out.is_empty() && asked.err.contains("FORM_YES"), "{asked:?}");
+
     let removed = setting.run(&["image", "prune", "--all", "-y"]);
-    assert_eq!((removed.code, removed.out.as_str()), (0, "tool:1: removed\n"), "{removed:?}");
+    let lines = "tool:1: removed\nkernel/020202020202: removed (6.1.0-cloud, 2 MiB)\n";
+    assert_eq!((removed.code, removed.out.as_str()), (0, lines), "{removed:?}");
     assert!(removed.err.contains("tool:2: kept") && removed.err.contains("more than before"), "{removed:?}");
+    assert!(removed.err.contains("kernel/030303030303: kept, the kernel is needed by vm/new"), "{removed:?}");
+    assert!(removed.err.contains("and 1 kernel (2 MiB) removed;"), "{removed:?}");
+    let removed = setting.run(&["image", "prune", "-y", "-o", "json"]);
+    let kernel = serde_json::Deserializer::from_str(&removed.out).into_iter::<serde_json::Value>().last().unwrap().unwrap();
+    assert_eq!((kernel["kind"].as_str(), kernel["kernel"]["size_bytes"].as_u64()), (Some("kernel-remove"), Some(2 << 20)), "{removed:?}");
     let none = setting.run(&["image", "prune", "--image", "web", "--all", "-y"]);
     assert!(none.code == 0 && none.err.contains("nothing to remove"), "{none:?}");
 }

@@ -204,3 +204,64 @@ fn system_an_image_that_is_only_on_a_host_is_exported() {
     let _ = host.form(&["destroy", "web", "-y"]).ok();
     host.is_clean();
 }
+
+#[test]
+#[ignore = "needs root, and a kernel bundle in the build cache: tests/run-system"]
+fn system_kernels_that_nothing_needs_go_and_others_stay() {
+    enter_own_network();
+    let mut host = Host::new();
+    host.configure(Host::IMPATIENT);
+    host.start_agent();
+    host.stopped_vms(&["web"]);
+    let get = |host: &Host, path: &str| {
+        let mut command = Command::new("curl");
+        command.args(["--silent", "--show-error", "--unix-socket"]).arg(host.socket()).arg(format!("http://agent{path}"));
+        serde_json::from_slice::<Value>(&command.output().unwrap().stdout).unwrap()
+    };
+    let kernels = get(&host, "/v1/kernels");
+    let (kernel, all) = (&kernels[0], kernels.as_array().unwrap());
+    assert_eq!((all.len(), &kernel["needed_by"]), (1, &json!(["vm/web"])), "{kernels}");
+    let digest = kernel["digest"].as_str().unwrap().to_owned();
+    let directory = host.root().join("var/lib/formation/kernel").join(&digest);
+    let two_days_ago = || {
+        let then = std::time::SystemTime::now() - std::time::Duration::from_secs(2 * 86_400);
+        fs::File::open(&directory).unwrap().set_modified(then).unwrap();
+    };
+    let prune = |host: &Host, arguments: &[&str]| host.form(&[&["image", "prune", "--all"], arguments].concat()).ok();
+
+    // A stopped VM needs it, and so does its snapshot when the VM is another one by then.
+    two_days_ago();
+    assert!(prune(&host, &["-y"]).stderr.contains("nothing to remove"));
+    let _ = host.form(&["vm", "snapshot", "create", "web", "--name", "before"]).ok();
+    assert_eq!(get(&host, "/v1/kernels")[0]["needed_by"], json!(["snapshot/web/before", "vm/web"]));
+    // It is on record, whoever asks for its removal.
+    let refused = Command::new("curl")
+        .args(["--silent", "--request", "DELETE", "--unix-socket"])
+        .arg(host.socket())
+        .arg(format!("http://agent/v1/kernels/{digest}"))
+        .output()
+        .unwrap();
+    let refused: Value = serde_json::from_slice(&refused.stdout).unwrap();
+    assert_eq!((&refused["kind"], &refused["error"]["code"]), (&json!("kernel-remove"), &json!("conflict")), "{refused}");
+
+    // Nothing needs it any more, and somebody who is about to make a VM has asked for it.
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    let _ = get(&host, &format!("/v1/kernels/{digest}"));
+    let kept = prune(&host, &["-y"]);
+    assert!(kept.stderr.contains("sent or asked for within a day") && directory.exists(), "{kept:?}");
+    two_days_ago();
+    let name = format!("kernel/{}", &digest[..12]);
+    assert!(prune(&host, &["--dry-run", "-q"]).stdout.contains(&name));
+    host.kill_agent();
+    host.start_agent();
+    let pruned = prune(&host, &["-y"]);
+    assert!(pruned.stdout.contains(&format!("{name}: removed (")) && pruned.stderr.contains("1 kernel ("), "{pruned:?}");
+    assert!(!directory.exists());
+    assert_eq!(get(&host, "/v1/kernels"), json!([]));
+
+    // The next deploy sends it again.
+    host.stopped_vms(&["web"]);
+    assert!(directory.exists());
+    let _ = host.form(&["destroy", "web", "-y"]).ok();
+    host.is_clean();
+}

@@ -34,6 +34,7 @@ pub enum EventKind {
     VmExited,
     ImageImported,
     ImageRemoved,
+    KernelRemoved,
     HostStarted,
     HostClaimed,
 }

@@ -169,6 +169,13 @@ pub struct Kernel {
     /// `6.1.0-56-cloud-amd64`
     pub release: String,
     pub size_bytes: u64,
+    /// Why it is not to be removed: `vm/web` runs with it or ran with it when it was healthy last, `image/disk:1` brings it along or is what
+    /// a VM goes back to with it, `snapshot/web/before` was made with it.
+    #[serde(default)]
+    pub needed_by: Vec<String>,
+    /// It was sent or asked for lately, perhaps for a VM that is still to come: until then it is not removed either.
+    #[serde(default)]
+    pub kept_until: Option<Timestamp>,
 }
 
 /// What reading the whole of an image found.

@@ -105,7 +105,13 @@ fn make() -> Option<Vec<(&'static str, Value)>> {
     let fast: Name = "fast".parse().ok()?;
     let before: Name = "before-upgrade".parse().ok()?;
     let import = ImportRequest { manifest: digest("manifest") };
-    let kernel = Kernel { digest: digest("kernel"), release: "6.1.0-56-cloud-amd64".to_owned(), size_bytes: 91_226_112 };
+    let kernel = Kernel {
+        digest: digest("kernel"),
+        release: "6.1.0-56-cloud-amd64".to_owned(),
+        size_bytes: 91_226_112,
+        needed_by: vec!["vm/web".to_owned()],
+        kept_until: None,
+    };
     Some(vec![
         ("ApiError", json!(refusal())),
         ("AttachRequest", json!(attach)),

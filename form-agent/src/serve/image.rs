@@ -9,8 +9,8 @@ use form_api::{
     ApiError, ErrorCode,
     event::EventKind,
     image::{
-        BlockFrame, BlocksReply, DamagedBlock, Image, ImageConfig, ImageSetRequest, ImportRequest, Kernel, Layer, ManifestReply,
-        MissingReply, MissingRequest, Verification,
+        BlockFrame, BlocksReply, DamagedBlock, Image, ImageConfig, ImageSetRequest, ImportRequest, Layer, ManifestReply, MissingReply,
+        MissingRequest, Verification,
     },
     operation::{Operation, OperationKind},
     server::read_json,
@@ -53,7 +53,7 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
         | StoreError::DiskTooSmall { .. } => ErrorCode::Invalid,
         StoreError::VolumeSize(_) | StoreError::VolumeShrinks { .. } | StoreError::VolumeTooLarge { .. } => ErrorCode::Invalid,
         StoreError::MissingBlocks(_) | StoreError::ImageInUse { .. } | StoreError::DiskExists(_) => ErrorCode::Conflict,
-        StoreError::ImageKept(_) => ErrorCode::Conflict,
+        StoreError::ImageKept(_) | StoreError::KernelWanted { .. } => ErrorCode::Conflict,
         StoreError::VolumeExists(_) | StoreError::VolumeInUse { .. } => ErrorCode::Conflict,
         StoreError::PoolExists { .. } | StoreError::PoolTaken { .. } | StoreError::PoolFixed(_) => ErrorCode::Conflict,
         StoreError::PoolInUse { .. } => ErrorCode::Conflict,
@@ -473,47 +473,4 @@ pub async fn import(State(agent): State<Shared>, request: Request) -> Result<Jso
     })
     .await
     .map(Json)
-}
-
-/// One kernel bundle.
-#[utoipa::path(
-    get,
-    path = "/v1/kernels/{digest}",
-    operation_id = "show_kernel",
-    tag = "images",
-    params(("digest" = Digest, Path, description = "Of its manifest")),
-    responses((status = 200, description = "The kernel bundle", body = Kernel), Refused, Missing),
-    security((), ("key" = []))
-)]
-pub async fn kernel(State(agent): State<Shared>, Segment(digest): Segment, request: Request) -> Result<Json<Kernel>, ApiError> {
-    reading(&agent, request).await?;
-    let digest: Digest = parsed(&digest)?;
-    blocking(move || {
-        let kernel = agent.store.kernel(&digest).map_err(|error| store_error(&error))?;
-        Ok(Json(Kernel { digest, release: kernel.release, size_bytes: kernel.size_bytes }))
-    })
-    .await
-}
-
-/// Makes a kernel bundle of blocks that are all there.
-#[utoipa::path(
-    post,
-    path = "/v1/kernels",
-    operation_id = "import_kernel",
-    tag = "images",
-    params(ChangeHeaders),
-    request_body(content = ImportRequest, description = "The manifest"),
-    responses((status = 200, description = "The kernel bundle", body = Kernel), Refused, Unreadable, InTheWay, NoRoom),
-    security((), ("key" = [], "signature" = []))
-)]
-pub async fn import_kernel(State(agent): State<Shared>, request: Request) -> Result<Json<Kernel>, ApiError> {
-    let (_, body) = changing(&agent, request).await?;
-    let import: ImportRequest = read_json(&body)?;
-    blocking(move || {
-        let kernel = agent.store.import_kernel_uploaded(&import.manifest);
-        heap::give_back();
-        let kernel = kernel.map_err(|error| store_error(&error))?;
-        Ok(Json(Kernel { digest: kernel.digest, release: kernel.release, size_bytes: kernel.size_bytes }))
-    })
-    .await
 }

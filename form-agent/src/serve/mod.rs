@@ -8,6 +8,7 @@ mod host;
 mod image;
 mod image_contents;
 mod interface;
+mod kernel;
 mod openapi;
 mod operation;
 mod pool;
@@ -136,8 +137,10 @@ api! {
     image_contents::blocks,
     image::put_blocks,
     image::put_manifest,
-    image::import_kernel,
-    image::kernel,
+    kernel::list,
+    kernel::import,
+    kernel::show,
+    kernel::remove,
     operation::list,
     operation::show,
     event::list,

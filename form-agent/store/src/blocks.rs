@@ -142,6 +142,10 @@ struct Place {
 }
 
 impl Stored {
+    pub fn count(&self) -> usize {
+        self.places.len()
+    }
+
     /// Notes those of the `wanted` blocks that a sealed file holds.
     pub fn note(&mut self, path: &Path, map: &BlockMap, wanted: &BTreeSet<Digest>) -> Result<()> {
         let mut open: Option<Arc<(PathBuf, File)>> = None;

@@ -43,6 +43,8 @@ pub enum StoreError {
     NoBlock(u64),
     #[error("there is no kernel with digest {}", .0.short())]
     NoKernel(Digest),
+    #[error("the kernel {} was sent or asked for lately, and is kept until {until} for a VM that may come", .kernel.short())]
+    KernelWanted { kernel: Digest, until: jiff::Timestamp },
     #[error("VM {} has no root disk", .0.short())]
     NoDisk(VmId),
     #[error("VM {} has a root disk already", .0.short())]

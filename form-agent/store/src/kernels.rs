@@ -3,8 +3,9 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use form_bundle::{
@@ -12,6 +13,7 @@ use form_bundle::{
     kernel::{INITRD_FILE, MANIFEST_FILE, VMLINUX_FILE, module_path},
 };
 use form_types::{Digest, Failpoint, failpoint::reach};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -65,7 +67,7 @@ impl Store {
         let manifest = KernelManifest::decode(manifest_text)?;
         let digest = Digest::of(manifest_text);
         let _turn = hold(&self.locks.images);
-        if let Ok(entry) = self.kernel(&digest) {
+        if let Ok(entry) = self.want_kernel(&digest) {
             return Ok(entry);
         }
         let wanted: BTreeSet<Digest> = manifest.files().flat_map(|(_, map)| map.digests()).collect();
@@ -109,6 +111,36 @@ impl Store {
         Ok(KernelEntry { digest: *digest, release, size_bytes, vmlinux: directory.join(VMLINUX_FILE), initrd })
     }
 
+    /// As [`Store::kernel`], for somebody who is about to make use of it: [`Store::remove_kernel`] leaves it for a while.
+    ///
+    /// # Errors
+    /// [`StoreError::NoKernel`], or those of the file system.
+    pub fn want_kernel(&self, digest: &Digest) -> Result<KernelEntry> {
+        let _not_being_removed = hold(&self.locks.wanted);
+        let entry = self.kernel(digest)?;
+        self.note_wanted(digest)?;
+        Ok(entry)
+    }
+
+    /// The time of the last change of its directory, in which nothing else changes, is when somebody wanted it.
+    fn note_wanted(&self, digest: &Digest) -> Result<()> {
+        let path = self.kernel_dir(digest);
+        File::open(&path).and_then(|directory| directory.set_modified(SystemTime::now())).map_err(StoreError::io("note who wants", &path))
+    }
+
+    /// When a kernel came here, or was last wanted ([`Store::want_kernel`]; or its blocks were, by [`Store::missing`] or an import).
+    ///
+    /// # Errors
+    /// [`StoreError::NoKernel`], or those of the file system.
+    pub fn kernel_wanted_at(&self, digest: &Digest) -> Result<Timestamp> {
+        let path = self.kernel_dir(digest);
+        let modified = match fs::metadata(&path).and_then(|meta| meta.modified()) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(StoreError::NoKernel(*digest)),
+            modified => modified.map_err(StoreError::io("look at", &path))?,
+        };
+        Ok(Timestamp::try_from(modified).unwrap_or(Timestamp::UNIX_EPOCH))
+    }
+
     /// Every kernel, by release.
     ///
     /// # Errors
@@ -141,13 +173,25 @@ impl Store {
         record.initrd.map_or(Ok(()), |initrd| initrd.check(&directory.join(INITRD_FILE)))
     }
 
-    /// Removes a kernel and its initramfs; that it is not there is fine. A VM that runs has long read it.
+    /// Removes a kernel and its initramfs, unless somebody wanted it within the last `age` ([`crate::STALE_AFTER`] is a good age): he may be about
+    /// to name it. Whether a VM, an image or a snapshot needs it is for the caller to know. A VM that runs has long read it.
     ///
     /// # Errors
-    /// Those of the file system.
-    pub fn remove_kernel(&self, digest: &Digest) -> Result<()> {
+    /// [`StoreError::NoKernel`], [`StoreError::KernelWanted`], or those of the file system.
+    pub fn remove_kernel(&self, digest: &Digest, age: Duration) -> Result<()> {
         let _turn = hold(&self.locks.images);
         let _not_being_read = hold(&self.locks.initramfs);
+        let _not_being_wanted = hold(&self.locks.wanted);
+        let wanted_at = self.kernel_wanted_at(digest)?;
+        let now = Timestamp::now();
+        if wanted_at > now {
+            // The clock was wrong then, and nobody knows by how much.
+            self.note_wanted(digest)?;
+        }
+        let until = wanted_at.min(now).saturating_add(age).unwrap_or(Timestamp::MAX);
+        if until > now {
+            return Err(StoreError::KernelWanted { kernel: *digest, until });
+        }
         retire(&self.initramfs_dir(digest), &self.kernels)?;
         retire(&self.kernel_dir(digest), &self.kernels)
     }

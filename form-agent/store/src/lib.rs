@@ -75,6 +75,8 @@ struct Locks {
     /// Disks, and whether an image is under one.
     disks: Mutex<()>,
     initramfs: Mutex<()>,
+    /// Whether somebody wants a kernel.
+    wanted: Mutex<()>,
 }
 
 /// A panic in a change leaves nothing half named, so a poisoned lock is sound.
@@ -178,8 +180,13 @@ impl Store {
             for kernel in self.kernels()? {
                 let Ok(manifest) = self.kernel_manifest(&kernel.digest) else { continue };
                 let Some(directory) = kernel.vmlinux.parent() else { continue };
+                let before = stored.count();
                 for (path, map) in manifest.files() {
                     stored.note(&directory.join(path), map, &rest)?;
+                }
+                if stored.count() > before {
+                    // Who is told that these blocks are here will not send them.
+                    self.want_kernel(&kernel.digest)?;
                 }
             }
         }

@@ -120,7 +120,7 @@ impl Store {
     /// # Errors
     /// As [`Store::import_kernel`], and [`StoreError::NoManifest`].
     pub fn import_kernel_uploaded(&self, digest: &Digest) -> Result<KernelEntry> {
-        if let Ok(entry) = self.kernel(digest) {
+        if let Ok(entry) = self.want_kernel(digest) {
             return Ok(entry);
         }
         let entry = self.import_kernel(&self.take_manifest(digest)?)?;

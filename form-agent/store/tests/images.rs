@@ -4,16 +4,17 @@
 mod fixture;
 
 use std::{
-    fs::{self, OpenOptions, Permissions},
+    fs::{self, File, OpenOptions, Permissions},
     io::{Seek, SeekFrom, Write},
     os::unix::fs::{MetadataExt, PermissionsExt},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use fixture::{Blocks, image, import, kernel, listing, noise, rootfs};
-use form_bundle::BLOCK_SIZE;
-use form_store::{ImageSettings, Store, StoreError};
+use form_bundle::{BLOCK_SIZE, KernelManifest};
+use form_store::{ImageSettings, STALE_AFTER, Store, StoreError};
 use form_types::{Digest, VmId};
+use jiff::Timestamp;
 
 #[test]
 fn an_image_is_its_blocks_sparse_and_read_only() {
@@ -234,9 +235,54 @@ fn a_kernel_and_its_initramfs() {
     fs::write(&module, changed).unwrap();
     fs::write(&guest, b"guest 3").unwrap();
     assert!(matches!(store.initramfs(&entry.digest, &guest), Err(StoreError::Damaged { .. })));
-    store.remove_kernel(&entry.digest).unwrap();
+    store.remove_kernel(&entry.digest, Duration::ZERO).unwrap();
     assert!(matches!(store.kernel(&entry.digest), Err(StoreError::NoKernel(_))));
     assert!(!second.exists());
+}
+
+#[test]
+fn a_kernel_that_somebody_wants_is_not_removed() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    let (manifest, blocks) = kernel();
+    blocks.upload(&store);
+    let digest = store.import_kernel(&manifest).unwrap().digest;
+    let directory = File::open(root.path().join("kernel").join(digest.to_string())).unwrap();
+    let days_ago = |days: i64| {
+        let then = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(Timestamp::now().as_second() - days * 86_400).unwrap());
+        directory.set_modified(then).unwrap();
+    };
+    let remove = || store.remove_kernel(&digest, STALE_AFTER);
+    let is_wanted = |what: &str| match remove() {
+        Err(StoreError::KernelWanted { kernel, until }) => assert!(kernel == digest && until > Timestamp::now(), "{what}"),
+        other => panic!("{what}: {other:?}"),
+    };
+    is_wanted("it has just come");
+    days_ago(2);
+    store.want_kernel(&digest).unwrap();
+    is_wanted("somebody asked whether it is here");
+    days_ago(2);
+    store.import_kernel(&manifest).unwrap();
+    is_wanted("it was sent once more");
+    days_ago(2);
+    let known = KernelManifest::decode(&manifest).unwrap();
+    let asked: Vec<Digest> = known.files().flat_map(|(_, map)| map.digests()).collect();
+    assert_eq!(store.missing(&asked).unwrap(), []);
+    is_wanted("somebody was told that he need not send its blocks");
+    // The clock was wrong when it came: it is wanted now, and not for ever.
+    days_ago(-700);
+    is_wanted("it comes from the future");
+    assert!(store.kernel_wanted_at(&digest).unwrap() <= Timestamp::now());
+
+    // To look at it is not to want it; two may remove it at once.
+    days_ago(2);
+    assert_eq!(store.kernels().unwrap().len(), 1);
+    store.check_kernel_sealed(&digest).unwrap();
+    let both = std::thread::scope(|scope| [scope.spawn(remove), scope.spawn(remove)].map(|one| one.join().unwrap()));
+    assert_eq!(both.iter().filter(|one| one.is_ok()).count(), 1, "{both:?}");
+    assert!(both.iter().any(|one| matches!(one, Err(StoreError::NoKernel(_)))), "{both:?}");
+    assert!(matches!(store.want_kernel(&digest), Err(StoreError::NoKernel(_))));
+    assert_eq!(store.missing(&asked).unwrap().len(), asked.iter().collect::<std::collections::BTreeSet<_>>().len());
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn work(root: &Path) {
         let entry = store.import_kernel(&kernel).unwrap();
         store.initramfs(&entry.digest, &guest).unwrap();
         if round % 2 == 0 {
-            store.remove_kernel(&entry.digest).unwrap();
+            store.remove_kernel(&entry.digest, Duration::ZERO).unwrap();
         }
         for vm in store.disks().unwrap().iter().filter(|_| round % 3 == 0) {
             store.remove_disk(vm).unwrap();

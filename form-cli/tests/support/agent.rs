@@ -394,6 +394,8 @@ fn router(vms: Arc<Vec<Value>>) -> Router {
         )
         .route("/v1/images", get(async || axum::Json(images())))
         .route("/v1/images/{reference}", delete(remove_image).get(no_image))
+        .route("/v1/kernels", get(async || axum::Json(kernels())))
+        .route("/v1/kernels/{digest}", delete(remove_kernel))
         .fallback(async || ApiError::new(ErrorCode::NotFound, "there is no such thing").hint("look for what there is"))
         .route("/v1/bench", post(bench))
         .with_state(vms)
@@ -442,6 +444,31 @@ async fn set(State(vms): Vms, Path(name): Path<String>) -> Result<axum::Json<Val
 
 async fn no_image(Path(reference): Path<String>) -> ApiError {
     ApiError::new(ErrorCode::NotFound, format!("there is no image {reference}")).hint("list them with `form image ls`")
+}
+
+/// One that a VM needs, one that nothing does, one that only `tool:1` does, one that both versions of `tool` do, one that was asked for just now.
+fn kernels() -> Value {
+    let kernel = |number: u8, needed_by: &[&str], kept_until: Value| {
+        json!({
+            "digest": format!("{number:02}").repeat(32), "release": "6.1.0-cloud", "size_bytes": u64::from(number) << 20,
+            "needed_by": needed_by, "kept_until": kept_until
+        })
+    };
+    json!([
+        kernel(1, &["vm/web"], json!(null)),
+        kernel(2, &[], json!(null)),
+        kernel(3, &["image/tool:1"], json!(null)),
+        kernel(4, &["image/tool:1", "image/tool:2"], json!(null)),
+        kernel(5, &[], json!("2100-01-01T00:00:00Z"))
+    ])
+}
+
+/// A VM has begun to use the third.
+async fn remove_kernel(Path(digest): Path<String>) -> Result<axum::Json<Value>, ApiError> {
+    match &digest[..2] {
+        "02" => Ok(axum::Json(operation("kernel-remove", &format!("kernel/{}", &digest[..12]), "completed"))),
+        _ => Err(ApiError::new(ErrorCode::Conflict, "the kernel is needed by vm/new")),
+    }
 }
 
 /// A snapshot needs the newest.

@@ -488,6 +488,16 @@ impl Client {
         self.read(&Call::post("/v1/images").json(request)?.signed(fresh_key()?).limit(IMPORT)).await
     }
 
+    pub async fn kernels(&self) -> Result<Vec<Kernel>, ClientError> {
+        self.read(&Call::get("/v1/kernels")).await
+    }
+
+    /// Removes a kernel bundle that nothing needs.
+    pub async fn remove_kernel(&self, digest: &Digest) -> Result<Operation, ClientError> {
+        self.read(&Call::delete(format!("/v1/kernels/{digest}")).signed(fresh_key()?)).await
+    }
+
+    /// One that the caller is about to make use of: it is not removed for a day.
     pub async fn kernel(&self, digest: &Digest) -> Result<Kernel, ClientError> {
         self.read(&Call::get(format!("/v1/kernels/{digest}"))).await
     }
