@@ -1,5 +1,7 @@
 //! Whether a host can take a VM, and why not. Pure.
 
+use std::collections::BTreeMap;
+
 use form_api::{ApiError, ErrorCode, deploy::DeployRequest};
 use form_types::{
     Name, Spec,
@@ -7,7 +9,7 @@ use form_types::{
 };
 use form_vmm::layout::CMDLINE_MAX;
 
-use crate::{desired, headroom};
+use crate::{desired, headroom, label};
 
 /// What the host has, and what is taken already by the other VMs.
 #[derive(Clone, Debug, Default)]
@@ -50,6 +52,15 @@ pub fn check_valid(request: &DeployRequest) -> Result<(), ApiError> {
         return Err(ApiError::new(ErrorCode::Invalid, "replicas is 0: ask for 1, or destroy the VM"));
     }
     request.cmdline().map_or(Ok(()), |cmdline| check_own_kernel(request, cmdline))
+}
+
+/// Whether its labels are such as it may have that has those of `before`.
+///
+/// # Errors
+/// `invalid`, with what is possible.
+pub fn check_labels(request: &DeployRequest, before: Option<&DeployRequest>) -> Result<(), ApiError> {
+    let none = BTreeMap::new();
+    label::check_change(before.map_or(&none, |before| &before.spec.labels), &request.spec.labels)
 }
 
 /// What a kernel that knows nothing of us would not do is refused, never passed over.

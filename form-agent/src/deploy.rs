@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use form_api::{
     ApiError, ErrorCode,
-    deploy::{DeployRequest, Plan},
+    deploy::{DeployRequest, ForkOf, Plan},
     operation::Operation,
     vm::{Health, VmState},
 };
@@ -58,6 +58,7 @@ pub fn make_plan(agent: &Agent, request: &DeployRequest) -> Result<Plan, ApiErro
     admit::check_valid(request)?;
     admit::check_supported(request)?;
     let before = desired::vm_named(&agent.view(), &request.spec.name);
+    admit::check_labels(request, before.as_ref().map(|vm| &vm.request))?;
     admit::admit(request, before.is_none(), &agent.capacity(Some(&request.spec.name))?)?;
     let mut plan = plan::plan(before.as_ref().map(|vm| &vm.request), request, &|image| agent.root_of(image));
     let of_volumes = volume::operate::of_deploy(agent, request)?;
@@ -82,6 +83,7 @@ pub fn begin(agent: &Arc<Agent>, caller: &Caller, wanted: Wanted) -> Result<Oper
     // A repeated request is answered although the VM that it asked for is there by now.
     if agent.operations.get(OperationId::derive(&caller.key, &caller.idempotency_key)).is_err() {
         create::check(agent, &wanted)?;
+        check_labels(agent, &wanted)?;
         check_parts(agent, &wanted)?;
     }
     agent.keep_headroom();
@@ -122,6 +124,16 @@ fn carry_out(agent: &Arc<Agent>, caller: &Caller, wanted: &Wanted, id: Operation
         }
         Err(error) => agent.operations.finish(id, Err(error)),
     }
+}
+
+/// What was so before may be so again: of the VM itself, and of the one that it is a copy of.
+fn check_labels(agent: &Agent, wanted: &Wanted) -> Result<(), ApiError> {
+    let before = match wanted.origin() {
+        _ if wanted.how == How::Rollback => return Ok(()),
+        Origin::Disk(source) | Origin::Snapshot(ForkOf { vm: source, .. }) => source,
+        Origin::Image | Origin::Kernel(_) => wanted.name(),
+    };
+    admit::check_labels(&wanted.request, desired::vm_named(&agent.view(), before).map(|vm| vm.request).as_ref())
 }
 
 fn check_parts(agent: &Agent, wanted: &Wanted) -> Result<(), ApiError> {

@@ -2,9 +2,32 @@
 
 use std::collections::BTreeMap;
 
-/// The longest name of a label, in bytes.
+use form_api::{ApiError, ErrorCode};
+use form_types::label;
+
+/// The longest name of a label that a state of an earlier release may have, in bytes.
 const MAX_LABEL: usize = 256;
 
+/// Whether labels that are `before` may become `after`: asked of what somebody wants, and never of what is on record.
+///
+/// # Errors
+/// Invalid, with what is possible.
+pub fn check_change(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>) -> Result<(), ApiError> {
+    label::check_change(before, after).map_err(|error| ApiError::new(ErrorCode::Invalid, error.to_string()))
+}
+
+/// Whether these labels may be set or removed, whatever there is.
+///
+/// # Errors
+/// Invalid, with what is possible.
+pub fn check_set(changes: &BTreeMap<String, Option<String>>) -> Result<(), ApiError> {
+    let set: BTreeMap<String, String> = changes.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).collect();
+    check_change(&BTreeMap::new(), &set)?;
+    check(changes.keys()).map_err(|text| ApiError::new(ErrorCode::Invalid, text))
+}
+
+/// What holds of every change on record, whatever release wrote it.
+///
 /// # Errors
 /// In words, when one of the names is none.
 pub fn check<'a>(mut labels: impl Iterator<Item = &'a String>) -> Result<(), String> {
@@ -37,6 +60,17 @@ mod tests {
             assert!(check([&"good".to_owned(), &bad].into_iter()).unwrap_err().contains("is no label"), "{bad}");
         }
         assert_eq!(check([&"example.org/tier".to_owned()].into_iter()), Ok(()));
+    }
+
+    #[test]
+    fn what_is_asked_for_has_limits_and_what_is_on_record_keeps_the_old_ones() {
+        let long = "a".repeat(label::LONGEST_NAME + 1);
+        assert_eq!(check([&long].into_iter()), Ok(()));
+        assert_eq!(check_set(&[(long.clone(), Some(String::new()))].into()).unwrap_err().code, ErrorCode::Invalid);
+        // It can still be removed.
+        assert_eq!(check_set(&[(long, None)].into()), Ok(()));
+        assert!(check_set(&[("a b".to_owned(), None)].into()).is_err());
+        assert!(check_set(&[("a".to_owned(), Some("v".repeat(label::LONGEST_VALUE + 1)))].into()).is_err());
     }
 
     #[test]

@@ -181,6 +181,7 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<bool, ApiErro
                     .hint("say what: labels, restart policy, vcpus, memory, limits"));
             }
             let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
+            admit::check_labels(&changed, Some(&vm.request))?;
             if (set.disk_iops.is_some() || set.disk_bytes_per_second.is_some()) && !vm.request.has_guest() {
                 return Err(action::no_guest(vm.name(), "and has no root disk to limit").hint("limit its volumes with `form volume set`"));
             }
@@ -261,6 +262,7 @@ fn record(agent: &Arc<Agent>, caller: &Caller, id: OperationId, progress: &Progr
     if let Change::Set(set) = &progress.change {
         let vm = agent.desired(&progress.vm).ok_or_else(gone)?;
         let changed = desired::with_set(&vm.request, set).map_err(|message| ApiError::new(ErrorCode::Invalid, message))?;
+        admit::check_labels(&changed, Some(&vm.request))?;
         admit::admit(&changed, false, &agent.capacity(Some(vm.name()))?)?;
         give_memory(agent, &vm, &changed, set.restart)?;
     }

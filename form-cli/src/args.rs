@@ -113,6 +113,16 @@ pub fn label(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// A label to be set: [`label`] within the limits of one.
+///
+/// # Errors
+/// When it is none.
+pub fn new_label(text: &str) -> Result<(String, String), String> {
+    let (name, value) = label(text)?;
+    form_types::label::check(&name, &value).map_err(|error| error.to_string())?;
+    Ok((name, value))
+}
+
 /// `always`, `never`, `on-failure`, `on-failure:TIMES`.
 ///
 /// # Errors

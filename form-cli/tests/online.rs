@@ -571,6 +571,19 @@ fn pruning_takes_what_nobody_uses_and_says_so() {
 }
 
 #[test]
+fn a_label_has_a_length() {
+    let setting = Setting::new();
+    let (name, value) = (format!("{}=v", "a".repeat(129)), format!("a={}", "v".repeat(1025)));
+    let create = ["vm", "create", "new", "--image", "web"];
+    for set in [["vm", "set", "web"].as_slice(), &["image", "set", "web"], &["pool", "set", "local"], &create] {
+        for (label, why) in [(&name, "its name has 1 to 128 bytes"), (&value, "has 1025 bytes: 1024 are possible")] {
+            let refused = setting.run(&[set, &["--label", label]].concat());
+            assert!(refused.code == 2 && refused.err.contains(why), "{refused:?}");
+        }
+    }
+}
+
+#[test]
 fn images_and_kernels_that_nothing_needs_are_removed_from_the_host() {
     let setting = Setting::new();
     let (free, of_tool, of_all) = ("kernel/020202020202\n", "kernel/030303030303\n", "kernel/040404040404\n");

@@ -299,6 +299,19 @@ fn continuations() {
 }
 
 #[test]
+fn labels_have_a_number_and_a_length() {
+    let labels = |count: usize| (0..count).map(|number| format!("LABEL tier-{number}=a\n")).collect::<String>();
+    let file = |labels: &str| format!("NAME web\n{labels}");
+    assert_eq!(spec(&file(&labels(64))).labels.len(), 64);
+    // Said once, where the first too many is; one that is given again is none more.
+    assert_eq!(faults(&file(&labels(67))), [(Code::InvalidValue, 66)]);
+    assert_eq!(faults(&file(&format!("{}LABEL tier-1=b\n", labels(64)))), []);
+    assert_eq!(faults(&file(&format!("LABEL a={}\n", "v".repeat(1024)))), []);
+    assert_eq!(faults(&file(&format!("LABEL a={}\n", "v".repeat(1025)))), [(Code::InvalidValue, 2)]);
+    assert_eq!(faults(&file(&format!("LABEL {}=v\n", "a".repeat(129)))), [(Code::InvalidName, 2)]);
+}
+
+#[test]
 fn last_one_wins_with_a_warning() {
     let source = "NAME web\nENTRYPOINT a\nENTRYPOINT [\"b\"]\nHEALTHCHECK tcp 80\nHEALTHCHECK NONE\n";
     let checked = check(source);

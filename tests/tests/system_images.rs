@@ -85,6 +85,28 @@ fn system_a_vm_goes_back_to_what_its_host_keeps_and_to_nothing_else() {
     assert_eq!(host.form(&["image", "ls", "-l", "stage=production", "-o", "json"]).ok().json(), json!([]));
     let _ = host.form(&["image", "set", "web:9", "--keep"]).exits(3);
 
+    // Images and VMs have so many labels and so long ones, whoever asks.
+    let many: Vec<String> = (0..65).map(|number| format!("--label=tier-{number}=a")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    let long = format!("--label=a={}", "v".repeat(1025));
+    for set in [["image", "set", "web:1"], ["vm", "set", "web"]] {
+        let refused = host.form(&[&set, many.as_slice()].concat()).exits(2);
+        assert!(refused.stderr.contains("that would be 65 labels: 64 are possible"), "{refused:?}");
+        let refused = host.form(&[&set, [long.as_str()].as_slice()].concat()).exits(2);
+        assert!(refused.stderr.contains("1025 bytes: 1024 are possible"), "{refused:?}");
+        let _ = host.form(&[&set, &many[..40]].concat()).ok();
+        let refused = host.form(&[&set, &many[40..]].concat()).exits(2);
+        assert!(refused.stderr.contains("65 labels"), "{refused:?}");
+        let removed: Vec<String> = (0..40).map(|number| format!("--remove-label=tier-{number}")).collect();
+        let removed: Vec<&str> = removed.iter().map(String::as_str).collect();
+        let _ = host.form(&[&set, removed.as_slice()].concat()).ok();
+    }
+    let mut labelled = first.clone();
+    labelled["spec"]["labels"] = json!({"a": "v".repeat(1025)});
+    let (status, error) = post(&host, "/v1/plan", &labelled);
+    assert_eq!((status.as_str(), &error["error"]["code"]), ("400", &json!("invalid")), "{error}");
+    assert_eq!(post(&host, "/v1/deploy", &labelled).0, "400");
+
     // Nothing else is taken for a version of it.
     let mut forged = first.clone();
     forged["spec"]["resources"]["memory_mib"] = json!(256);

@@ -282,14 +282,21 @@ pub async fn set(
     let (caller, body) = changing(&agent, request).await?;
     let reference: ImageReference = parsed(&reference)?;
     let wanted: ImageSetRequest = read_json(&body)?;
-    label::check(wanted.labels.keys()).map_err(|text| ApiError::new(ErrorCode::Invalid, text))?;
+    label::check_set(&wanted.labels)?;
     blocking(move || {
         operate(&agent, &caller, OperationKind::ImageSet, &reference, |entry| {
+            let mut checked = Ok(());
             let change = |settings: &mut ImageSettings| {
-                label::apply(&mut settings.labels, &wanted.labels);
-                settings.keep = wanted.keep.unwrap_or(settings.keep);
+                let mut labels = settings.labels.clone();
+                label::apply(&mut labels, &wanted.labels);
+                checked = label::check_change(&settings.labels, &labels);
+                if checked.is_ok() {
+                    settings.labels = labels;
+                    settings.keep = wanted.keep.unwrap_or(settings.keep);
+                }
             };
-            agent.store.set_image(&entry.digest, change).map(drop).map_err(|error| store_error(&error))
+            agent.store.set_image(&entry.digest, change).map_err(|error| store_error(&error))?;
+            checked
         })
     })
     .await

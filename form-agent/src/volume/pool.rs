@@ -1,7 +1,10 @@
 //! Pools: made, changed and removed, and what may be promised in them. A pool is its host's own matter: what is known of it is on disk
 //! there, and not in the replicated state, which names for each volume the host and the pool.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use form_api::{
     ApiError, ErrorCode,
@@ -123,7 +126,7 @@ fn own_directories(agent: &Agent) -> Vec<PathBuf> {
 fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
     match change {
         Change::Create(request) => {
-            label::check(request.labels.keys()).map_err(|text| ApiError::new(ErrorCode::Invalid, text))?;
+            label::check_change(&BTreeMap::new(), &request.labels)?;
             let checked = match place(request)? {
                 Place::Directory(path) => agent.store.check_pool(name, path, &agent.host_id(), &own_directories(agent)).map(drop),
                 Place::Export(export) => agent.store.check_nfs_pool(name, &export),
@@ -131,8 +134,10 @@ fn check(agent: &Agent, name: &Name, change: &Change) -> Result<(), ApiError> {
             checked.map_err(|error| store_error(&error))
         }
         Change::Set(request) => {
-            agent.store.pool(name).map_err(|error| store_error(&error))?;
-            label::check(request.labels.keys()).map_err(|text| ApiError::new(ErrorCode::Invalid, text))
+            let before = agent.store.pool(name).map_err(|error| store_error(&error))?.settings();
+            label::check_set(&request.labels)?;
+            let before_labels = before.labels.clone();
+            label::check_change(&before_labels, &with_set(before, request).labels)
         }
         Change::Remove => {
             let pool = agent.store.pool(name).map_err(|error| store_error(&error))?;

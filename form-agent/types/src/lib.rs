@@ -6,6 +6,7 @@ pub mod digest;
 pub mod failpoint;
 pub mod id;
 pub mod key;
+pub mod label;
 pub mod limits;
 pub mod measure;
 pub mod name;

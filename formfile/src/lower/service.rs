@@ -1,6 +1,7 @@
 //! `EXPOSE`, `VOLUME`, `RESTART`, `HEALTHCHECK`, `LABEL`, `NETWORK`.
 
 use form_types::{
+    label,
     size::GIB,
     spec::{Command, Healthcheck, HealthcheckKind, Port, Protocol, Restart, RestartPolicy, Volume},
 };
@@ -87,14 +88,22 @@ impl Lowerer<'_, '_> {
                 continue;
             };
             let fits = key.starts_with(|first: char| first.is_ascii_alphanumeric())
-                && key.len() <= 128
+                && key.len() <= label::LONGEST_NAME
                 && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-' | b'/'));
             if !fits {
-                let message = format!("{} is no label: letters, digits, `.`, `_`, `-` and `/`, at most 128", shown(key));
+                let most = label::LONGEST_NAME;
+                let message = format!("{} is no label: letters, digits, `.`, `_`, `-` and `/`, at most {most}", shown(key));
                 self.faults.push(Fault::error(Code::InvalidName, word.span, message));
                 continue;
             }
-            self.draft.labels.insert(key.to_owned(), value.to_owned());
+            if let Err(error) = label::check(key, value) {
+                self.faults.push(Fault::error(Code::InvalidValue, word.span, error.to_string()));
+                continue;
+            }
+            if self.draft.labels.insert(key.to_owned(), value.to_owned()).is_none() && self.draft.labels.len() == label::MOST + 1 {
+                let message = format!("this is label {}: {} are possible", label::MOST + 1, label::MOST);
+                self.faults.push(Fault::error(Code::InvalidValue, word.span, message));
+            }
         }
     }
 

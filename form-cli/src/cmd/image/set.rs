@@ -3,7 +3,7 @@ use form_api::image::ImageSetRequest;
 use form_types::ImageReference;
 
 use crate::{
-    args::label,
+    args::new_label,
     complete,
     failure::{Failure, Outcome},
     operation::settle,
@@ -25,7 +25,7 @@ pub struct Args {
     #[arg(long, conflicts_with = "keep")]
     no_keep: bool,
     /// Set a label
-    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = new_label)]
     labels: Vec<(String, String)>,
     /// Remove a label
     #[arg(long = "remove-label", value_name = "KEY")]

@@ -4,7 +4,7 @@ use form_types::{Name, size::Bytes};
 
 use super::amount;
 use crate::{
-    args::{label, pool_name},
+    args::{new_label, pool_name},
     complete,
     failure::{Failure, Outcome},
     operation::settle,
@@ -26,7 +26,7 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     limit: Option<Bytes>,
     /// Set a label
-    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = new_label)]
     labels: Vec<(String, String)>,
     /// Remove a label
     #[arg(long = "remove-label", value_name = "KEY")]

@@ -17,7 +17,7 @@ use form_types::{
 };
 
 use crate::{
-    args::{gibibytes, label, mebibytes, published, restart_policy, vm_name, volume_name},
+    args::{gibibytes, label, mebibytes, new_label, published, restart_policy, vm_name, volume_name},
     cmd::{deploy, image},
     complete,
     deploy::{build, own_kernel::OwnKernel, plan_view, upload_image, upload_kernel},
@@ -106,7 +106,7 @@ pub struct Wishes {
     #[arg(short, long = "publish", value_name = "HOSTPORT:PORT", value_parser = published)]
     pub publish: Vec<Port>,
     /// Set a label
-    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = new_label)]
     pub labels: Vec<(String, String)>,
     /// Only make it; `form vm start` starts it
     #[arg(long)]

@@ -12,7 +12,7 @@ use form_types::{IdempotencyKey, Name};
 
 use super::create;
 use crate::{
-    args::{label, vm_name},
+    args::{new_label, vm_name},
     cmd::deploy,
     complete,
     failure::{Failure, Outcome},
@@ -44,7 +44,7 @@ pub struct Args {
     #[arg(long)]
     snapshot: Option<Name>,
     /// Set a label
-    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = new_label)]
     labels: Vec<(String, String)>,
 }
 

@@ -3,7 +3,7 @@ use form_api::vm::SetRequest;
 use form_types::{Name, spec::Restart};
 
 use crate::{
-    args::{Ceiling, bandwidth, iops, label, mebibytes, net_bandwidth, restart_policy, vm_name},
+    args::{Ceiling, bandwidth, iops, mebibytes, net_bandwidth, new_label, restart_policy, vm_name},
     complete,
     failure::{Failure, Outcome},
     operation::settle,
@@ -20,7 +20,7 @@ pub struct Args {
     #[arg(value_parser = vm_name, add = ArgValueCompleter::new(complete::vms))]
     name: Name,
     /// Set a label
-    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    #[arg(short, long = "label", value_name = "KEY=VALUE", value_parser = new_label)]
     labels: Vec<(String, String)>,
     /// Remove a label
     #[arg(long = "remove-label", value_name = "KEY")]
