@@ -32,21 +32,22 @@ pub async fn examine(agent: &Arc<Agent>) -> DoctorReport {
 
 fn machine_checks(agent: &Agent) -> Vec<Check> {
     let mut checks = vec![kvm(), cgroup_check(), program("nft", "nftables")];
+    let root = agent.store.root().display();
     checks.push(match agent.store.space() {
         Ok(space) if space.free < headroom::LOW => bad(
             CheckStatus::Problem,
             "disk",
-            format!("the host's disk is full: {} MiB are free under /var/lib/formation, and what VMs write fails", space.free >> 20),
+            format!("the host's disk is full: {} MiB are free under {root}, and what VMs write fails", space.free >> 20),
             "`form destroy` or `form image rm` what nobody needs, or add space; then `form vm restart` what had errors",
         ),
         Ok(space) if space.free < 1 << 30 => bad(
             CheckStatus::Warning,
             "disk",
-            format!("{} MiB are free under /var/lib/formation", space.free >> 20),
+            format!("{} MiB are free under {root}", space.free >> 20),
             "remove images that nobody uses with `form image rm`",
         ),
         Ok(space) => ok("disk", format!("{} GiB of {} are free", space.free >> 30, space.total >> 30)),
-        Err(error) => bad(CheckStatus::Problem, "disk", error.to_string(), "look at /var/lib/formation"),
+        Err(error) => bad(CheckStatus::Problem, "disk", error.to_string(), format!("look at {root}")),
     });
     for (name, fault) in volume::describe::faults(agent) {
         checks.push(bad(CheckStatus::Problem, &name, fault, "see `form volume ls` and `form pool ls`"));

@@ -114,7 +114,7 @@ fn check(agent: &Agent, vm: &DesiredVm, change: &Change) -> Result<Name, ApiErro
     }
     let space = agent.store.space().map_err(|error| store_error(&error))?;
     if space.free < headroom::LOW {
-        let text = format!("the host's disk is full: {} MiB are free under /var/lib/formation", space.free >> 20);
+        let text = format!("the host's disk is full: {} MiB are free under {}", space.free >> 20, agent.store.root().display());
         return Err(ApiError::new(ErrorCode::NoRoom, text).hint("remove snapshots with `form vm snapshot rm`, or images and VMs"));
     }
     volumes::check_create(agent, vm, &name, has_memory)?;

@@ -3,7 +3,10 @@
 //! The state says from which start of the VM on it is another's memory (`restore`, `restore_starts`); the driver does it. A restore is done
 //! once: a VM whose process is killed later starts from its disk, as every VM does. The note of that is beside the disk.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use form_api::{ApiError, ErrorCode, deploy::DeployRequest};
 use form_store::{SavedMemory, compressed::Unfolded};
@@ -140,7 +143,7 @@ fn check_saved(agent: &Agent, saved: &SavedMemory, request: &DeployRequest, name
     }
     if let Some(unfolded) = saved.compressed {
         let space = agent.store.space().map_err(|error| store_error(&error))?;
-        room_to_unfold(unfolded, space.free, name)?;
+        room_to_unfold(unfolded, space.free, agent.store.root(), name)?;
     }
     let resources = &request.spec.resources;
     if (size.vcpus, size.memory_mib) == (resources.vcpus as usize, resources.memory_mib) {
@@ -170,17 +173,18 @@ pub fn verify(saved: &SavedMemory, name: &Name) -> Result<(), ApiError> {
         .map_err(|error| nothing_changed(ApiError::new(ErrorCode::Failed, format!("the snapshot `{name}` cannot be restored: {error}"))))
 }
 
-/// Whether what is unfolded leaves the host what it needs to go on. With `free` bytes.
-fn room_to_unfold(unfolded: Unfolded, free: u64, name: &Name) -> Result<(), ApiError> {
+/// Whether what is unfolded leaves the host what it needs to go on. With `free` bytes below `root`.
+fn room_to_unfold(unfolded: Unfolded, free: u64, root: &Path, name: &Name) -> Result<(), ApiError> {
     if free >= unfolded.data.saturating_add(headroom::LOW) {
         return Ok(());
     }
     let mib = |bytes: u64| bytes.div_ceil(1 << 20);
     let text = format!(
-        "the snapshot `{name}` is compressed: a restore unfolds {} MiB of memory first and leaves {} MiB, and {} MiB are free under /var/lib/formation",
+        "the snapshot `{name}` is compressed: a restore unfolds {} MiB of memory first and leaves {} MiB, and {} MiB are free under {}",
         mib(unfolded.data),
         mib(headroom::LOW),
-        free >> 20
+        free >> 20,
+        root.display()
     );
     Err(ApiError::new(ErrorCode::NoRoom, text).hint("nothing was changed; remove snapshots with `form vm snapshot rm`, or images and VMs"))
 }
@@ -251,11 +255,11 @@ mod tests {
     #[test]
     fn what_is_compressed_needs_room_to_be_unfolded() {
         let name: Name = "one".parse().unwrap();
-        let room = |data: u64, free: u64| room_to_unfold(Unfolded { length: 1 << 40, data }, free, &name);
+        let room = |data: u64, free: u64| room_to_unfold(Unfolded { length: 1 << 40, data }, free, Path::new("/srv/form/var/lib/formation"), &name);
         room(93 << 20, (93 + 64) << 20).unwrap();
         let error = room((93 << 20) - 1, (93 + 63) << 20).unwrap_err();
         assert_eq!(error.code, ErrorCode::NoRoom);
-        assert!(error.message.contains("unfolds 93 MiB of memory first and leaves 64 MiB, and 156 MiB are free"), "{error:?}");
+        assert!(error.message.contains("unfolds 93 MiB of memory first and leaves 64 MiB, and 156 MiB are free under /srv/form/var/lib/formation"), "{error:?}");
         assert!(room(u64::MAX, u64::MAX - 1).is_err());
     }
 

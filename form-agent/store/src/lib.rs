@@ -158,6 +158,11 @@ impl Store {
         self.incoming.remove_stale(age)
     }
 
+    /// The directory that the store is below.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// How much room there is.
     ///
     /// # Errors
