@@ -1,7 +1,5 @@
 //! Snapshots as a client sees them.
 
-use std::fs::File;
-
 use form_api::{
     ApiError, ErrorCode,
     snapshot::{MemoryKind, Snapshot},
@@ -14,7 +12,7 @@ use super::{
     volumes::{self, KeptVolume},
 };
 use crate::{
-    agent::{Agent, internal},
+    agent::Agent,
     desired::{self, DesiredVm},
     serve::store_error,
 };
@@ -70,11 +68,11 @@ pub fn verified(agent: &Agent, vm: &DesiredVm, name: &Name) -> Result<Snapshot, 
         return Ok(snapshot);
     }
     let Some(saved) = find(agent, &vm.id, name)?.0.saved else { return Ok(snapshot) };
-    if saved.compressed.is_some() {
+    let (file, compressed) = saved.open(name).map_err(|error| store_error(&error))?;
+    if compressed.is_some() {
         snapshot.fault = saved.verify_compressed(name).err().map(|error| error.to_string());
         return Ok(snapshot);
     }
-    let file = File::open(&saved.memory).map_err(|error| internal(&format!("{}: {error}", saved.memory.display())))?;
     match machine::verify_memory(&file) {
         Ok(()) => {}
         Err(error @ ImageError::NoChecksums) => {

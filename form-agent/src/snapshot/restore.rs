@@ -165,10 +165,10 @@ fn nothing_changed(error: ApiError) -> ApiError {
 /// # Errors
 /// Damaged, or of a release that kept none.
 pub fn verify(saved: &SavedMemory, name: &Name) -> Result<(), ApiError> {
-    if saved.compressed.is_some() {
+    let (file, compressed) = saved.open(name).map_err(|error| store_error(&error))?;
+    if compressed.is_some() {
         return saved.verify_compressed(name).map_err(|error| nothing_changed(store_error(&error)));
     }
-    let file = fs::File::open(&saved.memory).map_err(|error| internal(&format!("{}: {error}", saved.memory.display())))?;
     machine::verify_memory(&file)
         .map_err(|error| nothing_changed(ApiError::new(ErrorCode::Failed, format!("the snapshot `{name}` cannot be restored: {error}"))))
 }
@@ -255,11 +255,18 @@ mod tests {
     #[test]
     fn what_is_compressed_needs_room_to_be_unfolded() {
         let name: Name = "one".parse().unwrap();
-        let room = |data: u64, free: u64| room_to_unfold(Unfolded { length: 1 << 40, data }, free, Path::new("/srv/form/var/lib/formation"), &name);
+        let room = |data: u64, free: u64| {
+            room_to_unfold(Unfolded { length: 1 << 40, data }, free, Path::new("/srv/form/var/lib/formation"), &name)
+        };
         room(93 << 20, (93 + 64) << 20).unwrap();
         let error = room((93 << 20) - 1, (93 + 63) << 20).unwrap_err();
         assert_eq!(error.code, ErrorCode::NoRoom);
-        assert!(error.message.contains("unfolds 93 MiB of memory first and leaves 64 MiB, and 156 MiB are free under /srv/form/var/lib/formation"), "{error:?}");
+        assert!(
+            error
+                .message
+                .contains("unfolds 93 MiB of memory first and leaves 64 MiB, and 156 MiB are free under /srv/form/var/lib/formation"),
+            "{error:?}"
+        );
         assert!(room(u64::MAX, u64::MAX - 1).is_err());
     }
 

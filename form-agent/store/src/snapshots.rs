@@ -391,13 +391,19 @@ impl Store {
     pub fn share_snapshot(&self, from: &VmId, name: &Name, to: &VmId, details: Value) -> Result<()> {
         self.snapshot(from, name)?;
         let source = self.snapshots_of(from).join(name.as_str());
-        let record = Record { details, ..read_record(&source, name)? };
-        let draft = self.draft_snapshot(to, name)?;
-        for file in record.others().chain(record.saved.map(|_| record.memory())) {
-            // The snapshot may be removed just now.
-            link(&source, &draft.path, file)?;
+        let mut record = read_record(&source, name)?;
+        loop {
+            let draft = self.draft_snapshot(to, name)?;
+            let files: Vec<&str> = record.others().chain(record.saved.map(|_| record.memory())).collect();
+            let Err(error) = files.into_iter().try_for_each(|file| link(&source, &draft.path, file)) else {
+                return draft.name(&Record { details, ..record });
+            };
+            // The snapshot may be removed just now, or its memory compressed, which is done once.
+            match read_record(&source, name) {
+                Ok(now) if now.compressed != record.compressed => record = now,
+                _ => return Err(error),
+            }
         }
-        draft.name(&record)
     }
 
     /// Removes a snapshot, also a damaged one. A VM that was restored from it and runs keeps what it has of it.

@@ -426,3 +426,52 @@ fn compressed_memory_that_is_not_what_it_was_is_not_unfolded() {
     let error = store.snapshot(&VM, &name("one")).unwrap_err().to_string();
     assert!(error.contains("version 3") && error.contains("reads 2"), "{error}");
 }
+
+#[test]
+fn who_has_looked_at_a_snapshot_reads_its_memory_also_when_it_is_compressed_just_then() {
+    let mount = Mount::tmpfs(64 << 20);
+    let (store, _) = store_with_disk(&mount);
+    let bytes = make_with_memory(&store, "one");
+    let before = store.snapshot(&VM, &name("one")).unwrap().saved.unwrap();
+    assert!(store.compress_snapshot(&VM, &name("one"), |_| Ok(())).unwrap() && !before.memory.exists());
+    let read = |file: fs::File| {
+        let mut found = vec![0; bytes.len()];
+        file.read_exact_at(&mut found, 0).map(|()| found)
+    };
+    assert!(read(store.open_memory(&before, &name("one")).unwrap()).unwrap() == bytes);
+    let end = store.open_end_of_memory(&before, &name("one")).unwrap();
+    assert_eq!(read(end).unwrap()[5 << 20..], bytes[5 << 20..]);
+    before.verify_compressed(&name("one")).unwrap();
+    let (_, unfolded) = before.open(&name("one")).unwrap();
+    assert_eq!(unfolded.unwrap().length, bytes.len() as u64);
+    // What is damaged is still found, and what is gone is gone.
+    fs::write(directory(&mount).join("one/memory.compressed"), b"torn").unwrap();
+    assert!(matches!(before.verify_compressed(&name("one")), Err(StoreError::SnapshotMemory { .. })));
+    store.remove_snapshot(&VM, &name("one")).unwrap();
+    assert!(matches!(store.open_memory(&before, &name("one")), Err(StoreError::Io { .. })));
+}
+
+#[test]
+fn a_snapshot_is_shared_also_while_it_is_compressed() {
+    const OTHER: VmId = VmId::from_bytes([6; 16]);
+    let mount = Mount::tmpfs(64 << 20);
+    let (store, _) = store_with_disk(&mount);
+    let name = name("one");
+    for _ in 0..30 {
+        let bytes = make_with_memory(&store, "one");
+        std::thread::scope(|scope| {
+            let compressing = scope.spawn(|| store.compress_snapshot(&VM, &name, |_| Ok(())).unwrap());
+            let mut is_last = false;
+            while !is_last {
+                is_last = compressing.is_finished();
+                store.share_snapshot(&VM, &name, &OTHER, json!(null)).unwrap();
+                let saved = store.snapshot(&OTHER, &name).unwrap().saved.unwrap();
+                assert!(!saved.is_touched && is_last <= saved.compressed.is_some());
+                store.remove_snapshots(&OTHER).unwrap();
+            }
+        });
+        let saved = store.snapshot(&VM, &name).unwrap().saved.unwrap();
+        assert_eq!(store.open_memory(&saved, &name).unwrap().metadata().unwrap().len(), bytes.len() as u64);
+        store.remove_snapshot(&VM, &name).unwrap();
+    }
+}

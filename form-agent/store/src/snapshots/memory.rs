@@ -8,7 +8,7 @@ use rustix::fs::{CWD, MemfdFlags, RenameFlags, memfd_create, renameat_with};
 use super::{COMPRESSED_MEMORY, MEMORY, Record, SavedMemory, link, read_record};
 use crate::{
     Store,
-    compressed::{self, Compressed, CompressedError},
+    compressed::{self, Compressed, CompressedError, Unfolded},
     disks::create,
     durable::{Draft, Seal, sync_dir},
     error::{Result, StoreError},
@@ -54,8 +54,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::SnapshotMemory`], [`StoreError::NoRoom`].
     pub fn open_memory(&self, saved: &SavedMemory, name: &Name) -> Result<File> {
-        let file = File::open(&saved.memory).map_err(StoreError::io("read", &saved.memory))?;
-        let Some(unfolded) = saved.compressed else { return Ok(file) };
+        let (file, compressed) = saved.open(name)?;
+        let Some(unfolded) = compressed else { return Ok(file) };
         let target = self.nameless()?;
         let opened = Compressed::open(&file, unfolded.length);
         opened.and_then(|compressed| compressed.unfold(&target)).map_err(|error| fault(saved, name, error))?;
@@ -67,8 +67,8 @@ impl Store {
     /// # Errors
     /// As [`Store::open_memory`].
     pub fn open_end_of_memory(&self, saved: &SavedMemory, name: &Name) -> Result<File> {
-        let file = File::open(&saved.memory).map_err(StoreError::io("read", &saved.memory))?;
-        let Some(unfolded) = saved.compressed else { return Ok(file) };
+        let (file, compressed) = saved.open(name)?;
+        let Some(unfolded) = compressed else { return Ok(file) };
         let target = memfd_create("memory", MemfdFlags::CLOEXEC).map_err(|error| StoreError::io("unfold", &saved.memory)(error.into()))?;
         let target = File::from(target);
         let opened = Compressed::open(&file, unfolded.length);
@@ -86,13 +86,35 @@ impl Store {
 }
 
 impl SavedMemory {
+    /// The file of memory, and how it is unfolded when it is compressed: both as they are now. It may have been compressed since somebody looked,
+    /// which puts another directory with another file in this one's place; that is done once.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn open(&self, name: &Name) -> Result<(File, Option<Unfolded>)> {
+        let failed = |error| Err(StoreError::io("read", &self.memory)(error));
+        let gone = match File::open(&self.memory) {
+            Ok(file) => return Ok((file, self.compressed)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.compressed.is_none() => error,
+            Err(error) => return failed(error),
+        };
+        let Some(directory) = self.memory.parent() else { return failed(gone) };
+        match read_record(directory, name) {
+            Ok(Record { compressed: Some(unfolded), .. }) => match File::open(directory.join(COMPRESSED_MEMORY)) {
+                Ok(file) => Ok((file, Some(unfolded))),
+                Err(error) => failed(error),
+            },
+            _ => failed(gone),
+        }
+    }
+
     /// Reads compressed memory, and compares it with its checksums. Memory that is not compressed has its own.
     ///
     /// # Errors
     /// [`StoreError::SnapshotMemory`].
     pub fn verify_compressed(&self, name: &Name) -> Result<()> {
-        let Some(unfolded) = self.compressed else { return Ok(()) };
-        let file = File::open(&self.memory).map_err(StoreError::io("read", &self.memory))?;
+        let (file, compressed) = self.open(name)?;
+        let Some(unfolded) = compressed else { return Ok(()) };
         let verified = Compressed::open(&file, unfolded.length).and_then(|compressed| compressed.verify());
         verified.map_err(|error| fault(self, name, error))
     }
