@@ -91,8 +91,8 @@ fn look(agent: &Agent, vm: &VmId) -> Option<Look> {
     Some(Look { at: Instant::now(), cpu_us, resident, metrics })
 }
 
-/// The VM process sees only the packets that it moves itself. Where the host's kernel can take its place, and whether or not it does now, the tap's
-/// own counters tell of all, since it was made for this process.
+/// The VM process sees only the packets that it moves itself. Where the host's kernel can take its place, or could until it failed, and whether or not
+/// it does now, the tap's own counters tell of all, since it was made for this process.
 fn count_all(agent: &Agent, vm: &VmId, networks: &mut [NetworkMetrics]) {
     for network in networks.iter_mut().filter(|network| network.vhost_net.is_some()) {
         let Some(number) = interface::number_of(&network.id) else { continue };

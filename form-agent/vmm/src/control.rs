@@ -274,7 +274,7 @@ pub struct NetworkMetrics {
     pub received_packets: u64,
     pub sent_packets: u64,
     pub dropped: u64,
-    /// Whether the host's kernel moves its packets now (vhost-net), none of which are counted here; the tap counts all. `None` when it cannot.
+    /// Whether the host's kernel moves its packets now (vhost-net), none of which are counted here; the tap counts all. `None` when it never could.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost_net: Option<bool>,
 }

@@ -65,6 +65,8 @@ pub struct Counters {
 pub struct Carrier {
     /// The host's kernel can.
     has_vhost: AtomicBool,
+    /// It could when the interface was made, whatever has become of that: then what is counted here is not all that went through.
+    had_vhost: AtomicBool,
     /// It does, or did when the device last worked.
     is_vhost: AtomicBool,
 }
@@ -78,7 +80,7 @@ impl Counters {
             received_packets: self.received_packets.load(Relaxed),
             sent_packets: self.sent_packets.load(Relaxed),
             dropped: self.dropped.load(Relaxed),
-            vhost_net: self.carrier.has_vhost.load(Relaxed).then(|| self.carrier.is_vhost.load(Relaxed)),
+            vhost_net: self.carrier.had_vhost.load(Relaxed).then(|| self.carrier.is_vhost.load(Relaxed)),
         }
     }
 
@@ -123,6 +125,7 @@ impl Net {
     #[must_use]
     pub fn with_vhost(self, vhost: Option<OwnedFd>) -> Self {
         self.counters.carrier.has_vhost.store(vhost.is_some(), Relaxed);
+        self.counters.carrier.had_vhost.store(vhost.is_some(), Relaxed);
         Self { vhost: vhost.map(Vhost::new), ..self }
     }
 
