@@ -335,13 +335,13 @@ fn stand_and_save(
 fn room_for_copy(agent: &Agent, vm: &VmId, memory_mib: u64) -> Option<Twice> {
     let available = machine::available_memory_mib().ok()?;
     if available < memory_mib + SPARE_MIB {
-        tracing::info!(vm = %vm, available, "it stands until all of its memory is written: the host has too little to hold it twice");
+        tracing::info!(vm = %vm, available, "it stands until what is left of its memory is written: the host has too little to hold it twice");
         return None;
     }
     match Twice::allow(&agent.host_id().mark(), vm, memory_mib) {
         Ok(twice) => Some(twice),
         Err(error) => {
-            tracing::warn!(vm = %vm, %error, "it stands until all of its memory is written: its limit cannot be raised");
+            tracing::warn!(vm = %vm, %error, "it stands until what is left of its memory is written: its limit cannot be raised");
             None
         }
     }
@@ -397,7 +397,7 @@ fn save_aside(
     match client.save_aside(state, memory, how) {
         Ok(aside) => Ok(Some(aside)),
         Err(ClientError::Refused { kind: ErrorKind::System | ErrorKind::Invalid, message }) => {
-            tracing::info!(vm = %vm, message, "it stands until all of its memory is written: its process cannot be copied");
+            tracing::info!(vm = %vm, message, "it stands until what is left of its memory is written: its process cannot be copied");
             Ok(None)
         }
         Err(error) => Err(error),
