@@ -186,6 +186,8 @@ fn system_a_host_whose_disk_is_full_to_the_last_byte_can_be_freed() {
     for (name, port) in [("one", 18103), ("two", 18104)] {
         let file = host.app(name, SLEEP, port);
         let _ = host.form(&["deploy", &file, "-y", "--no-wait"]).ok();
+        // What a start writes (disk, kernel) is there: a VM that meets the full disk earlier has failed, and says so in other words.
+        wait("its process runs", || host.vm(name)["started_at"].is_string());
     }
     disk.fill_but(0);
     // Nothing new is begun…
