@@ -112,6 +112,8 @@ pub struct Config {
     pub pools: BTreeMap<Name, PathBuf>,
     /// Longest wait for a guest to report, in seconds. Generous: software emulation is slow.
     pub boot_timeout_seconds: u64,
+    /// A guest that runs and has not answered for so long is unhealthy, in seconds.
+    pub guest_timeout_seconds: NonZeroU64,
     /// A log file is rotated at this size, one old one is kept.
     pub log_file_bytes: u64,
     /// Where metrics and operations are sent.
@@ -189,6 +191,7 @@ impl Default for Config {
             library: None,
             pools: BTreeMap::new(),
             boot_timeout_seconds: 180,
+            guest_timeout_seconds: NonZeroU64::new(60).unwrap_or(NonZeroU64::MIN),
             log_file_bytes: 16 * 1024 * 1024,
             opentelemetry: None,
         }

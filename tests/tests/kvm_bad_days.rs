@@ -24,6 +24,28 @@ fn kill(pid: u32) {
     wait("the process is gone", || !is_alive(pid));
 }
 
+/// Of the VM `web`: no processor of it gets any time, as when its kernel spins.
+fn a_guest_that_hangs_is_unhealthy_until_it_answers(host: &mut Host) {
+    let signal = |pid: u32, name: &str| assert!(Command::new("kill").args([name, &pid.to_string()]).status().unwrap().success());
+    host.kill_agent();
+    host.configure("guest_timeout_seconds: 8\n");
+    host.start_agent();
+    wait("it is healthy", || host.vm("web")["health"] == "healthy");
+    let (_, pid) = host.process(&host.vm("web"));
+    signal(pid, "-STOP");
+    wait("it is missed", || host.vm("web")["health"] == "unhealthy");
+    let hangs = host.vm("web");
+    assert!(hangs["fault"].as_str().unwrap_or_default().contains("its guest does not answer"), "{hangs}");
+    signal(pid, "-CONT");
+    wait("it answers again", || host.vm("web")["health"] == "healthy" && host.vm("web")["fault"].is_null());
+    let events = host.form(&["events", "--vm", "web"]).ok();
+    assert!(events.stdout.contains("its guest does not answer"), "{events:?}");
+    host.kill_agent();
+    host.configure("");
+    host.start_agent();
+    wait("it is ready", || host.vm("web")["ready"] == true);
+}
+
 #[test]
 #[ignore = "needs a KVM that runs guests: tests/kvm-host"]
 fn kvm_a_full_disk_fails_what_is_written_and_nothing_else() {
@@ -103,7 +125,7 @@ fn kvm_a_host_that_lost_its_power_comes_back_as_it_should_be() {
 #[test]
 #[ignore = "needs a KVM that runs guests: tests/kvm-host"]
 fn kvm_a_service_that_never_works_is_told_and_can_be_mended_or_given_up() {
-    let host = Host::start();
+    let mut host = Host::start();
     // Ends, and is started again, and ends.
     let web = host.app("web", r#"["/bin/busybox", "sh", "-c", "echo not today; exit 7"]"#, 18123);
     let looping = host.form(&["deploy", &web, "-y"]).exits(1);
@@ -119,6 +141,7 @@ fn kvm_a_service_that_never_works_is_told_and_can_be_mended_or_given_up() {
     let _ = host.app("web", SERVE, 18123);
     let _ = host.form(&["deploy", &web, "-y"]).ok();
     assert!(answers(18123));
+    a_guest_that_hangs_is_unhealthy_until_it_answers(&mut host);
     let _ = host.form(&["destroy", "web", "-y"]).ok();
 
     // Nobody has to wait for a deploy that he wants no more; and a VM process that dies while its guest boots is started again.

@@ -26,13 +26,18 @@ pub fn fault(before: Option<String>, status: &StatusReport) -> Option<String> {
     }
 }
 
+/// What is wrong with a VM whose guest does not answer any more.
+pub fn silence(name: &str) -> String {
+    format!("its guest does not answer: `form vm stats {name}` shows whether it works, `form vm reset {name}` starts it anew")
+}
+
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use form_guest::protocol::{ExitStatus, Phase, ServiceStatus};
 
     use super::*;
 
-    fn status(phase: ServicePhase, health: HealthState, restarts: u32) -> StatusReport {
+    pub fn status(phase: ServicePhase, health: HealthState, restarts: u32) -> StatusReport {
         StatusReport {
             protocol: 1,
             phase: Phase::Ready,

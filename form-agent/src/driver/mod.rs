@@ -8,6 +8,7 @@ pub mod let_go;
 pub mod live;
 mod pause;
 pub mod process;
+mod pulse;
 mod restore;
 mod session;
 
@@ -35,13 +36,14 @@ use crate::{
     agent::Agent,
     cgroup, create,
     desired::{DesiredVm, Run},
+    fleet::Observed,
     interface, memory,
     snapshot::restore::due as restore_due,
     vcpus,
     vm::SHUTDOWN_TIMEOUT_MS,
     volume,
 };
-use health::{fault, health_of};
+use health::{fault, health_of, silence};
 use process::{Process, RuntimeDirectory};
 use session::{Session, Update};
 
@@ -474,7 +476,24 @@ impl Driver {
                 reach(Failpoint::GuestReady);
             }
             Update::Status(status) => self.status(&status),
+            Update::Silent => self.silent(),
         }
+    }
+
+    /// What a guest said last is no longer true when it says nothing any more.
+    fn silent(&self) {
+        let Some(name) = self.name() else { return };
+        // One that stops says less and less.
+        let goes_on = |observed: &Observed| observed.state == VmState::Running && !observed.gave_up;
+        if !self.agent.fleet.observed(&self.id).as_ref().is_some_and(goes_on) {
+            return;
+        }
+        let fault = silence(name.as_str());
+        self.emit(EventKind::VmUnhealthy, format!("unhealthy: {fault}"));
+        self.agent.fleet.update(&self.id, |observed| {
+            observed.health = Health::Unhealthy;
+            observed.fault = Some(fault);
+        });
     }
 
     fn status(&mut self, status: &StatusReport) {
@@ -496,6 +515,7 @@ impl Driver {
                 Health::Unhealthy => {
                     self.emit(EventKind::VmUnhealthy, format!("unhealthy: {}", status.health_message.as_deref().unwrap_or("no answer")));
                 }
+                Health::None if before == Some(Health::Unhealthy) => self.emit(EventKind::VmHealthy, "its guest answers again"),
                 Health::None | Health::Starting => {}
             }
         }

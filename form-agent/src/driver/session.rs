@@ -1,6 +1,7 @@
 //! The conversation with a running guest: when it is ready, how its service fares, and its log, line by line, onto the host's disk.
 
 use std::{
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -10,7 +11,7 @@ use std::{
 
 use form_api::vm::{GuestDevice, GuestReport, LogStream};
 use form_guest::protocol::{
-    FrameKind, LogLine as GuestLine, LogStream as GuestStream, LogsRequest, ReadyReport, Reply, Request, StatusReport,
+    FrameKind, LogLine as GuestLine, LogStream as GuestStream, LogsRequest, Phase, ReadyReport, Reply, Request, StatusReport,
 };
 use form_types::VmId;
 use jiff::Timestamp;
@@ -21,8 +22,9 @@ use tokio::{
 };
 
 use super::{
-    guest::{Connection, GuestError},
+    guest::{self, Connection, GuestError},
     process::Process,
+    pulse,
 };
 use crate::{
     agent::Agent,
@@ -40,6 +42,8 @@ const DRAIN: Duration = Duration::from_secs(2);
 pub enum Update {
     Ready(Box<ReadyReport>),
     Status(Box<StatusReport>),
+    /// It does not answer any more. The next status says that it does.
+    Silent,
 }
 
 /// Of a VM, as far as its log is concerned.
@@ -63,17 +67,29 @@ impl Session {
         let (sender, updates) = mpsc::channel(64);
         let control = process.control();
         let mut standing = paused.clone();
+        let interval = pulse::interval(agent.config().guest_timeout_seconds);
         let watch = tokio::spawn(async move {
             let mut retry = FIRST_RETRY;
-            let mut told_ready = false;
-            while goes_on(&mut standing).await {
-                let ended = watch(&control, &sender, &mut told_ready).await;
-                if sender.is_closed() {
-                    return;
+            while goes_on(&mut standing).await && !sender.is_closed() {
+                let ended = until_ready(&control, &sender).await;
+                if ended.is_ok() {
+                    break;
                 }
-                retry = if told_ready { FIRST_RETRY } else { (retry * 2).min(LAST_RETRY) };
-                tracing::trace!("guest conversation: {ended:?}");
+                tracing::trace!("until the guest is ready: {ended:?}");
+                retry = (retry * 2).min(LAST_RETRY);
                 sleep(retry).await;
+            }
+            let beats = standing.clone();
+            let listen = async {
+                while goes_on(&mut standing).await && !sender.is_closed() {
+                    let ended = watch(&control, &sender).await;
+                    tracing::trace!("guest conversation: {ended:?}");
+                    sleep(FIRST_RETRY).await;
+                }
+            };
+            tokio::select! {
+                () = listen => {}
+                () = pulse::feel(|| status(&control, interval), interval, &sender, beats) => {}
             }
         });
         let (agent, control) = (Arc::clone(agent), process.control());
@@ -114,23 +130,25 @@ impl Drop for Session {
 }
 
 /// Waits while the VM stands still; false when there is nothing more to wait for.
-async fn goes_on(paused: &mut watch::Receiver<bool>) -> bool {
+pub async fn goes_on(paused: &mut watch::Receiver<bool>) -> bool {
     paused.wait_for(|paused| !*paused).await.is_ok()
 }
 
-async fn watch(control: &std::path::Path, sender: &mpsc::Sender<Update>, told_ready: &mut bool) -> Result<(), GuestError> {
-    if !*told_ready {
-        loop {
-            let mut connection = Connection::open(control, &Request::Ready { wait_ms: 10_000 }).await?;
-            if let Reply::Ready(report) = connection.reply().await?
-                && report.phase != form_guest::protocol::Phase::Starting
-            {
-                *told_ready = true;
-                let _ = sender.send(Update::Ready(Box::new(report))).await;
-                break;
-            }
+/// Waits until the guest's start has come to an end, well or badly.
+async fn until_ready(control: &Path, sender: &mpsc::Sender<Update>) -> Result<(), GuestError> {
+    while !sender.is_closed() {
+        let mut connection = Connection::open(control, &Request::Ready { wait_ms: 10_000 }).await?;
+        if let Reply::Ready(report) = connection.reply().await?
+            && report.phase != Phase::Starting
+        {
+            let _ = sender.send(Update::Ready(Box::new(report))).await;
+            break;
         }
     }
+    Ok(())
+}
+
+async fn watch(control: &Path, sender: &mpsc::Sender<Update>) -> Result<(), GuestError> {
     let mut connection = Connection::open(control, &Request::Watch).await?;
     while let Reply::Status(status) = connection.reply().await? {
         if sender.send(Update::Status(Box::new(status))).await.is_err() {
@@ -140,8 +158,18 @@ async fn watch(control: &std::path::Path, sender: &mpsc::Sender<Update>, told_re
     Ok(())
 }
 
+async fn status(control: &Path, limit: Duration) -> Option<StatusReport> {
+    match guest::ask(control, &Request::Status, limit).await {
+        Ok(Reply::Status(status)) => Some(status),
+        answer => {
+            tracing::trace!("a guest that is asked how it is: {answer:?}");
+            None
+        }
+    }
+}
+
 /// Follows the log until the VM process is gone, from where the file ends.
-async fn keep_logs(control: &std::path::Path, mut writer: Writer, run: Run, mut paused: watch::Receiver<bool>, ended: &AtomicBool) {
+async fn keep_logs(control: &Path, mut writer: Writer, run: Run, mut paused: watch::Receiver<bool>, ended: &AtomicBool) {
     let mut next = writer.last_sequence(run.at).map_or(run.log_from, |last| last + 1);
     let mut retry = FIRST_RETRY;
     while goes_on(&mut paused).await {
@@ -156,7 +184,7 @@ async fn keep_logs(control: &std::path::Path, mut writer: Writer, run: Run, mut 
     }
 }
 
-async fn follow(control: &std::path::Path, writer: &mut Writer, run: Timestamp, next: &mut u64) -> Result<(), GuestError> {
+async fn follow(control: &Path, writer: &mut Writer, run: Timestamp, next: &mut u64) -> Result<(), GuestError> {
     let request = Request::Logs(LogsRequest { from_sequence: Some(*next), tail: None, follow: true });
     let mut connection = Connection::open(control, &request).await?;
     let mut joined = Vec::new();
