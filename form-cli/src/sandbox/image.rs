@@ -9,7 +9,7 @@ use std::{
 
 use form_bundle::ModuleSet;
 use form_image::{BuiltImage, ImageStore};
-use form_types::{ImageReference, PublicKey, SecretKey, Spec};
+use form_types::{Digest, ImageReference, PublicKey, SecretKey, Spec};
 use formfile::LowerOptions;
 
 use super::{Host, Link, qemu::INITRAMFS, record::write_private, settings::settings};
@@ -27,6 +27,8 @@ const HOST_FORMFILE: &str = include_str!("../../../examples/sandbox-host/Formfil
 pub struct HostImage {
     image: BuiltImage,
     pub spec: Spec,
+    /// See [`installed_programs`].
+    pub programs: Digest,
 }
 
 /// The meaning of [`HOST_FORMFILE`].
@@ -66,6 +68,27 @@ fn find(name: &str, directories: impl Iterator<Item = PathBuf>) -> Result<PathBu
         .hint("install Formation whole, or name the directory of form-vmm and form-guest with FORM_LIBRARY"))
 }
 
+/// What is put on a host's disk of this installation.
+const PROGRAMS: [&str; 3] = ["form-agent", "form-vmm", "form-guest"];
+
+/// One digest of all programs of this installation that a host gets.
+///
+/// # Errors
+/// When one is missing or cannot be read.
+pub fn installed_programs() -> Result<Digest, Failure> {
+    digest(program)
+}
+
+fn digest(place: impl Fn(&str) -> Result<PathBuf, Failure>) -> Result<Digest, Failure> {
+    let mut digests = Vec::new();
+    for name in PROGRAMS {
+        let path = place(name)?;
+        let bytes = fs::read(&path).map_err(|error| Failure::io("read", &path, &error))?;
+        digests.extend_from_slice(Digest::of(&bytes).as_bytes());
+    }
+    Ok(Digest::of(&digests))
+}
+
 /// Builds the image, showing its steps.
 ///
 /// # Errors
@@ -75,16 +98,17 @@ pub async fn build(session: &Session) -> Result<HostImage, Failure> {
     let context = tempfile::tempdir().map_err(|error| Failure::io("create a directory in", &std::env::temp_dir(), &error))?;
     let formfile = context.path().join(FILE_NAME);
     fs::write(&formfile, HOST_FORMFILE).map_err(|error| Failure::io("write", &formfile, &error))?;
-    for name in ["form-agent", "form-vmm", "form-guest"] {
+    for name in PROGRAMS {
         let (from, to) = (program(name)?, context.path().join(name));
         let copied = fs::copy(&from, &to).and_then(|_| fs::set_permissions(&to, fs::Permissions::from_mode(0o755)));
         copied.map_err(|error| Failure::io("copy", &from, &error))?;
     }
+    let programs = digest(|name| Ok(context.path().join(name)))?;
     let source = Source { path: formfile.clone(), text: HOST_FORMFILE.to_owned() };
     let args = BuildArgs { file: formfile, build_args: Vec::new(), locked: false, no_cache: false, refresh: false };
     let image = build::image(session, &args, &source, &spec).await?;
     forget_older(&image);
-    Ok(HostImage { image, spec })
+    Ok(HostImage { image, spec, programs })
 }
 
 /// Every new version of the programs makes a version of the image; nobody comes back for the old ones.
@@ -157,7 +181,7 @@ mod tests {
     fn the_formfile_copies_the_programs_that_are_put_beside_it() {
         let spec = spec().unwrap();
         assert!(spec.ports.iter().any(|port| port.port == form_api::DEFAULT_PORT && port.host_port.is_none()));
-        for name in ["form-agent", "form-vmm", "form-guest"] {
+        for name in PROGRAMS {
             assert!(HOST_FORMFILE.lines().any(|line| line.starts_with("COPY ") && line.contains(name)), "{name}");
         }
     }
@@ -169,6 +193,18 @@ mod tests {
         assert!(failure.error.message.contains("form-vmm") && failure.error.message.contains("/nowhere"));
         fs::write(empty.path().join("form-vmm"), "").unwrap();
         assert_eq!(find("form-vmm", [empty.path().to_owned()].into_iter()).unwrap(), empty.path().join("form-vmm"));
+    }
+
+    #[test]
+    fn one_other_program_is_another_digest() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = |name: &str| Ok(directory.path().join(name));
+        assert!(digest(place).is_err(), "they are missing");
+        PROGRAMS.iter().for_each(|name| fs::write(directory.path().join(name), name).unwrap());
+        let before = digest(place).unwrap();
+        assert_eq!(digest(place).unwrap(), before);
+        fs::write(directory.path().join("form-guest"), "another").unwrap();
+        assert_ne!(digest(place).unwrap(), before);
     }
 
     #[test]

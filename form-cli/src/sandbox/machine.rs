@@ -95,7 +95,8 @@ pub async fn make(host: &Host, image: &HostImage, machine: Machine) -> Result<Re
     let cpus = machine.cpus.unwrap_or_else(default_cpus);
     let memory = machine.memory_mib.unwrap_or(resources.memory_mib);
     let disk_gib = machine.disk_gib.unwrap_or(resources.disk_gib);
-    let record = Record::new(cpus, memory, disk_gib, free_port(None)?, Accelerator::detect(), &key);
+    let mut record = Record::new(cpus, memory, disk_gib, free_port(None)?, Accelerator::detect(), &key);
+    record.programs = Some(image.programs);
     fs::create_dir_all(&host.directory).map_err(|error| Failure::io("create", &host.directory, &error))?;
     image.write_disk(host.directory.join(DISK), disk_gib).await?;
     Ok(record)

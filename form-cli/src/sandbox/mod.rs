@@ -29,7 +29,7 @@ use rustix::fs::FlockOperation;
 
 pub use self::{
     forward::{publish, publish_of},
-    image::{HostImage, build as build_host_image},
+    image::{HostImage, build as build_host_image, installed_programs},
     machine::{Machine, free_port, make, remove_context, require_programs, start, wait_until_it_answers, write_context},
     process::{State, stop},
     qemu::{Accelerator, DISK, Link},

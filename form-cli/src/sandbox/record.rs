@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use form_types::{Name, PublicKey, SecretKey};
+use form_types::{Digest, Name, PublicKey, SecretKey};
 use serde::{Deserialize, Serialize};
 
 use super::Accelerator;
@@ -33,6 +33,9 @@ pub struct Record {
     /// How the sandbox's hosts see each other, in the first one's record; a sandbox with one host has nothing to see.
     #[serde(default)]
     pub peers: Option<Peers>,
+    /// Of the programs that are on its disk, as they were when it was made; see [`super::installed_programs`].
+    #[serde(default)]
+    pub programs: Option<Digest>,
     host_key: String,
 }
 
@@ -53,7 +56,20 @@ impl Record {
 
     pub fn new(cpus: u32, memory_mib: u64, disk_gib: u64, port: u16, accelerator: Accelerator, host_key: &SecretKey) -> Self {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Self { version, cpus, memory_mib, disk_gib, port, accelerator, previous_context: None, peers: None, host_key: host_key.to_hex() }
+        let host_key = host_key.to_hex();
+        Self { version, cpus, memory_mib, disk_gib, port, accelerator, previous_context: None, peers: None, programs: None, host_key }
+    }
+
+    /// What is to be said of a host that goes on with other programs than those that are installed now; nothing of one that was made
+    /// before this was noted, unless its version says it.
+    pub fn outdated(&self, host: &Name, installed: Option<Digest>) -> Option<String> {
+        let version = env!("CARGO_PKG_VERSION");
+        let way = "`form sandbox down` and `up` make a new one";
+        if self.version != version {
+            return Some(format!("the agent of {host} is of version {}, this is {version}; {way}", self.version));
+        }
+        let differs = self.programs.zip(installed).is_some_and(|(its, installed)| its != installed);
+        differs.then(|| format!("{host} goes on with the programs that it was made with, and others are installed now; {way}"))
     }
 
     /// `None` when the sandbox was never made to its end.
@@ -148,5 +164,19 @@ mod tests {
         assert_eq!((host.address.as_str(), host.public_key), ("127.0.0.1:40000", key.public()));
         fs::write(&path, "{}").unwrap();
         assert!(Record::load(directory.path()).unwrap_err().error.hint.unwrap().contains("form sandbox down"));
+    }
+
+    #[test]
+    fn a_host_with_other_programs_than_those_installed_is_told() {
+        let name: Name = "box".parse().unwrap();
+        let mut record = Record::new(2, 2048, 20, 40_000, Accelerator::Software, &SecretKey::from_bytes([7; 32]));
+        let (old, new) = (Some(Digest::of(b"old")), Some(Digest::of(b"new")));
+        assert_eq!(record.outdated(&name, new), None, "one that was made before this was noted");
+        record.programs = old;
+        assert_eq!((record.outdated(&name, old), record.outdated(&name, None)), (None, None));
+        let said = record.outdated(&name, new).unwrap();
+        assert!(said.contains("box goes on with the programs") && said.contains("form sandbox down"), "{said}");
+        record.version = "0.0.9".to_owned();
+        assert!(record.outdated(&name, old).unwrap().contains("of version 0.0.9"));
     }
 }

@@ -73,14 +73,11 @@ pub async fn run(args: Args, session: &Session) -> Outcome {
     }
     let peers = machines.first().and_then(|(_, first)| first.peers);
     let mut clients = Vec::new();
+    // Only worth a word: that they cannot be read is no reason to leave a host that is there as it is.
+    let installed = sandbox::installed_programs().ok();
     for (host, record) in &mut machines {
-        if record.version != env!("CARGO_PKG_VERSION") {
-            session.terminal.warn(format!(
-                "the agent of {} is of version {}, this is {}; `form sandbox down` and `up` make a new one",
-                host.name,
-                record.version,
-                env!("CARGO_PKG_VERSION")
-            ));
+        if let Some(said) = record.outdated(&host.name, installed) {
+            session.terminal.warn(said);
         }
         if !host.runs() {
             let link = peers.map(|peers| Link { number: host.number, port: peers.port });
