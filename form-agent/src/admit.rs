@@ -140,7 +140,7 @@ pub fn admit(request: &DeployRequest, is_new: bool, capacity: &Capacity) -> Resu
     if capacity.disk_free_bytes < headroom::LOW {
         return no_room(
             format!("the host's disk is full: {} MiB are free", capacity.disk_free_bytes >> 20),
-            "free space under /var/lib/formation, for example with `form image rm`",
+            "free some: `form image prune` and `form image rm` remove images, `form destroy` VMs",
         );
     }
     for port in &request.spec.ports {

@@ -126,7 +126,7 @@ pub struct Operations {
 }
 
 fn internal(error: &DatabaseError) -> ApiError {
-    ApiError::new(ErrorCode::Internal, error.to_string()).hint("look at the agent's log and the free space of /var/lib/formation")
+    ApiError::new(ErrorCode::Internal, error.to_string()).hint("look at the agent's log, and at `form doctor` for free space")
 }
 
 impl Operations {

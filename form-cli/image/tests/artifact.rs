@@ -204,6 +204,11 @@ fn what_is_damaged_is_refused_and_leaves_nothing() {
     assert!(there.refuses(&here.path("layout")).contains("is missing"));
     fs::write(&largest, [&pack[..], b"more"].concat()).unwrap();
     assert!(there.refuses(&here.path("layout")).contains("longer than it should be"));
+    // A pipe in its place is not waited for.
+    fs::remove_file(&largest).unwrap();
+    rustix::fs::mkfifoat(rustix::fs::CWD, &largest, rustix::fs::Mode::RWXU).unwrap();
+    assert!(there.refuses(&here.path("layout")).contains("no ordinary file"));
+    fs::remove_file(&largest).unwrap();
     fs::write(&largest, &pack).unwrap();
 
     // Somebody else's layout.

@@ -4,12 +4,13 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io::{self, BufReader, BufWriter, Read, Write},
-    os::unix::fs::{FileExt, PermissionsExt},
+    os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
 use form_bundle::{Manifest, manifest::MEDIA_TYPE};
 use form_types::{Digest, Name};
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -229,7 +230,15 @@ impl Layout {
 
     fn file<'s>(&'s self, path: &str) -> io::Result<Box<dyn Read + 's>> {
         match self {
-            Self::Directory(directory) => Ok(Box::new(File::open(directory.join(path))?)),
+            Self::Directory(directory) => {
+                // A pipe that nobody writes to would be waited for without end.
+                let flags = OFlags::NONBLOCK.bits().cast_signed();
+                let file = File::options().read(true).custom_flags(flags).open(directory.join(path))?;
+                match file.metadata()?.is_file() {
+                    true => Ok(Box::new(file)),
+                    false => Err(io::Error::other("it is no ordinary file")),
+                }
+            }
             Self::Archive(file, files) => {
                 let (at, left) = *files.get(path).ok_or(io::ErrorKind::NotFound)?;
                 Ok(Box::new(Part { file, at, left }))
