@@ -36,7 +36,7 @@ pub struct Previous {
 
 impl Previous {
     /// What the VM was by this, whatever it was called.
-    fn request(&self) -> Option<DeployRequest> {
+    pub fn request(&self) -> Option<DeployRequest> {
         let request = Wanted::read(&self.request)?.request;
         Some(self.changes.iter().fold(request, |request, change| {
             let set = serde_json::from_str::<SetRequest>(&change.body).ok();

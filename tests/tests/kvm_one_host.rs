@@ -168,7 +168,12 @@ fn kvm_what_cannot_work_is_refused_or_taken_back_with_its_reason() {
 
     // The new version ends at once: the old one is put back.
     let _ = host.app("web", r#"["/bin/busybox", "sh", "-c", "echo broken on purpose; exit 9"]"#, 18083);
-    let broken = host.form(&["deploy", &web, "-y"]).exits(1);
+    let begun = host.form(&["deploy", &web, "-y", "--no-wait"]).ok();
+    // Nobody takes away meanwhile what it goes back to.
+    let used = host.form(&["image", "rm", "web:1", "-y"]).exits(5);
+    assert!(used.stderr.contains("is used by web"), "{}", used.stderr);
+    let (_, id) = begun.stderr.split_once("form op wait ").unwrap();
+    let broken = host.form(&["op", "wait", &id[..32]]).exits(1);
     assert!(broken.stderr.contains("broken on purpose"), "{}", broken.stderr);
     wait("the old version answers", || answers(18083));
 

@@ -71,8 +71,14 @@ pub(crate) fn store_error(error: &StoreError) -> ApiError {
     ApiError::new(code, error.to_string())
 }
 
+/// The VMs that have this image, and those that are just being made something else and may have to go back to it.
 fn users(agent: &Agent, digest: &Digest) -> Vec<Name> {
-    desired::vms(&agent.view()).into_values().filter(|vm| vm.request.image() == Some(digest)).map(|vm| vm.name().clone()).collect()
+    let goes_back = |vm: &desired::DesiredVm| {
+        agent.operations.is_under_way(&format!("vm/{}", vm.name()))
+            && kept::previous(agent, vm).is_some_and(|previous| previous.request().is_some_and(|request| request.image() == Some(digest)))
+    };
+    let vms = desired::vms(&agent.view()).into_values();
+    vms.filter(|vm| vm.request.image() == Some(digest) || goes_back(vm)).map(|vm| vm.name().clone()).collect()
 }
 
 /// What VMs can go back to, read once for many images.
