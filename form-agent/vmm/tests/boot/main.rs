@@ -76,12 +76,11 @@ fn kvm_every_way_to_restart_is_seen_as_a_reset() {
 #[ignore = "boots a guest: FORM_TEST_KVM=1"]
 fn kvm_the_guest_hears_the_power_button() {
     wanted();
-    let script = "insmod button; insmod evdev; while [ ! -e /dev/input/event0 ]; do sleep 0.1; done; echo LISTENING
-        dd if=/dev/input/event0 of=/tmp/event bs=24 count=1 2>/dev/null; echo PRESSED; poweroff -f";
+    // Events are kept for who has the device open, from then on.
+    let script = "insmod button; insmod evdev; while [ ! -e /dev/input/event0 ]; do sleep 0.1; done
+        exec 3</dev/input/event0; echo LISTENING; dd bs=24 count=1 of=/tmp/event <&3 2>/dev/null; echo PRESSED; poweroff -f";
     let vm = Vm::boot(&shape(script));
     vm.await_line("LISTENING");
-    // The reader behind the line above may still be on its way to its read.
-    std::thread::sleep(Duration::from_secs(1));
     vm.client().power_button().unwrap();
     let (status, record) = vm.wait();
     assert_eq!((status.code(), record.unwrap().reason), (Some(0), ExitReason::PowerOff));
