@@ -4,7 +4,7 @@
 use std::{
     io::{Read, Write},
     net::TcpStream,
-    process::Stdio,
+    process::{Command, Stdio},
     time::Duration,
 };
 
@@ -122,11 +122,15 @@ fn carried_by_kernel_but_for_a_limit(host: &Host) {
     }
 }
 
+fn signal(pid: u32, signal: &str) {
+    assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+}
+
 /// What somebody listens at is not taken away, unless by force.
 fn busy(host: &Host, second: &Value) {
     let (address, mac) = (second["ipv4"].as_str().unwrap(), &second["mac"]);
     sh(host, "web", &format!("busybox httpd -p {address}:81 -h /www"));
-    assert!(serves(&second["ipv4"], 81));
+    wait("its other server answers", || serves(&second["ipv4"], 81));
     let refused = host.form(&["net", "detach", "web", "eth1"]).exits(5);
     let holder = format!("at tcp {address}:81");
     assert!(refused.stderr.contains("(process ") && refused.stderr.contains(&holder), "{}", refused.stderr);
@@ -147,8 +151,13 @@ fn busy(host: &Host, second: &Value) {
 }
 
 fn one_at_a_time(host: &Host) {
+    // The VM process takes nothing until both have asked: the first change is under way when the second one comes.
+    let (_, pid) = host.process(&host.vm("web"));
+    signal(pid, "-STOP");
     let _ = host.form(&["net", "attach", "web", "--no-wait"]).ok();
-    let refused = host.form(&["net", "attach", "web"]).exits(5);
+    let refused = host.form(&["net", "attach", "web"]);
+    signal(pid, "-CONT");
+    let refused = refused.exits(5);
     let (_, id) = refused.stderr.split_once("form op wait ").unwrap();
     let _ = host.form(&["op", "wait", &id[..32]]).ok();
     all_reached(host, "web", &["eth0", "eth1"]);
