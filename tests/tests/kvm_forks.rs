@@ -18,7 +18,7 @@ fn sh(host: &Host, vm: &str, script: &str) -> String {
 }
 
 /// A program that counts in its memory, and says with each number on which machine it thinks it is.
-const COUNTER: &str = "busybox mkdir -p /dev/shm; \
+const COUNTER: &str = "busybox mkdir -p /dev/shm; : > /dev/shm/count; \
     (n=0; while :; do n=$((n+1)); echo $n $(busybox hostname) >> /dev/shm/count; busybox sleep 1; done) \
     > /dev/null 2>&1 < /dev/null & echo started";
 
