@@ -301,7 +301,7 @@ impl Host {
     /// # Panics
     /// When something is.
     pub fn is_clean(&self) {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + PATIENCE;
         let mut found = self.leftovers();
         // An operation may end a moment before the last line of the driver.
         while !found.is_empty() && Instant::now() < deadline {
