@@ -176,12 +176,14 @@ impl Shared {
             let waited = now.duration_since(state.begun.unwrap_or(asked).min(asked));
             match &state.last {
                 _ if state.stop => return Err(Fault::Refused(format!("{} is being unmounted", self.export))),
+                // In time, whenever this thread comes to see it on a busy host.
+                Some((at, found)) if *at >= asked => return found.clone(),
                 _ if waited >= patience => {
                     return Err(Fault::Silent(format!("the server of {} has not answered for {} s", self.export, waited.as_secs())));
                 }
                 // The watcher goes on asking, for all.
                 Some((_, Err(fault))) => return Err(fault.clone()),
-                Some((at, Ok(()))) if *at >= asked || now.duration_since(*at) < FRESH => return Ok(()),
+                Some((at, Ok(()))) if now.duration_since(*at) < FRESH => return Ok(()),
                 _ => {}
             }
             state.asked = true;

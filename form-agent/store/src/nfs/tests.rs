@@ -89,6 +89,16 @@ fn nobody_waits_for_a_look_that_takes_too_long() {
 }
 
 #[test]
+fn an_answer_counts_also_for_who_comes_late_to_see_it() {
+    let shared = shared();
+    let later = Instant::now() + Duration::from_secs(60);
+    for found in [Ok(()), Err(Fault::Refused("no such export".to_owned()))] {
+        shared.lock().last = Some((later, found.clone()));
+        assert_eq!(shared.check(Duration::ZERO), found);
+    }
+}
+
+#[test]
 fn an_old_answer_is_asked_for_again() {
     let shared = Arc::new(shared());
     shared.lock().last = Some((Instant::now().checked_sub(Duration::from_secs(60)).unwrap(), Ok(())));
