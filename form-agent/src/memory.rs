@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// How long a VM process may take to say what it has.
-const LIMIT: Duration = Duration::from_secs(2);
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// How long a guest may take to come to have what it should. What it gives back it has to clear first.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// How long a VM process may take to say what it has.
-const ANSWER: Duration = Duration::from_secs(2);
+const ANSWER: Duration = Duration::from_secs(10);
 /// A guest waits ten seconds for its kernel to find a vCPU.
 const GUEST_LIMIT: Duration = Duration::from_secs(30);
 /// How long a guest's kernel may take to let vCPUs go.

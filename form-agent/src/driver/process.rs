@@ -21,8 +21,11 @@ use tokio::io::unix::AsyncFd;
 
 use crate::identity::write_atomically;
 
-/// How long a process that is adopted may take to say how it is.
-const ADOPTION: Duration = Duration::from_secs(2);
+/// How long a process that is adopted may take to say how it is. One that stands and is taken for one that runs would be ended, as its guest is not
+/// heard of: on a busy host that says too little.
+const ADOPTION: Duration = Duration::from_secs(30);
+/// Likewise one that was being saved, which does not answer while it writes.
+const ADOPTION_WHILE_SAVED: Duration = Duration::from_secs(2);
 
 /// The argument of a VM process that says whose it is: what an agent finds those by that are on no record.
 const NAME: &str = "--name";
@@ -403,9 +406,10 @@ impl Process {
         match Client::connect(&directory.control()) {
             Ok(client) if process.record.booted => {
                 // One that is too busy to say is one that runs.
-                let status = client.with_timeout(ADOPTION).status();
+                let is_saved = directory.saving().exists();
+                let status = client.with_timeout(if is_saved { ADOPTION_WHILE_SAVED } else { ADOPTION }).status();
                 // One that writes its memory does not answer, and it stands.
-                process.paused = status.map_or_else(|_| directory.saving().exists(), |(state, _)| state == VmState::Paused);
+                process.paused = status.map_or(is_saved, |(state, _)| state == VmState::Paused);
                 directory.unmark_saving();
                 Some(process)
             }
@@ -535,6 +539,47 @@ mod tests {
         write_record(&directory, &record).unwrap();
         assert_eq!(directory.read_record(), Some(record));
         assert!(Process::adopt(&directory).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_process_that_answers_late_is_what_it_says() {
+        use form_vmm::control::{ControlReply, ControlRequest, channel::Channel};
+        use rustix::net::{SocketFlags, accept_with};
+
+        let parent = tempfile::tempdir().unwrap();
+        let vm = VmId::from_bytes([1; 16]);
+        let directory = RuntimeDirectory::new(parent.path(), &vm);
+        fs::create_dir_all(directory.path()).unwrap();
+        let own = std::process::id() as i32;
+        let record = Record {
+            vm,
+            pid: own,
+            start_time: start_time(own).unwrap(),
+            boot: Digest::of(b"boot"),
+            request: crate::testing::request("web"),
+            uid: None,
+            started_at: Timestamp::now(),
+            volumes: Vec::new(),
+            booted: true,
+            resets: 0,
+            restored: None,
+            log_from: 0,
+        };
+        write_record(&directory, &record).unwrap();
+        let listener = control_socket(&directory).unwrap();
+        std::thread::spawn(move || {
+            let socket = loop {
+                match accept_with(&listener, SocketFlags::NONBLOCK) {
+                    Ok(socket) => break socket,
+                    Err(_) => std::thread::sleep(Duration::from_millis(1)),
+                }
+            };
+            let (channel, until) = (Channel::new(socket), std::time::Instant::now() + Duration::from_secs(60));
+            channel.receive::<ControlRequest>(until).unwrap();
+            std::thread::sleep(Duration::from_millis(2500));
+            channel.send(&ControlReply::Status { state: VmState::Paused, pid: own as u32 }, &[], until).unwrap();
+        });
+        assert!(Process::adopt(&directory).unwrap().paused);
     }
 
     #[tokio::test]
