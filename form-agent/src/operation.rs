@@ -235,10 +235,12 @@ impl Operations {
 
     /// Ends an operation. An error here is logged: the operation is then found unfinished at the next start.
     pub fn finish(&self, id: OperationId, result: Result<(), ApiError>) {
-        let vm = self.vm_of(id);
+        let (vm, steps) = (self.vm_of(id), self.steps_of(id).unwrap_or_default());
+        // Until it is no more under way: who reads that it is over may ask for the next one, which begins after it in the events too.
+        let mut active = self.active.lock().unwrap_or_else(PoisonError::into_inner);
         let outcome = self.record(id).and_then(|mut record| {
             record.operation.finished_at = Some(Timestamp::now());
-            record.operation.steps = self.steps_of(id).unwrap_or_default();
+            record.operation.steps = steps;
             record.operation.status = if result.is_ok() { OperationStatus::Completed } else { OperationStatus::Failed };
             record.operation.error = result.as_ref().err().cloned().map(|error| error.operation(id));
             record.resume = None;
@@ -261,7 +263,8 @@ impl Operations {
             }
             Err(error) => tracing::error!("operation {id} could not be finished in the database: {error}"),
         }
-        self.active.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        active.remove(&id);
+        drop(active);
         self.bump();
     }
 
@@ -360,6 +363,25 @@ mod tests {
             actor_key: form_types::SecretKey::from_bytes([1; 32]).public(),
             idempotency_key: IdempotencyKey::from_bytes([key; 16]),
             request: Asked::new("POST", "/v1/test", request.as_bytes()),
+        }
+    }
+
+    #[test]
+    fn what_is_over_for_who_asks_is_in_nobodys_way() {
+        let directory = tempfile::tempdir().unwrap();
+        let operations = &operations(directory.path());
+        let begin = |key| match operations.begin(opening(key, "vm/web", "")) {
+            Ok(Begun::New(id)) => id,
+            Ok(Begun::Repeated(_)) => panic!("{key} is not new"),
+            Err(error) => panic!("what is over is in the way of {key}: {error}"),
+        };
+        let mut id = begin(0);
+        for key in 1..100 {
+            id = std::thread::scope(|scope| {
+                scope.spawn(move || operations.finish(id, Ok(())));
+                while !operations.get(id).unwrap().status.is_final() {}
+                begin(key)
+            });
         }
     }
 
