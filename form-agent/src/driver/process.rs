@@ -125,6 +125,10 @@ impl RuntimeDirectory {
         fs::write(self.saving(), b"")
     }
 
+    pub fn is_saving(&self) -> bool {
+        self.saving().exists()
+    }
+
     /// Takes the note back.
     pub fn unmark_saving(&self) {
         // It is not there for most.
@@ -406,7 +410,7 @@ impl Process {
         match Client::connect(&directory.control()) {
             Ok(client) if process.record.booted => {
                 // One that is too busy to say is one that runs.
-                let is_saved = directory.saving().exists();
+                let is_saved = directory.is_saving();
                 let status = client.with_timeout(if is_saved { ADOPTION_WHILE_SAVED } else { ADOPTION }).status();
                 // One that writes its memory does not answer, and it stands.
                 process.paused = status.map_or(is_saved, |(state, _)| state == VmState::Paused);

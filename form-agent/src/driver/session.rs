@@ -68,6 +68,7 @@ impl Session {
         let control = process.control();
         let mut standing = paused.clone();
         let interval = pulse::interval(agent.config().guest_timeout_seconds);
+        let directory = process.directory.clone();
         let watch = tokio::spawn(async move {
             let mut retry = FIRST_RETRY;
             while goes_on(&mut standing).await && !sender.is_closed() {
@@ -87,9 +88,18 @@ impl Session {
                     sleep(FIRST_RETRY).await;
                 }
             };
+            let ask = || async {
+                loop {
+                    match status(&control, interval).await {
+                        // It stands still, for as long as that takes.
+                        None if directory.is_saving() => sleep(interval).await,
+                        answer => return answer,
+                    }
+                }
+            };
             tokio::select! {
                 () = listen => {}
-                () = pulse::feel(|| status(&control, interval), interval, &sender, beats) => {}
+                () = pulse::feel(ask, interval, &sender, beats) => {}
             }
         });
         let (agent, control) = (Arc::clone(agent), process.control());
