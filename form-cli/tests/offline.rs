@@ -4,7 +4,11 @@
 mod registry;
 mod support;
 
-use std::{io::Write, process::Stdio};
+use std::{
+    io::{Read, Write},
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
 use registry::Registry;
 use snapbox::{assert_data_eq, str};
@@ -443,21 +447,35 @@ fn a_passphrase_is_asked_for_at_a_terminal() {
     let form = env!("CARGO_BIN_EXE_form");
     // script(1) gives the program a terminal of its own.
     let mut child = std::process::Command::new("script")
-        .args(["-qec", &format!("{form} key passphrase"), "/dev/null"])
+        .args(["-qec", &format!("tty >{}; exec {form} key passphrase", place.path("tty").display()), "/dev/null"])
         .env("HOME", place.path("home"))
         .env_remove("XDG_CONFIG_HOME")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut keys = child.stdin.take().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(500));
-    keys.write_all(b"secret\r").unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(500));
-    keys.write_all(b"secret\r").unwrap();
-    let output = child.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success() && !said.contains("secret"), "{said}");
+    let (mut keys, mut screen, mut said) = (child.stdin.take().unwrap(), child.stdout.take().unwrap(), String::new());
+    for question in ["New passphrase for your key", "The same again"] {
+        while !said.contains(question) {
+            let mut bytes = [0; 256];
+            let count = screen.read(&mut bytes).unwrap();
+            assert!(count > 0, "it does not ask: {said}");
+            said.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+        // It asks, then has the terminal show nothing more and forget what was typed until then.
+        let begun = Instant::now();
+        let shows = || {
+            let stty = std::process::Command::new("stty").args(["-a", "-F", place.read("tty").trim()]).output().unwrap();
+            assert!(stty.status.success() && begun.elapsed() < Duration::from_secs(60), "{said}");
+            !String::from_utf8_lossy(&stty.stdout).contains(" -echo ")
+        };
+        while shows() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        keys.write_all(b"secret\r").unwrap();
+    }
+    screen.read_to_string(&mut said).unwrap();
+    assert!(child.wait().unwrap().success() && !said.contains("secret"), "{said}");
     let with = |passphrase: &str| place.command(&["key", "passphrase", "--remove"]).env("FORM_PASSPHRASE", passphrase).status().unwrap();
     assert_eq!(with("other").code(), Some(4));
     assert_eq!(with("secret").code(), Some(0));
