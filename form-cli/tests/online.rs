@@ -280,7 +280,8 @@ fn operations_end_in_one_of_four_ways() {
     let run = setting.run(&["vm", "start", "slow", "--no-wait"]);
     assert_eq!(run.code, 0);
     assert!(run.err.contains(&format!("form op wait {ID}")), "{run:?}");
-    let run = setting.run(&["vm", "start", "slow", "--timeout", "1"]);
+    // Enough for a slow machine to begin it.
+    let run = setting.run(&["vm", "start", "slow", "--timeout", "5"]);
     assert_eq!(run.code, 6, "{run:?}");
     assert!(run.err.contains("making the root disk\n") && run.err.contains("the operation goes on"), "{run:?}");
     assert_eq!(setting.run(&["vm", "start", "bad"]).code, 4);
@@ -290,13 +291,17 @@ fn operations_end_in_one_of_four_ways() {
 #[test]
 fn ctrl_c_leaves_the_operation_going() {
     let setting = Setting::new();
-    let child = setting.command(&["vm", "start", "slow"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(700));
+    let mut child = setting.command(&["vm", "start", "slow"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut err = String::new();
+    while !err.contains("making the root disk") {
+        assert!(said.read_line(&mut err).unwrap() > 0, "it has ended: {err}");
+    }
     let pid = rustix::process::Pid::from_child(&child);
     rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
-    let run = ran(child.wait_with_output().unwrap());
-    assert_eq!(run.code, 130);
-    assert!(run.err.contains(&format!("form op wait {ID}")), "{run:?}");
+    said.read_to_string(&mut err).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{err}");
+    assert!(err.contains(&format!("form op wait {ID}")), "{err}");
 }
 
 #[test]
