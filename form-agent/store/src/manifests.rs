@@ -110,7 +110,12 @@ impl Store {
         if let Ok(entry) = self.by_digest(digest) {
             return Ok(entry);
         }
-        let entry = self.import(&self.take_manifest(digest)?)?;
+        let text = match self.take_manifest(digest) {
+            Ok(text) => text,
+            // Somebody who sent the same was a moment earlier, and with the image there the text is forgotten.
+            Err(error) => return self.by_digest(digest).map_err(|_| error),
+        };
+        let entry = self.import(&text)?;
         self.forget_manifest(digest);
         Ok(entry)
     }
@@ -123,7 +128,11 @@ impl Store {
         if let Ok(entry) = self.want_kernel(digest) {
             return Ok(entry);
         }
-        let entry = self.import_kernel(&self.take_manifest(digest)?)?;
+        let text = match self.take_manifest(digest) {
+            Ok(text) => text,
+            Err(error) => return self.want_kernel(digest).map_err(|_| error),
+        };
+        let entry = self.import_kernel(&text)?;
         self.forget_manifest(digest);
         Ok(entry)
     }

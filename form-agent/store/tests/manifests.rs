@@ -5,7 +5,7 @@ mod fixture;
 
 use std::{collections::BTreeMap, fs};
 
-use fixture::{Blocks, kernel, rootfs, spec};
+use fixture::{Blocks, image, kernel, rootfs, spec};
 use form_bundle::{
     Manifest,
     manifest::{HistoryEntry, Rootfs},
@@ -58,6 +58,32 @@ fn a_long_manifest_is_sent_and_imported() {
     assert!(matches!(store.import_kernel_uploaded(&digest), Err(StoreError::NoManifest(_))));
     send(store.manifest_writer(&digest).unwrap(), &travel::pack(&text).unwrap()).unwrap();
     assert_eq!(store.import_kernel_uploaded(&digest).unwrap().digest, digest);
+}
+
+/// Whatever the others have got to: each has the image and the kernel in the end.
+#[test]
+fn of_those_who_send_the_same_at_once_all_have_it() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    let (image_text, image_blocks) = image("web", &rootfs(&[Some(1), None, Some(2)]));
+    let (kernel_text, kernel_blocks) = kernel();
+    let (image, kernel) = (Digest::of(&image_text), Digest::of(&kernel_text));
+    for _ in 0..20 {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    image_blocks.upload(&store);
+                    send(store.manifest_writer(&image).unwrap(), &travel::pack(&image_text).unwrap()).unwrap();
+                    store.import_uploaded(&image).unwrap();
+                    kernel_blocks.upload(&store);
+                    send(store.manifest_writer(&kernel).unwrap(), &travel::pack(&kernel_text).unwrap()).unwrap();
+                    store.import_kernel_uploaded(&kernel).unwrap();
+                });
+            }
+        });
+        store.remove(&image, &[]).unwrap();
+        store.remove_kernel(&kernel, std::time::Duration::ZERO).unwrap();
+    }
 }
 
 #[test]
