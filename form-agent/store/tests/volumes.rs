@@ -193,17 +193,19 @@ fn a_second_writer_is_kept_out_whoever_it_is() {
     drop(open);
     assert!(write().status.success());
     // ... and it keeps us out, by name.
-    let mut other = Command::new("qemu-io").args(["-f", "raw", path]).stdin(std::process::Stdio::piped()).spawn().unwrap();
-    let refused = (0..100).find_map(|_| {
-        std::thread::sleep(std::time::Duration::from_millis(50));
-        pool(&store).open_volume(&DATA, false).err()
-    });
+    let piped = std::process::Stdio::piped;
+    let mut other = Command::new("qemu-io").args(["-f", "raw", path]).stdin(piped()).stdout(piped()).spawn().unwrap();
+    // It asks for commands once it has it. Whoever tries it out before may keep it from having it, and it does not try again.
+    let mut prompt = [0; 9];
+    std::io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut prompt).unwrap();
+    assert_eq!(&prompt, b"qemu-io> ");
+    let refused = pool(&store).open_volume(&DATA, false).err();
     for reading in [pool(&store).open_volume(&DATA, true).map(drop), pool(&store).clone_volume(&DATA, &COPY).map(drop)] {
         assert!(matches!(reading, Err(StoreError::VolumeInUse { .. })), "it may write while we read: {reading:?}");
     }
     other.kill().unwrap();
     other.wait().unwrap();
-    let refused = refused.expect("the other program opens it in five seconds").to_string();
+    let refused = refused.expect("the other program has it").to_string();
     assert!(refused.contains("qemu-io") && refused.contains("pid"), "{refused}");
     // Readers beside each other.
     let _one = pool(&store).open_volume(&DATA, true).unwrap();
