@@ -94,8 +94,15 @@ fn a_file_system_that_can_shares_the_blocks() {
     let mut next = content;
     next[100] = Some(1000);
     import(&store, "web", &rootfs(&next));
-    let taken = before.saturating_sub(settled_free(&store));
-    assert!(taken < 4 * MIB, "a disk and an image of 16 MiB took {taken} bytes");
+    let begun = std::time::Instant::now();
+    loop {
+        let taken = before.saturating_sub(settled_free(&store));
+        if taken < 4 * MIB {
+            break;
+        }
+        // What frees may wait for a processor longer than two looks are apart.
+        assert!(begun.elapsed() < std::time::Duration::from_secs(60), "a disk and an image of 16 MiB took {taken} bytes");
+    }
     // The copy is a copy: the image stays as it is, and may go.
     assert_eq!(fs::metadata(&disk.path).unwrap().mode() & 0o7777, 0o600);
     fs::write(&disk.path, b"changed").unwrap();
