@@ -4,7 +4,7 @@ use std::{
     io::{BufRead, BufReader},
     path::Path,
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{Arc, mpsc},
     thread::sleep,
     time::Duration,
 };
@@ -44,11 +44,18 @@ fn kill_9_loses_nothing_that_was_done() {
             .spawn()
             .unwrap();
         let output = child.stdout.take().unwrap();
+        let (told, writes) = mpsc::channel();
         let reader = std::thread::spawn(move || {
             let done = |line: String| line.split_once("done ").and_then(|(_, rest)| rest.split_once(' ')?.0.parse::<u64>().ok());
-            BufReader::new(output).lines().map_while(Result::ok).filter_map(done).last()
+            // Nobody listens any more later on.
+            let tell = |_: &u64| told.send(()).unwrap_or_default();
+            BufReader::new(output).lines().map_while(Result::ok).filter_map(done).inspect(tell).last()
         });
-        sleep(Duration::from_millis(400 + 97 * round));
+        // In the middle of its writing, however long it took to begin.
+        for _ in 0..2 {
+            writes.recv().expect("the child writes");
+        }
+        sleep(Duration::from_millis(97 * (round + 1)));
         child.kill().unwrap();
         child.wait().unwrap();
         let done = reader.join().unwrap().unwrap_or(total);
