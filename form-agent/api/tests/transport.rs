@@ -126,10 +126,13 @@ async fn another_host_key_is_named() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_there_is_said_quickly() {
     let closed = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    // Quickly is before any answer is given up: on a busy machine that alone can be told apart.
+    let patient = Timeouts { connect: Duration::from_secs(3600), ..Timeouts::default() };
     let begun = std::time::Instant::now();
-    let client = Client::quic(&closed.to_string(), host_key().public(), &user_key(), Timeouts::default());
+    let client = Client::quic(&closed.to_string(), host_key().public(), &user_key(), patient);
     assert!(client.host().await.unwrap_err().is_unreachable());
-    assert!(begun.elapsed() < Duration::from_secs(2));
+    // QUIC itself gives up after half a minute.
+    assert!(begun.elapsed() < Duration::from_secs(25));
     let client = Client::unix("/nowhere/agent.sock", Timeouts::default());
     assert!(client.host().await.unwrap_err().is_unreachable());
 
@@ -186,6 +189,21 @@ async fn too_many_connections_are_refused_with_a_word() {
     }
 }
 
+/// Serves at an address that was served before, once the former socket is closed: a task that ends holds it for a moment.
+async fn served_again(config: &server::QuicConfig<'_>, agent: &support::Agent) -> server::Serving {
+    let begun = std::time::Instant::now();
+    loop {
+        match server::quic(config, support::router(agent.clone()), server::CancellationToken::new()) {
+            Err(ServerError::Bind { source, .. })
+                if source.kind() == std::io::ErrorKind::AddrInUse && begun.elapsed() < Duration::from_secs(60) =>
+            {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            serving => return serving.unwrap(),
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_agent_is_found_again() {
     let mut running = Running::start(Limits::default());
@@ -199,7 +217,7 @@ async fn a_restarted_agent_is_found_again() {
     assert!(client.doctor().await.is_err());
     let key = host_key();
     let config = server::QuicConfig { bind: running.quic, key: &key, limits: Limits::default() };
-    let _again = server::quic(&config, support::router(running.agent.clone()), server::CancellationToken::new()).unwrap();
+    let _again = served_again(&config, &running.agent).await;
     client.doctor().await.unwrap();
     assert_eq!(running.agent.asked.load(Ordering::SeqCst), 2);
 }
@@ -230,7 +248,7 @@ fn a_killed_agent_is_found_again_at_once() {
         let key = host_key();
         let serving = runtime.block_on(async move {
             let config = server::QuicConfig { bind, key: &key, limits: Limits::default() };
-            server::quic(&config, support::router(agent), server::CancellationToken::new()).unwrap()
+            served_again(&config, &agent).await
         });
         (runtime, serving.address().unwrap())
     };
@@ -241,11 +259,11 @@ fn a_killed_agent_is_found_again_at_once() {
     clients.block_on(client.doctor()).unwrap();
     // No task says goodbye: as under SIGKILL.
     first.shutdown_background();
-    std::thread::sleep(Duration::from_millis(300));
     let (_second, _) = life(address, agent.clone());
     let begun = std::time::Instant::now();
     clients.block_on(client.doctor()).unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    // A connection that nobody answers on is given up after half a minute.
+    assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
     assert_eq!(agent.asked.load(Ordering::SeqCst), 2);
 }
 
@@ -281,7 +299,7 @@ async fn a_follower_that_has_left_is_noticed_although_nothing_happens() {
     client.read_exact(&mut answer).await.unwrap();
     assert_eq!(&answer, b"HTTP/1.1 200");
     drop(client);
-    tokio::time::timeout(std::time::Duration::from_secs(10), ended).await.expect("the connection is let go").unwrap();
+    tokio::time::timeout(std::time::Duration::from_secs(60), ended).await.expect("the connection is let go").unwrap();
     stop.cancel();
 }
 
