@@ -40,9 +40,15 @@ async fn ask_tcp(server: SocketAddr, question: &Message) -> Message {
 
 /// An upstream that answers every question with a TXT record of `length` bytes, truncated over UDP when it is long.
 async fn upstream(length: usize) -> SocketAddr {
-    let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let (udp, tcp) = loop {
+        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        // The same port of the other protocol may be somebody else's.
+        match TcpListener::bind(udp.local_addr().unwrap()).await {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {}
+            tcp => break (udp, tcp.unwrap()),
+        }
+    };
     let address = udp.local_addr().unwrap();
-    let tcp = TcpListener::bind(address).await.unwrap();
     let answer = move |bytes: &[u8], udp: bool| {
         let mut message = Message::from_vec(bytes).unwrap().into_response();
         let name = message.queries[0].name().clone();
