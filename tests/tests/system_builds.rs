@@ -13,6 +13,7 @@ use form_tests::{
     host::wait,
     programs::{Programs, Ran},
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 /// A build context and a cache of its own. The base is one static busybox.
 struct Project {
@@ -80,19 +81,24 @@ impl Project {
     }
 }
 
-/// Whether any process of the machine was started with this word.
-fn is_running(word: &str) -> bool {
-    fs::read_dir("/proc").unwrap().flatten().any(|entry| {
+/// A process of the machine that was started with this word.
+fn running(word: &str) -> Option<i32> {
+    fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        line.split(|byte| *byte == 0).any(|part| part == word.as_bytes())
+        let found = line.split(|byte| *byte == 0).any(|part| part == word.as_bytes());
+        if found { entry.file_name().to_str()?.parse().ok() } else { None }
     })
+}
+
+fn is_running(word: &str) -> bool {
+    running(word).is_some()
 }
 
 #[test]
 fn system_a_killed_build_takes_its_steps_with_it_and_the_next_goes_on() {
     let project = Project::new("RUN echo one > /one\nRUN echo up; sleep 77123; echo two > /two\n");
     let mut build = project.begin("up");
-    assert!(is_running("77123"));
+    wait("the step sleeps", || is_running("77123"));
     build.kill().unwrap();
     build.wait().unwrap();
     wait("what ran in the step is gone", || !is_running("77123"));
@@ -104,14 +110,23 @@ fn system_a_killed_build_takes_its_steps_with_it_and_the_next_goes_on() {
 
 #[test]
 fn system_of_two_builds_of_one_image_the_second_waits_and_finds_everything() {
-    let project = Project::new("RUN echo up; sleep 3; echo one > /one\n");
+    let project = Project::new("RUN echo up; sleep 77124; echo one > /one\n");
     let mut first = project.begin("up");
-    let second = project.build(&[]).ok();
+    let log = project.directory.path().join("second");
+    let mut command = project.command(&["-o", "json"]);
+    let second = command.stdout(Stdio::piped()).stderr(fs::File::create(&log).unwrap()).spawn().unwrap();
+    let said = || fs::read_to_string(&log).unwrap();
+    wait("the second waits", || said().contains("waiting for another build to end"));
+    // Only now the first may go on.
+    wait("the step sleeps", || running("77124").is_some());
+    let sleeps = Pid::from_raw(running("77124").unwrap()).unwrap();
+    kill_process(sleeps, Signal::KILL).unwrap();
     assert!(first.wait().unwrap().success());
-    assert!(second.stderr.contains("waiting for another build to end"), "{}", second.stderr);
-    let built = second.json();
+    let second = second.wait_with_output().unwrap();
+    assert!(second.status.success(), "{}", said());
+    let built: serde_json::Value = serde_json::from_slice(&second.stdout).unwrap();
     assert_eq!((&built["version"], &built["unchanged"]), (&1.into(), &true.into()), "{built}");
-    assert_eq!(second.stderr.matches(": cached").count(), 2, "{}", second.stderr);
+    assert_eq!(said().matches(": cached").count(), 2, "{}", said());
     project.has_no_leftovers();
 }
 
