@@ -3,12 +3,13 @@
 
 use std::{
     fs,
+    io::Read,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
-use form_tests::host::{Host, enter_own_network, wait};
+use form_tests::host::{Host, enter_own_network};
 use serde_json::{Value, json};
 
 /// A file system of its own, in memory.
@@ -288,6 +289,17 @@ fn write(volume: &Path, command: &str) {
     assert!(ran.status.success(), "{ran:?}");
 }
 
+/// A foreign program that has a volume open and locked, until it is killed.
+fn opened(volume: &Path, format: &str) -> Child {
+    let mut program =
+        Command::new("qemu-io").args(["-f", format]).arg(volume).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    // It asks for commands once it has it.
+    let mut prompt = [0; 9];
+    program.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
+    assert_eq!(&prompt, b"qemu-io> ");
+    program
+}
+
 #[test]
 #[ignore = "needs root: tests/run-system"]
 fn system_a_volume_goes_back_to_its_snapshots_and_they_go_with_it() {
@@ -361,15 +373,9 @@ fn snapshots_for_life(host: &Host, pool: &Path, format: &str) {
 fn not_meanwhile(host: &Host, directory: &Path) {
     let file = its_file(directory);
     let format = file.extension().unwrap().to_str().unwrap();
-    let mut other = Command::new("qemu-io").args(["-f", format]).arg(&file).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let mut other = opened(&file, format);
     let two = ["volume", "snapshot", "create", "data", "-n", "two"];
-    wait("the other program has it", || {
-        let kept_out = host.form(&two).code == Some(5);
-        if !kept_out {
-            let _ = host.form(&["volume", "snapshot", "rm", "data", "two", "-y"]).ok();
-        }
-        kept_out
-    });
+    let _ = host.form(&two).exits(5);
     let foreign = host.form(&["volume", "snapshot", "restore", "data", "one", "-y"]).exits(5);
     assert!(foreign.stderr.contains("qemu-io"), "{foreign:?}");
     let _ = (other.kill(), other.wait());
@@ -515,20 +521,8 @@ fn system_of_all_who_want_one_volume_one_gets_it() {
 
     // A program that is none of ours, and one that heeds no state but locks.
     let spare = file(&pool, &volume(&host, "spare"));
-    let open = || {
-        Command::new("qemu-io").args(["-f", "raw", spare.to_str().unwrap()]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
-    };
-    let mut foreign = open();
-    wait("qemu-io has the file", || {
-        // It does not wait for a copy that is just being made.
-        if foreign.try_wait().unwrap().is_some() {
-            foreign = open();
-        }
-        host.form(&["volume", "clone", "spare", "late"]).code == Some(5) || {
-            let _ = host.form(&["volume", "rm", "late", "-y"]).ok();
-            false
-        }
-    });
+    let mut foreign = opened(&spare, "raw");
+    let _ = host.form(&["volume", "clone", "spare", "late"]).exits(5);
     let refused = host.form(&["volume", "rm", "spare", "-y"]).exits(5);
     assert!(refused.stderr.contains("qemu-io") && refused.stderr.contains("volume/spare"), "{refused:?}");
     assert!(names(&host).contains(&"spare".to_owned()) && spare.exists(), "what could not be removed is still known");
