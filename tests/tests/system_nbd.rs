@@ -290,9 +290,11 @@ fn system_clients_come_and_go_and_get_stuck_and_cost_nothing() {
         drop(cycle());
     }
     wait("only the stuck client is left", is_quiet);
-    let (grown, more) = (anonymous(pid) - memory, descriptors(pid).saturating_sub(open));
-    println!("1000 clients: the agent has {grown} kB more, {more} descriptors more");
-    assert!(grown < 2048 && more <= 2, "{grown} kB and {more} descriptors of 1000 clients");
+    let grown = anonymous(pid) - memory;
+    println!("1000 clients: the agent has {grown} kB more");
+    assert!(grown < 2048, "{grown} kB of 1000 clients");
+    // Of the agent's own work some are open now and then.
+    wait("the descriptors of 1000 clients are closed", || descriptors(pid) <= open + 2);
     // Exports too, and what a client gets that comes while one ends.
     let _ = host.form(&["volume", "unexport", "data"]).ok();
     drop(stuck);
