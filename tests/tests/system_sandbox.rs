@@ -11,7 +11,7 @@ use form_tests::programs::Programs;
 
 /// What an HTTP server on this machine answers to `GET /`, tried until it does.
 fn answer(port: u16) -> String {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(180);
     loop {
         let got = TcpStream::connect(("127.0.0.1", port)).and_then(|mut stream| {
             stream.set_read_timeout(Some(Duration::from_secs(20)))?;
@@ -106,7 +106,7 @@ fn system_sandbox_hosts_run_apps_and_leave_nothing_behind() {
     let _ = form.form(["--host", "sandbox-2", "deploy", second.to_str().unwrap(), "-y", "--timeout", "600s"]).ok();
     assert!(answer(18081).contains("Hello, other!"));
     assert_eq!(form.form(["ps", "-o", "json"]).ok().json().as_array().unwrap().len(), 1);
-    let fetch = "import urllib.request as u; print(u.urlopen('http://10.0.3.1:18080/', timeout=30).read().decode())";
+    let fetch = "import urllib.request as u; print(u.urlopen('http://10.0.3.1:18080/', timeout=120).read().decode())";
     let fetched = form.form(["--host", "sandbox-2", "exec", "other", "--", "python3", "-c", fetch]).ok();
     assert!(fetched.stdout.contains("Good evening"), "{fetched:?}");
     let _ = form.form(["--host", "sandbox-2", "destroy", "other", "-y"]).ok();
