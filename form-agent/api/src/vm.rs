@@ -89,6 +89,7 @@ pub enum Health {
     None,
     Starting,
     Healthy,
+    /// Its HEALTHCHECK fails, or its guest does not answer any more.
     Unhealthy,
 }
 
