@@ -192,7 +192,7 @@ impl Host {
             if is_over(self) && !self.has_died() {
                 return false;
             }
-            assert!(Instant::now() < deadline, "the agent comes to {failpoint}: not in two minutes");
+            assert!(Instant::now() < deadline, "the agent has not come to {failpoint}");
             std::thread::sleep(Duration::from_millis(50));
         }
         let status: ExitStatus = self.agent.take().expect("an agent").wait().unwrap();

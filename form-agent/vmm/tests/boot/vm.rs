@@ -162,7 +162,7 @@ impl Vm {
     }
 
     pub fn await_metric(&self, what: &str, seen: impl Fn(&Metrics) -> bool) {
-        assert!(self.wait_for(|| seen(&self.client.metrics().unwrap())), "the guest did not come to {what}: {:?}", self.client.metrics());
+        assert!(self.wait_for(|| seen(&self.client.metrics().unwrap())), "no {what}: {:?}", self.client.metrics());
     }
 
     pub fn await_disk_reads(&self, count: u64) {
